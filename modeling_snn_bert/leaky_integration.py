@@ -1,0 +1,311 @@
+"""Bidirectional leaky integration over tokens: one definition, three implementations.
+
+With a decay `f` into the future and a decay `b` into the past, both per channel group, the current at token `j`
+reaches token `t` with the weight
+
+    a[t, j] = f^(t - j)  for j < t,      1  for j = t,      b^(j - t)  for j > t.
+
+`leaky_integration` returns the membrane potential `v[t] = sum_j a[t, j] m[j] I[j] / n[t]` with the attention mask `m`
+and `n[t] = sum_j a[t, j] m[j]`: a weighted mean of the currents of the valid tokens. Masked tokens neither give
+charge nor receive any: their potential is 0.
+
+`leaky_sum` is the bare sum over `j` that the neurons build on. Its implementations have one signature:
+
+- `naive`: the definition, two loops over the tokens; the reference that the others are tested against;
+- `toeplitz`: one matrix product with `a`; quadratic in the length;
+- `chunked`: a scan in each direction, inside chunks and then over the chunks' ends; linear in the length.
+
+No implementation divides by a power of a decay, so a power that underflows only drops a contribution that is too
+small to be seen. float16 and bfloat16 currents are integrated in float32.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch.autograd.function import once_differentiable
+
+CHUNK_SIZE = 8
+WEIGHT_TOEPLITZ_MAX_LENGTH = 128
+
+
+def leaky_integration(
+    current: torch.Tensor,
+    decay_forward: torch.Tensor,
+    decay_backward: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    *,
+    normalize: bool = True,
+    implementation: str = "auto",
+) -> torch.Tensor:
+    """Membrane potential of every token from the currents of all tokens.
+
+    Args:
+        current (`[batch, seq_len, channels]`, floating point): input current `I`.
+        decay_forward (`[groups]`): decay per token towards later tokens, in [0, 1]; `groups` divides `channels`, and
+            group `g` owns the `g`-th block of `channels / groups` consecutive channels.
+        decay_backward (`[groups]`): decay per token towards earlier tokens, in [0, 1]; 0 integrates forward only.
+        attention_mask (`[batch, seq_len]`, bool or numeric): 1 at valid tokens, 0 at padding.
+        normalize: divide by the total weight `n[t]`, which makes the potential a weighted mean of the currents.
+        implementation: `"auto"` (chosen by length), `"naive"`, `"toeplitz"` or `"chunked"`.
+
+    Returns:
+        `[batch, seq_len, channels]` in the dtype of `current`: the potential, 0 at masked tokens.
+
+    Raises:
+        ValueError: if a shape, a decay or `implementation` is not as above.
+        TypeError: if `current` is not floating point.
+    """
+    check_sequence(current, attention_mask)
+    check_implementation(implementation)
+    for name, decay in (("decay_forward", decay_forward), ("decay_backward", decay_backward)):
+        same_shape = decay.dim() == 1 and decay.shape == decay_forward.shape
+        if not same_shape or not len(decay) or current.shape[-1] % len(decay):
+            raise ValueError(
+                f"`{name}` must have the shape [groups], the same for both directions, with `groups` dividing the "
+                f"{current.shape[-1]} channels of `current`; got {list(decay.shape)}"
+            )
+        if not torch.compiler.is_compiling() and not bool(((decay >= 0) & (decay <= 1)).all()):
+            raise ValueError(f"`{name}` must lie in [0, 1], got {decay.tolist()}")
+
+    x = widen(current)
+    decay_forward, decay_backward = decay_forward.to(x.dtype), decay_backward.to(x.dtype)
+    potential = leaky_sum(silence(x, attention_mask), decay_forward, decay_backward, implementation)
+    if normalize:
+        weight = total_weight(x, decay_forward, decay_backward, attention_mask, implementation)
+        potential = divide_by_group(potential, weight)
+    return silence(potential, attention_mask).to(current.dtype)
+
+
+def leaky_sum(
+    x: torch.Tensor, decay_forward: torch.Tensor, decay_backward: torch.Tensor, implementation: str = "auto"
+) -> torch.Tensor:
+    """`y[t] = sum_j a[t, j] x[j]` for `x` of shape `[batch, seq_len, channels]` and decays of shape `[groups]`.
+
+    All three arguments share one dtype, float32 or float64. Autocast is off inside: sums over thousands of tokens
+    need float32.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        return _implementation(implementation, x.shape[1])(x, decay_forward, decay_backward)
+
+
+def total_weight(
+    like: torch.Tensor,
+    decay_forward: torch.Tensor,
+    decay_backward: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    implementation: str = "auto",
+) -> torch.Tensor:
+    """`n[t] = sum_j a[t, j] m[j]` as `[batch or 1, seq_len, groups]`, set to 1 at masked tokens.
+
+    It is at least 1 at every valid token, whose own weight is 1; a masked token has nothing to divide.
+    """
+    groups = decay_forward.shape[0]
+    if implementation == "auto" and like.shape[1] <= WEIGHT_TOEPLITZ_MAX_LENGTH:
+        # One number per group: so little work that the number of operations is what counts.
+        implementation = "toeplitz"
+    if attention_mask is None:
+        return leaky_sum(like.new_ones(1, like.shape[1], groups), decay_forward, decay_backward, implementation)
+    valid = attention_mask.to(like.dtype)[..., None].expand(-1, -1, groups)
+    weight = leaky_sum(valid, decay_forward, decay_backward, implementation)
+    return weight.masked_fill(valid == 0, 1)
+
+
+def divide_by_group(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Divide the channels of `x`, `[batch, seq_len, channels]`, by their group's `weight`, `[.., seq_len, groups]`."""
+    groups = weight.shape[-1]
+    return (x.unflatten(-1, (groups, -1)) / weight[..., None]).flatten(-2)
+
+
+def silence(x: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """`x`, `[batch, seq_len, channels]`, with zeros at masked tokens whatever stood there, NaN included."""
+    return x if attention_mask is None else x.masked_fill(attention_mask[..., None] == 0, 0)
+
+
+def widen(x: torch.Tensor) -> torch.Tensor:
+    """`x` in the dtype it is integrated in: float32 in place of float16 and bfloat16."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def check_sequence(current: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+    """Check the shapes and dtypes of what a neuron takes in; the errors name the argument and what was given."""
+    if current.dim() != 3:
+        raise ValueError(f"`current` must have the shape [batch, seq_len, channels], got {list(current.shape)}")
+    if not current.is_floating_point():
+        raise TypeError(f"`current` must be floating point, got {current.dtype}")
+    if current.shape[1] == 0:
+        raise ValueError("`current` must have at least one token, got seq_len = 0")
+    if attention_mask is not None and attention_mask.shape != current.shape[:2]:
+        raise ValueError(
+            f"`attention_mask` must have the shape [batch, seq_len] = {list(current.shape[:2])}, "
+            f"got {list(attention_mask.shape)}"
+        )
+
+
+def check_implementation(implementation: str) -> None:
+    """Raise a `ValueError` unless `implementation` is `"auto"` or one of `IMPLEMENTATIONS`."""
+    if implementation != "auto" and implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"`implementation` must be 'auto' or one of {sorted(IMPLEMENTATIONS)}, got {implementation!r}")
+
+
+def _powers(decay: torch.Tensor, exponents: torch.Tensor) -> torch.Tensor:
+    """`decay[g] ** exponents[k]` as `[groups, len(exponents)]`; 0 ** 0 is 1, and a tiny power becomes 0."""
+    return decay[:, None] ** exponents[None, :]
+
+
+def _decay_matrix(decay_forward: torch.Tensor, decay_backward: torch.Tensor, length: int) -> torch.Tensor:
+    """The weights `a` as `[groups, length, length]`."""
+    exponents = torch.arange(length, device=decay_forward.device, dtype=decay_forward.dtype)
+    earlier = _powers(decay_forward, exponents)
+    later = _powers(decay_backward, exponents)
+    # Row t of `a` reads the diagonals from lag t down to lag t - (length - 1): a window on one vector of all lags.
+    diagonals = torch.cat((earlier.flip(-1), later[:, 1:]), dim=-1)
+    return diagonals.unfold(-1, length, 1).flip(-2)
+
+
+def _naive(x: torch.Tensor, decay_forward: torch.Tensor, decay_backward: torch.Tensor) -> torch.Tensor:
+    batch, length, channels = x.shape
+    groups = decay_forward.shape[0]
+    x = x.reshape(batch, length, groups, channels // groups)
+    rows = []
+    for t in range(length):
+        row = torch.zeros_like(x[:, 0])
+        for j in range(length):
+            weight = decay_forward ** (t - j) if j <= t else decay_backward ** (j - t)
+            row = row + weight[:, None] * x[:, j]
+        rows.append(row)
+    return torch.stack(rows, dim=1).reshape(batch, length, channels)
+
+
+def _toeplitz(x: torch.Tensor, decay_forward: torch.Tensor, decay_backward: torch.Tensor) -> torch.Tensor:
+    matrix = _decay_matrix(decay_forward, decay_backward, x.shape[1])
+    grouped = x.unflatten(-1, (decay_forward.shape[0], -1))
+    return torch.einsum("gtj,bjgd->btgd", matrix, grouped).flatten(-2)
+
+
+def _scan(x: torch.Tensor, decay: torch.Tensor, reverse: bool) -> torch.Tensor:
+    """The one-directional sum `y[t] = x[t] + decay * y[t - 1]` (`y[t + 1]` if `reverse`), `decay` per channel.
+
+    Inside a chunk one token after the other, all chunks at once; then the same over the chunks' ends with the decay
+    of a whole chunk. The number of steps grows with the logarithm of the length, the work linearly.
+    """
+    length = x.shape[1]
+    if torch.compiler.is_compiling() and length % CHUNK_SIZE:
+        # A compiler takes no views as `out=` (see `_scan_chunks`), and then needs whole chunks.
+        padding = CHUNK_SIZE - length % CHUNK_SIZE
+        return _scan(torch.nn.functional.pad(x, (0, 0, 0, padding)), decay, reverse)[:, :length]
+    y = _scan_chunks(x, decay, reverse)
+    if length <= CHUNK_SIZE:
+        return y
+    powers = decay ** torch.arange(1, CHUNK_SIZE + 1, device=x.device, dtype=x.dtype)[:, None]
+    # Arithmetic on denormal numbers is many times slower, and a leak that meets silence or padding soon gets there.
+    # So what lies a thousand times below the rounding error, and what is about to become denormal, counts as zero.
+    precision = torch.finfo(x.dtype)
+    powers = powers.masked_fill(powers < 1e-3 * precision.eps, 0)
+    # What each chunk hands to the next one: its last token's sum, or in reverse its first one's.
+    if reverse:
+        ends = _scan(y[:, CHUNK_SIZE::CHUNK_SIZE], powers[-1], reverse)
+    else:
+        ends = _scan(y[:, CHUNK_SIZE - 1 : length - 1 : CHUNK_SIZE], powers[-1], reverse)
+    ends = ends.masked_fill(ends.abs() < precision.tiny / precision.eps**2, 0)
+    for k in range(CHUNK_SIZE):
+        if reverse:
+            y[:, k::CHUNK_SIZE][:, : ends.shape[1]].addcmul_(ends, powers[CHUNK_SIZE - 1 - k])
+        else:
+            later = y[:, CHUNK_SIZE + k :: CHUNK_SIZE]
+            later.addcmul_(ends[:, : later.shape[1]], powers[k])
+    return y
+
+
+def _scan_chunks(x: torch.Tensor, decay: torch.Tensor, reverse: bool) -> torch.Tensor:
+    """`_scan` inside the chunks of `[batch, seq_len, channels]`; the last chunk may be short."""
+    size = min(CHUNK_SIZE, x.shape[1])
+    order = range(size - 1, -1, -1) if reverse else range(size)
+    # The k-th tokens of all chunks.
+    rows = [x[:, k::CHUNK_SIZE] for k in range(size)]
+    if torch.compiler.is_compiling():
+        for k in order[1:]:
+            rows[k] = torch.addcmul(rows[k], rows[k + 1 if reverse else k - 1], decay)
+        return torch.stack(rows, dim=2).flatten(1, 2)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    sums = [y[:, k::CHUNK_SIZE] for k in range(size)]
+    sums[order[0]].copy_(rows[order[0]])
+    for k in order[1:]:
+        last = sums[k + 1 if reverse else k - 1]
+        # In reverse the short chunk joins at its own last token; forward it drops out after it.
+        chunks = min(last.shape[1], sums[k].shape[1])
+        torch.addcmul(rows[k][:, :chunks], last[:, :chunks], decay, out=sums[k][:, :chunks])
+        sums[k][:, chunks:] = rows[k][:, chunks:]
+    return y
+
+
+def both_scans(
+    x: torch.Tensor, decay_forward: torch.Tensor, decay_backward: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`x` scanned from earlier to later tokens with `decay_forward`, and from later to earlier with `decay_backward`.
+
+    Each `[batch, seq_len, channels]`, for decays `[groups]`. Their sum less `x` is `leaky_sum(x)`.
+    """
+    repeats = x.shape[-1] // decay_forward.shape[0]
+    earlier = _scan(x, decay_forward.repeat_interleave(repeats), reverse=False)
+    later = _scan(x, decay_backward.repeat_interleave(repeats), reverse=True)
+    return earlier, later
+
+
+def both_scans_backward(
+    grad_sum: torch.Tensor,
+    earlier: torch.Tensor,
+    later: torch.Tensor,
+    decay_forward: torch.Tensor,
+    decay_backward: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients to `x`, `decay_forward` and `decay_backward` from the gradient to `leaky_sum(x)`.
+
+    `earlier` and `later` are from `both_scans(x)`; they are overwritten.
+
+    The transpose of a scan is the scan in the other direction, which gives the gradient to `x`. With `h` the
+    transposed scan of the gradient, `y[t] = x[t] + f y[t - 1]` gives `d loss / d f = sum_t h[t] y[t - 1]`.
+    """
+    to_later, to_earlier = both_scans(grad_sum, decay_backward, decay_forward)
+
+    def per_group(product: torch.Tensor) -> torch.Tensor:
+        return product.sum((0, 1)).unflatten(0, (decay_forward.shape[0], -1)).sum(-1)
+
+    grad_forward = per_group(earlier[:, :-1].mul_(to_earlier[:, 1:]))
+    grad_backward = per_group(later[:, 1:].mul_(to_later[:, :-1]))
+    return to_later.add_(to_earlier).sub_(grad_sum), grad_forward, grad_backward
+
+
+class ChunkedLeakySum(torch.autograd.Function):
+    """`leaky_sum` by `_scan` in both directions. Keeps its input for the backward pass and nothing else."""
+
+    @staticmethod
+    def forward(x: torch.Tensor, decay_forward: torch.Tensor, decay_backward: torch.Tensor) -> torch.Tensor:
+        earlier, later = both_scans(x, decay_forward, decay_backward)
+        return earlier.add_(later).sub_(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_sum: torch.Tensor):
+        x, decay_forward, decay_backward = ctx.saved_tensors
+        return both_scans_backward(
+            grad_sum, *both_scans(x, decay_forward, decay_backward), decay_forward, decay_backward
+        )
+
+
+def _chunked(x: torch.Tensor, decay_forward: torch.Tensor, decay_backward: torch.Tensor) -> torch.Tensor:
+    return ChunkedLeakySum.apply(x, decay_forward, decay_backward)
+
+
+IMPLEMENTATIONS: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "naive": _naive,
+    "toeplitz": _toeplitz,
+    "chunked": _chunked,
+}
+
+
+def _implementation(name: str, length: int) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+    return IMPLEMENTATIONS["chunked" if name == "auto" else name]

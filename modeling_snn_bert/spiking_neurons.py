@@ -1,0 +1,598 @@
+"""Spiking neurons over a sequence of tokens (token = time-step): BPSN and the baselines LIF and PSN.
+
+All neurons share one interface: input currents `[batch, seq_len, channels]` and an attention mask `[batch, seq_len]`
+in, spikes of the same shape and dtype out. Spikes are in {0, 1}, or in {-1, 0, 1} with `spike_type="ternary"`, and
+are 0 at masked tokens. Channels are cut into `num_groups` blocks of consecutive channels; decays and resets are
+learned per group, thresholds per channel.
+"""
+
+import math
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from .leaky_integration import (
+    both_scans,
+    both_scans_backward,
+    check_implementation,
+    check_sequence,
+    divide_by_group,
+    leaky_sum,
+    silence,
+    total_weight,
+    widen,
+)
+from .surrogate_gradients import SURROGATES, check_surrogate, heaviside
+
+SPIKE_TYPES = ("binary", "ternary")
+
+
+class SpikingNeuron(nn.Module):
+    """What every neuron here has: a threshold per channel, a spike function, and the checks of its arguments.
+
+    Subclasses define `forward(current, attention_mask=None) -> spikes` and `reset_parameters()`.
+    """
+
+    def __init__(
+        self,
+        num_channels: int,
+        num_groups: int,
+        *,
+        v_threshold: float,
+        surrogate: str,
+        surrogate_alpha: float,
+        spike_type: str,
+    ) -> None:
+        super().__init__()
+        if num_channels < 1 or num_groups < 1 or num_channels % num_groups:
+            raise ValueError(
+                f"`num_groups` must divide `num_channels`, both positive; got {num_groups} groups for {num_channels}"
+            )
+        if not math.isfinite(v_threshold):
+            raise ValueError(f"`v_threshold` must be finite, got {v_threshold}")
+        check_surrogate(surrogate, surrogate_alpha)
+        if spike_type not in SPIKE_TYPES:
+            raise ValueError(f"`spike_type` must be one of {list(SPIKE_TYPES)}, got {spike_type!r}")
+        self.num_channels = num_channels
+        self.num_groups = num_groups
+        self.initial_v_threshold = v_threshold
+        self.surrogate = surrogate
+        self.surrogate_alpha = surrogate_alpha
+        self.spike_type = spike_type
+        self.v_threshold = nn.Parameter(torch.empty(num_channels))
+
+    def initial_values(self) -> dict[str, float]:
+        """The value that each parameter starts from, by its name."""
+        return {"v_threshold": self.initial_v_threshold}
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set every parameter to its initial value."""
+        for name, value in self.initial_values().items():
+            getattr(self, name).fill_(value)
+
+    def fire(self, potential: torch.Tensor, v_threshold: torch.Tensor) -> torch.Tensor:
+        """Spikes where the potential reaches the threshold; ternary neurons also fire -1 at its mirror image."""
+        spikes = heaviside(potential - v_threshold, self.surrogate, self.surrogate_alpha)
+        if self.spike_type == "ternary":
+            spikes = spikes - heaviside(-potential - v_threshold, self.surrogate, self.surrogate_alpha)
+        return spikes
+
+    def check_current(self, current: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+        """Raise an error that names the argument unless the shapes are those that this neuron takes."""
+        check_sequence(current, attention_mask)
+        if current.shape[-1] != self.num_channels:
+            raise ValueError(f"`current` must have {self.num_channels} channels, got {list(current.shape)}")
+
+    def per_channel(self, value: torch.Tensor) -> torch.Tensor:
+        """A value per group, `[groups]`, repeated for each channel of its group, `[channels]`."""
+        return value.repeat_interleave(self.num_channels // self.num_groups)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_channels}, {self.num_groups}, surrogate={self.surrogate!r}, spike_type={self.spike_type!r}"
+
+
+class BPSN(SpikingNeuron):
+    """The Bidirectional Parallel Spiking Neuron.
+
+    Its membrane potential is a leaky mean of the currents of all valid tokens, earlier ones through
+    `decay_forward` and later ones through `decay_backward`, and its spikes are found for all tokens at once. A
+    provisional spike at one token lowers the potential at its neighbours (the soft reset), which keeps a charged
+    neuron from firing without end:
+
+        v[t]  = sum_j a[t, j] m[j] I[j] / n[t]
+        s0[t] = H(v[t] - v_threshold)
+        r[t]  = sum_{j != t} a[t, j] m[j] s0[j] / n[t]
+        s[t]  = H(v[t] - reset * r[t] - v_threshold)
+
+    with `a`, `m` and `n` of `leaky_integration`. The last two lines are one step of the fixed-point iteration whose
+    limit, for a forward-only neuron without normalisation and with `reset = v_threshold`, is the spike train of the
+    leaky integrate-and-fire neuron with soft reset. The idea of the neuron is that of Su et al., "SNN-BERT", Neural
+    Networks 180, 2024, whose equations are not public; these are this project's own.
+
+    Args:
+        num_channels: channels of the current.
+        num_groups: blocks of channels that share decays and reset.
+        v_threshold: initial threshold, in units of the potential.
+        decay: initial decay per token in both directions, in (0, 1).
+        reset: initial strength of the reset, >= 0.
+        reset_iterations: sweeps of the reset; 0 switches it off. The sweeps alternate: an odd one starts from too
+            many spikes and an even one from too few, so with a strong reset a few more sweeps are not better.
+        normalize: divide by `n[t]`. Without it the potential is a plain leaky sum.
+        bidirectional: integrate in both directions; otherwise from earlier to later tokens only.
+        surrogate, surrogate_alpha: the surrogate gradient (see `surrogate_gradients`).
+        spike_type: `"binary"` or `"ternary"`.
+        implementation: how the integration is computed (see `leaky_integration`).
+
+    Raises:
+        ValueError: if an argument is outside its range.
+    """
+
+    def __init__(
+        self,
+        num_channels: int,
+        num_groups: int,
+        *,
+        v_threshold: float = 1.0,
+        decay: float = 0.05,
+        reset: float = 0.05,
+        reset_iterations: int = 1,
+        normalize: bool = True,
+        bidirectional: bool = True,
+        surrogate: str = "atan",
+        surrogate_alpha: float = 2.0,
+        spike_type: str = "binary",
+        implementation: str = "auto",
+    ) -> None:
+        super().__init__(
+            num_channels,
+            num_groups,
+            v_threshold=v_threshold,
+            surrogate=surrogate,
+            surrogate_alpha=surrogate_alpha,
+            spike_type=spike_type,
+        )
+        check_decay(decay)
+        if not (math.isfinite(reset) and reset >= 0):
+            raise ValueError(f"`reset` must be finite and >= 0, got {reset}")
+        if reset_iterations < 0:
+            raise ValueError(f"`reset_iterations` must be >= 0, got {reset_iterations}")
+        check_implementation(implementation)
+        self.initial_decay = decay
+        self.initial_reset = reset
+        self.reset_iterations = reset_iterations
+        self.normalize = normalize
+        self.bidirectional = bidirectional
+        self.implementation = implementation
+        self.decay_forward_logit = nn.Parameter(torch.empty(num_groups))
+        if bidirectional:
+            self.decay_backward_logit = nn.Parameter(torch.empty(num_groups))
+        if reset_iterations:
+            # Used through its absolute value: never negative, exact, and with a gradient everywhere (see `reset`).
+            self.reset_strength = nn.Parameter(torch.empty(num_groups))
+        self.reset_parameters()
+
+    def initial_values(self) -> dict[str, float]:
+        values = super().initial_values()
+        values["decay_forward_logit"] = logit(self.initial_decay)
+        if self.bidirectional:
+            values["decay_backward_logit"] = logit(self.initial_decay)
+        if self.reset_iterations:
+            values["reset_strength"] = self.initial_reset
+        return values
+
+    @property
+    def decay_forward(self) -> torch.Tensor:
+        """Decay per token from earlier to later tokens, `[groups]`."""
+        return torch.sigmoid(widen(self.decay_forward_logit))
+
+    @property
+    def decay_backward(self) -> torch.Tensor:
+        """Decay per token from later to earlier tokens, `[groups]`; zeros if the neuron looks forward only."""
+        if not self.bidirectional:
+            return torch.zeros_like(self.decay_forward_logit)
+        return torch.sigmoid(widen(self.decay_backward_logit))
+
+    @property
+    def reset(self) -> torch.Tensor:
+        """Strength of the soft reset, `[groups]`; zeros if it is switched off."""
+        if not self.reset_iterations:
+            return torch.zeros_like(self.decay_forward_logit)
+        # Not `abs()`, whose gradient at 0 is 0: a reset that starts there could never grow.
+        return torch.where(self.reset_strength < 0, -self.reset_strength, self.reset_strength)
+
+    def membrane_potential(self, current: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """The potential `v` before any reset.
+
+        Args:
+            current (`[batch, seq_len, channels]`): input current.
+            attention_mask (`[batch, seq_len]`): 1 at valid tokens, 0 at padding.
+
+        Returns:
+            `[batch, seq_len, channels]` in the dtype of `current`, 0 at masked tokens.
+        """
+        self.check_current(current, attention_mask)
+        x = widen(current)
+        potential = self._leaky_mean(x, attention_mask, self._total_weight(x, attention_mask))
+        return silence(potential, attention_mask).to(current.dtype)
+
+    def forward(self, current: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Spikes `[batch, seq_len, channels]` from currents of that shape; see the class for the equations."""
+        self.check_current(current, attention_mask)
+        x = widen(current)
+        weight = self._total_weight(x, attention_mask)
+        if self.implementation in ("auto", "chunked"):
+            return BPSNSpikes.apply(
+                current,
+                attention_mask,
+                weight,
+                self.v_threshold.to(x.dtype),
+                self.decay_forward.to(x.dtype),
+                self.decay_backward.to(x.dtype),
+                self.reset.to(x.dtype),
+                self.reset_iterations,
+                self.spike_type == "ternary",
+                self.surrogate,
+                self.surrogate_alpha,
+            )
+        potential = self._leaky_mean(x, attention_mask, weight)
+        v_threshold = self.v_threshold.to(x.dtype)
+        if self.reset_iterations:
+            received = self._received_reset(potential, v_threshold, attention_mask, weight)
+            potential = potential - self.per_channel(self.reset.to(x.dtype)) * received
+        return silence(self.fire(potential, v_threshold), attention_mask).to(current.dtype)
+
+    def _total_weight(self, x: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+        if not self.normalize:
+            return None
+        return total_weight(
+            x, self.decay_forward.to(x.dtype), self.decay_backward.to(x.dtype), attention_mask, self.implementation
+        )
+
+    def _leaky_mean(
+        self,
+        x: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        weight: torch.Tensor | None,
+        without_self: bool = False,
+    ) -> torch.Tensor:
+        """`sum_j a[t, j] m[j] x[j] / n[t]`, over all `j` or over `j != t`."""
+        x = silence(x, attention_mask)
+        total = leaky_sum(x, self.decay_forward.to(x.dtype), self.decay_backward.to(x.dtype), self.implementation)
+        total = total - x if without_self else total
+        return total if weight is None else divide_by_group(total, weight)
+
+    @torch.no_grad()
+    def _received_reset(
+        self,
+        potential: torch.Tensor,
+        v_threshold: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        weight: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """`r` after `reset_iterations` sweeps. It carries no gradient, as is usual for a reset."""
+        reset = self.per_channel(self.reset.to(potential.dtype))
+        spikes = self.fire(potential, v_threshold)
+        received = self._leaky_mean(spikes, attention_mask, weight, without_self=True)
+        for _ in range(self.reset_iterations - 1):
+            spikes = self.fire(potential - reset * received, v_threshold)
+            received = self._leaky_mean(spikes, attention_mask, weight, without_self=True)
+        return received
+
+    def extra_repr(self) -> str:
+        return (
+            f"{super().extra_repr()}, reset_iterations={self.reset_iterations}, normalize={self.normalize}, "
+            f"bidirectional={self.bidirectional}"
+        )
+
+
+class BPSNSpikes(torch.autograd.Function):
+    """`BPSN.forward` from currents to spikes in one piece, by scans and in place.
+
+    It keeps the current for the backward pass and computes the potential again there. `current` is
+    `[batch, seq_len, channels]`, `weight` is `n` as `[batch or 1, seq_len, groups]` or `None`, `v_threshold` is
+    `[channels]`, the decays and `reset` are `[groups]`, all in the dtype that the current is integrated in.
+    """
+
+    @staticmethod
+    def forward(
+        current: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        weight: torch.Tensor | None,
+        v_threshold: torch.Tensor,
+        decay_forward: torch.Tensor,
+        decay_backward: torch.Tensor,
+        reset: torch.Tensor,
+        reset_iterations: int,
+        ternary: bool,
+        surrogate: str,
+        alpha: float,
+    ) -> torch.Tensor:
+        x = silence(widen(current), attention_mask)
+        potential = divide_by_group_(add_scans_(*both_scans(x, decay_forward, decay_backward), x), weight)
+        if reset_iterations:
+            received = _received_reset(
+                potential,
+                attention_mask,
+                weight,
+                v_threshold,
+                decay_forward,
+                decay_backward,
+                reset,
+                reset_iterations,
+                ternary,
+            )
+            potential.sub_(multiply_by_group_(received, reset))
+        return silence_(_fire(potential, v_threshold, ternary), attention_mask).to(current.dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs[:7])
+        ctx.reset_iterations, ctx.ternary, ctx.surrogate, ctx.alpha = inputs[7:]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_spikes: torch.Tensor):
+        current, attention_mask, weight, v_threshold, decay_forward, decay_backward, reset = ctx.saved_tensors
+        x = silence(widen(current), attention_mask)
+        earlier, later = both_scans(x, decay_forward, decay_backward)
+        potential = divide_by_group_(add_scans_(earlier.clone(), later, x), weight)
+        margin, received = potential, None
+        if ctx.reset_iterations:
+            received = _received_reset(
+                potential,
+                attention_mask,
+                weight,
+                v_threshold,
+                decay_forward,
+                decay_backward,
+                reset,
+                ctx.reset_iterations,
+                ctx.ternary,
+            )
+            margin = potential - multiply_by_group_(received.clone(), reset)
+
+        grad_spikes = silence(grad_spikes.to(x.dtype), attention_mask)
+        derivative = SURROGATES[ctx.surrogate]
+        grad_potential = derivative(margin - v_threshold, ctx.alpha).mul_(grad_spikes)
+        grad_threshold = -grad_potential.sum((0, 1))
+        if ctx.ternary:
+            grad_mirrored = derivative(-margin - v_threshold, ctx.alpha).mul_(grad_spikes)
+            grad_threshold += grad_mirrored.sum((0, 1))
+            grad_potential += grad_mirrored
+
+        groups = reset.shape[0]
+        grad_reset = grad_weight = None
+        if received is not None:
+            grad_reset = -received.mul_(grad_potential).sum((0, 1)).unflatten(0, (groups, -1)).sum(-1)
+        if weight is not None:
+            grad_weight = (potential * grad_potential).unflatten(-1, (groups, -1)).sum(-1).div_(weight).neg_()
+            grad_weight = grad_weight.sum_to_size(weight.shape)
+        grad_sum = divide_by_group_(grad_potential, weight)
+        grad_x, grad_forward, grad_backward = both_scans_backward(
+            grad_sum, earlier, later, decay_forward, decay_backward
+        )
+        grad_current = silence_(grad_x, attention_mask).to(current.dtype)
+        return (
+            grad_current,
+            None,
+            grad_weight,
+            grad_threshold,
+            grad_forward,
+            grad_backward,
+            grad_reset,
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def _received_reset(
+    potential: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    v_threshold: torch.Tensor,
+    decay_forward: torch.Tensor,
+    decay_backward: torch.Tensor,
+    reset: torch.Tensor,
+    reset_iterations: int,
+    ternary: bool,
+) -> torch.Tensor:
+    """`r` after `reset_iterations` sweeps, by scans."""
+    margin = potential
+    for sweep in range(reset_iterations):
+        spikes = silence_(_fire(margin, v_threshold, ternary), attention_mask)
+        received = add_scans_(*both_scans(spikes, decay_forward, decay_backward), spikes)
+        received = divide_by_group_(received.sub_(spikes), weight)
+        if sweep + 1 < reset_iterations:
+            margin = potential - multiply_by_group_(received, reset)
+    return received
+
+
+def _fire(potential: torch.Tensor, v_threshold: torch.Tensor, ternary: bool) -> torch.Tensor:
+    """Spikes in the dtype of the potential, with no gradient."""
+    spikes = torch.ge(potential, v_threshold, out=torch.empty_like(potential))
+    return spikes.sub_((potential <= -v_threshold).to(spikes.dtype)) if ternary else spikes
+
+
+class LIF(SpikingNeuron):
+    """The leaky integrate-and-fire neuron with soft reset, stepped one after the other (the baseline).
+
+        v[t] = decay * (v[t - 1] - v_threshold * s[t - 1]) + I[t],    s[t] = H(v[t] - v_threshold)
+
+    The reset carries no gradient. With `num_timesteps=None` the time-steps are the tokens (individual coding). With
+    a number, the batch holds that many copies of the input, `[num_timesteps * batch, seq_len, channels]` with the
+    time-step as the slowest index, and the neuron of each token steps through them (repeat coding).
+
+    Args:
+        num_channels, num_groups, v_threshold, decay, surrogate, surrogate_alpha, spike_type: as for `BPSN`.
+        num_timesteps: time-steps of the repeat coding, or `None` to step through the tokens.
+
+    Raises:
+        ValueError: if an argument is outside its range.
+    """
+
+    def __init__(
+        self,
+        num_channels: int,
+        num_groups: int,
+        *,
+        v_threshold: float = 1.0,
+        decay: float = 0.5,
+        surrogate: str = "atan",
+        surrogate_alpha: float = 2.0,
+        spike_type: str = "binary",
+        num_timesteps: int | None = None,
+    ) -> None:
+        super().__init__(
+            num_channels,
+            num_groups,
+            v_threshold=v_threshold,
+            surrogate=surrogate,
+            surrogate_alpha=surrogate_alpha,
+            spike_type=spike_type,
+        )
+        check_decay(decay)
+        if num_timesteps is not None and num_timesteps < 1:
+            raise ValueError(f"`num_timesteps` must be >= 1 or None, got {num_timesteps}")
+        self.initial_decay = decay
+        self.num_timesteps = num_timesteps
+        self.decay_logit = nn.Parameter(torch.empty(num_groups))
+        self.reset_parameters()
+
+    def initial_values(self) -> dict[str, float]:
+        return {**super().initial_values(), "decay_logit": logit(self.initial_decay)}
+
+    @property
+    def decay(self) -> torch.Tensor:
+        """Decay per time-step, `[groups]`."""
+        return torch.sigmoid(widen(self.decay_logit))
+
+    def forward(self, current: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Spikes `[batch, seq_len, channels]` from currents of that shape.
+
+        Raises:
+            ValueError: if a shape is wrong, or the batch is not a multiple of `num_timesteps`.
+        """
+        self.check_current(current, attention_mask)
+        if self.num_timesteps is None:
+            time_dim, steps = 1, widen(current)
+        else:
+            if current.shape[0] % self.num_timesteps:
+                raise ValueError(
+                    f"`current` must hold {self.num_timesteps} time-steps along the batch, got {list(current.shape)}"
+                )
+            time_dim, steps = 0, widen(current).unflatten(0, (self.num_timesteps, -1))
+        mask = current.new_ones(current.shape[:2]) if attention_mask is None else attention_mask
+        silent = (mask == 0).reshape(*steps.shape[:-1], 1)
+        steps = steps.masked_fill(silent, 0)
+        decay = self.per_channel(self.decay.to(steps.dtype))
+        v_threshold = self.v_threshold.to(steps.dtype)
+        charge = torch.zeros_like(steps.select(time_dim, 0))
+        spikes = []
+        for step, is_silent in zip(steps.unbind(time_dim), silent.unbind(time_dim), strict=True):
+            potential = decay * charge + step
+            # A masked token neither fires nor resets.
+            spikes.append(self.fire(potential, v_threshold).masked_fill(is_silent, 0))
+            charge = potential - (v_threshold * spikes[-1]).detach()
+        return torch.stack(spikes, time_dim).reshape(current.shape).to(current.dtype)
+
+
+class PSN(SpikingNeuron):
+    """The Parallel Spiking Neuron with a learned `T x T` matrix and no reset (the baseline).
+
+        v = W I,    s[t] = H(v[t] - v_threshold)
+
+    with `W` shared by all channels, as in Fang et al., "Parallel Spiking Neurons with High Efficiency and Ability to
+    Learn Long-term Dependencies", NeurIPS 2023. Its length is fixed. `W` starts as the identity.
+
+    Args:
+        num_channels, num_groups, v_threshold, surrogate, surrogate_alpha, spike_type: as for `BPSN`.
+        length: the number of tokens `T` that it takes.
+
+    Raises:
+        ValueError: if an argument is outside its range.
+    """
+
+    def __init__(
+        self,
+        num_channels: int,
+        num_groups: int,
+        *,
+        length: int,
+        v_threshold: float = 1.0,
+        surrogate: str = "atan",
+        surrogate_alpha: float = 2.0,
+        spike_type: str = "binary",
+    ) -> None:
+        super().__init__(
+            num_channels,
+            num_groups,
+            v_threshold=v_threshold,
+            surrogate=surrogate,
+            surrogate_alpha=surrogate_alpha,
+            spike_type=spike_type,
+        )
+        if length < 1:
+            raise ValueError(f"`length` must be >= 1, got {length}")
+        self.length = length
+        self.weight = nn.Parameter(torch.empty(length, length))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self.weight.copy_(torch.eye(self.length))
+
+    def forward(self, current: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Spikes `[batch, length, channels]` from currents of that shape.
+
+        Raises:
+            ValueError: if a shape is wrong; a sequence of another length than `length` has no weights here.
+        """
+        self.check_current(current, attention_mask)
+        if current.shape[1] != self.length:
+            raise ValueError(
+                f"a PSN has weights for exactly {self.length} tokens, got seq_len = {current.shape[1]}: pad or cut "
+                "the input to that length, or use a neuron that takes any length (neuron_type='bpsn')"
+            )
+        x = silence(widen(current), attention_mask)
+        with torch.autocast(x.device.type, enabled=False):
+            potential = torch.einsum("tj,bjc->btc", self.weight.to(x.dtype), x)
+        spikes = self.fire(potential, self.v_threshold.to(x.dtype))
+        return silence(spikes, attention_mask).to(current.dtype)
+
+
+def add_scans_(earlier: torch.Tensor, later: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The leaky sum of `x` from its two scans, each of which counts `x` itself; in place of `earlier`."""
+    return earlier.add_(later).sub_(x)
+
+
+def silence_(x: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """Zero finite values at masked tokens, in place."""
+    return x if attention_mask is None else x.mul_(attention_mask.to(x.dtype)[..., None])
+
+
+def divide_by_group_(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+    """Divide the channels of `x`, `[batch, seq_len, channels]`, by their group's `weight`, in place."""
+    if weight is not None:
+        x.unflatten(-1, (weight.shape[-1], -1)).div_(weight[..., None])
+    return x
+
+
+def multiply_by_group_(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Multiply the channels of `x`, `[batch, seq_len, channels]`, by their group's `factor`, `[groups]`, in place."""
+    return x.mul_(factor.repeat_interleave(x.shape[-1] // factor.shape[0]))
+
+
+def logit(decay: float) -> float:
+    """The inverse of the sigmoid."""
+    return math.log(decay / (1 - decay))
+
+
+def check_decay(decay: float) -> None:
+    """Raise a `ValueError` unless `decay` can be the sigmoid of a logit."""
+    if not 0 < decay < 1:
+        raise ValueError(f"`decay` must lie in (0, 1), got {decay}")
