@@ -1,0 +1,969 @@
+"""SNN-BERT: a BERT whose encoder multiplies its weights with spikes only.
+
+Module and parameter names are BERT's own, so a BERT checkpoint's weights load with nothing renamed. A neuron stands
+in front of every matrix product: the module named `neuron` beside a `dense` is the one that feeds it, and
+`query_neuron`, `key_neuron` and `value_neuron` turn the projections into spikes.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPooling,
+    MaskedLMOutput,
+    MultipleChoiceModelOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, auto_docstring
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_snn_bert import SNNBertConfig
+from .spiking_neurons import BPSN, LIF, PSN, SpikingNeuron
+
+
+@dataclass
+class SNNBertModelOutput(BaseModelOutputWithPooling):
+    """`BaseModelOutputWithPooling`, and what the neurons did.
+
+    Args:
+        firing_rates (`tuple(torch.FloatTensor)`, *optional*, returned with `output_firing_rates=True`):
+            One `[batch, channels]` tensor per neuron layer (the model's `neuron_names()` names them): the mean number
+            of spikes per valid token.
+        spikes (`tuple(torch.FloatTensor)`, *optional*, returned with `output_spikes=True`):
+            One `[batch, seq_len, channels]` tensor per neuron layer, `[num_timesteps * batch, ...]` with repeat
+            coding.
+    """
+
+    firing_rates: tuple[torch.FloatTensor, ...] | None = None
+    spikes: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class SNNBertMaskedLMOutput(MaskedLMOutput):
+    """`MaskedLMOutput`, and what the neurons did.
+
+    Args:
+        firing_rates (`tuple(torch.FloatTensor)`, *optional*): As in `SNNBertModelOutput`.
+        spikes (`tuple(torch.FloatTensor)`, *optional*): As in `SNNBertModelOutput`.
+    """
+
+    firing_rates: tuple[torch.FloatTensor, ...] | None = None
+    spikes: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class SNNBertSequenceClassifierOutput(SequenceClassifierOutput):
+    """`SequenceClassifierOutput`, and what the neurons did.
+
+    Args:
+        firing_rates (`tuple(torch.FloatTensor)`, *optional*): As in `SNNBertModelOutput`.
+        spikes (`tuple(torch.FloatTensor)`, *optional*): As in `SNNBertModelOutput`.
+    """
+
+    firing_rates: tuple[torch.FloatTensor, ...] | None = None
+    spikes: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class SNNBertTokenClassifierOutput(TokenClassifierOutput):
+    """`TokenClassifierOutput`, and what the neurons did.
+
+    Args:
+        firing_rates (`tuple(torch.FloatTensor)`, *optional*): As in `SNNBertModelOutput`.
+        spikes (`tuple(torch.FloatTensor)`, *optional*): As in `SNNBertModelOutput`.
+    """
+
+    firing_rates: tuple[torch.FloatTensor, ...] | None = None
+    spikes: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class SNNBertQuestionAnsweringOutput(QuestionAnsweringModelOutput):
+    """`QuestionAnsweringModelOutput`, and what the neurons did.
+
+    Args:
+        firing_rates (`tuple(torch.FloatTensor)`, *optional*): As in `SNNBertModelOutput`.
+        spikes (`tuple(torch.FloatTensor)`, *optional*): As in `SNNBertModelOutput`.
+    """
+
+    firing_rates: tuple[torch.FloatTensor, ...] | None = None
+    spikes: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class SNNBertMultipleChoiceOutput(MultipleChoiceModelOutput):
+    """`MultipleChoiceModelOutput`, and what the neurons did.
+
+    Args:
+        firing_rates (`tuple(torch.FloatTensor)`, *optional*): As in `SNNBertModelOutput`.
+        spikes (`tuple(torch.FloatTensor)`, *optional*): As in `SNNBertModelOutput`.
+    """
+
+    firing_rates: tuple[torch.FloatTensor, ...] | None = None
+    spikes: tuple[torch.FloatTensor, ...] | None = None
+
+
+class InitialCurrents:
+    """Mean and standard deviation of the neurons' currents in a freshly initialised model.
+
+    A threshold that is fixed in absolute units leaves a network silent when its weights are small. So thresholds
+    start `config.v_threshold` standard deviations above the mean of the potential, which is known before training:
+    LayerNorm gives unit variance, a Linear of random weights adds up as many of them as spikes arrive, and a leaky
+    mean narrows what it averages.
+    """
+
+    # Attention starts as a plain average of the value spikes; its spread is that of a mean over about so many tokens.
+    TOKENS = 64
+
+    def __init__(self, config: SNNBertConfig) -> None:
+        self.config = config
+        tail = 0.5 * math.erfc(config.v_threshold / math.sqrt(2))
+        self.firing_rate = tail if config.spike_type == "binary" else min(2 * tail, 1.0)
+        # What the leaky mean or sum over independent currents makes of their mean and standard deviation.
+        self.gain_of_mean = self.gain_of_deviation = 1.0
+        if config.neuron_type == "bpsn":
+            total, squares = 1 / (1 - config.decay), 1 / (1 - config.decay**2)
+            if config.bidirectional:
+                total, squares = 2 * total - 1, 2 * squares - 1
+            norm = total if config.normalize else 1.0
+            self.gain_of_mean, self.gain_of_deviation = total / norm, math.sqrt(squares) / norm
+
+    def normed(self) -> float:
+        """Threshold for a LayerNorm's output."""
+        return self.config.v_threshold * self.gain_of_deviation
+
+    def linear(self, fan_in: int) -> float:
+        """Threshold for the output of a Linear that is fed by spikes."""
+        return self.normed() * self.config.initializer_range * math.sqrt(self.firing_rate * fan_in)
+
+    def context(self) -> float:
+        """Threshold for the attention's output, a mean of value spikes."""
+        if self.config.spike_type == "binary":
+            mean, variance = self.firing_rate, self.firing_rate * (1 - self.firing_rate)
+        else:
+            mean, variance = 0.0, self.firing_rate
+        scale = 1.0
+        if self.config.attention_type == "spiking":
+            head_size = self.config.hidden_size // self.config.num_attention_heads
+            scale = math.sqrt(head_size) * mean**2 if mean else self.firing_rate
+        return scale * (mean * self.gain_of_mean + self.normed() * math.sqrt(variance / self.TOKENS))
+
+
+def build_neuron(config: SNNBertConfig, num_channels: int, v_threshold: float) -> SpikingNeuron:
+    """The neuron layer that `config` asks for, with one channel group per attention head."""
+    common: dict[str, Any] = {
+        "v_threshold": v_threshold,
+        "surrogate": config.surrogate,
+        "surrogate_alpha": config.surrogate_alpha,
+        "spike_type": config.spike_type,
+    }
+    if config.neuron_type == "lif":
+        num_timesteps = config.num_timesteps if config.coding == "repeat" else None
+        return LIF(num_channels, config.num_attention_heads, decay=config.decay, num_timesteps=num_timesteps, **common)
+    if config.neuron_type == "psn":
+        assert config.psn_length is not None  # the configuration has checked it
+        return PSN(num_channels, config.num_attention_heads, length=config.psn_length, **common)
+    return BPSN(
+        num_channels,
+        config.num_attention_heads,
+        decay=config.decay,
+        reset=config.reset,
+        reset_iterations=config.reset_iterations,
+        normalize=config.normalize,
+        bidirectional=config.bidirectional,
+        implementation=config.integration,
+        **common,
+    )
+
+
+class SNNBertEmbeddings(nn.Module):
+    """Word, position and token-type embeddings, as in BERT."""
+
+    def __init__(self, config: SNNBertConfig) -> None:
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None,
+        token_type_ids: torch.Tensor | None,
+        position_ids: torch.Tensor,
+        inputs_embeds: torch.FloatTensor | None,
+    ) -> torch.Tensor:
+        embeddings = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        if token_type_ids is None:
+            token_type_ids = torch.zeros(embeddings.shape[:-1], dtype=torch.long, device=embeddings.device)
+        embeddings = embeddings + self.token_type_embeddings(token_type_ids) + self.position_embeddings(position_ids)
+        return self.dropout(self.LayerNorm(embeddings))
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention written out; `query`, `key`, `value` are `[batch, heads, seq_len, head_size]`."""
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = nn.functional.dropout(scores.softmax(dim=-1), p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+def spiking_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    token_mask: torch.Tensor | None,
+    scaling: float,
+    output_weights: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Softmax-free attention, `q (k^T v) * scaling / (number of valid tokens)`; linear in the length.
+
+    Spikes are 0 at masked tokens, so the mask only enters the count. The division keeps the result, like a softmax's,
+    independent of the length. With `output_weights` the `[batch, heads, seq_len, seq_len]` weights `q k^T` are
+    formed, at quadratic cost, and returned.
+    """
+    tokens: float | torch.Tensor = float(key.shape[2])
+    if token_mask is not None:
+        tokens = token_mask.sum(-1).clamp(min=1).to(query.dtype)[:, None, None, None]
+    if output_weights:
+        weights = query @ key.transpose(2, 3) * scaling / tokens
+        context = weights @ value
+    else:
+        weights = None
+        context = query @ (key.transpose(2, 3) @ value) * scaling / tokens
+    return context.transpose(1, 2).contiguous(), weights
+
+
+class SNNBertSelfAttention(nn.Module):
+    """Multi-head attention between spikes.
+
+    Keys and values are spikes. Of the queries' spikes the affine `query_gain * spike + query_offset`, per channel,
+    enters the product: it gives the attention its sharpness, and the product with binary keys still needs additions
+    only.
+    """
+
+    def __init__(self, config: SNNBertConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.head_size = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_size**-0.5
+        self.is_causal = False
+        currents = InitialCurrents(config)
+        hidden_size = config.hidden_size
+        self.neuron = build_neuron(config, hidden_size, currents.normed())
+        self.query = nn.Linear(hidden_size, hidden_size)
+        self.key = nn.Linear(hidden_size, hidden_size)
+        self.value = nn.Linear(hidden_size, hidden_size)
+        self.query_neuron = build_neuron(config, hidden_size, currents.linear(hidden_size))
+        self.key_neuron = build_neuron(config, hidden_size, currents.linear(hidden_size))
+        self.value_neuron = build_neuron(config, hidden_size, currents.linear(hidden_size))
+        self.query_gain = nn.Parameter(torch.ones(hidden_size))
+        self.query_offset = nn.Parameter(torch.zeros(hidden_size))
+        self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        token_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        input_shape = hidden_states.shape[:-1]
+        spikes = self.neuron(hidden_states, token_mask)
+        query = self.query_neuron(self.query(spikes), token_mask)
+        key = self.key_neuron(self.key(spikes), token_mask)
+        value = self.value_neuron(self.value(spikes), token_mask)
+        query = query * self.query_gain.to(query.dtype) + self.query_offset.to(query.dtype)
+        query, key, value = (x.view(*input_shape, -1, self.head_size).transpose(1, 2) for x in (query, key, value))
+
+        implementation = self.config._attn_implementation
+        if self.config.attention_type == "spiking":
+            context, weights = spiking_attention(query, key, value, token_mask, self.scaling, implementation == "eager")
+        else:
+            attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+                implementation, eager_attention_forward
+            )
+            context, weights = attention_interface(
+                self,
+                query,
+                key,
+                value,
+                attention_mask,
+                dropout=self.dropout.p if self.training else 0.0,
+                scaling=self.scaling,
+                **kwargs,
+            )
+        return context.reshape(*input_shape, -1).contiguous(), weights
+
+
+class SNNBertSelfOutput(nn.Module):
+    """The attention's output projection, dropout, residual connection and norm, behind a neuron."""
+
+    def __init__(self, config: SNNBertConfig) -> None:
+        super().__init__()
+        self.neuron = build_neuron(config, config.hidden_size, InitialCurrents(config).context())
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, context: torch.Tensor, residual: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
+        return self.LayerNorm(residual + self.dropout(self.dense(self.neuron(context, token_mask))))
+
+
+class SNNBertAttention(nn.Module):
+    """Self-attention and its output block."""
+
+    def __init__(self, config: SNNBertConfig) -> None:
+        super().__init__()
+        self.self = SNNBertSelfAttention(config)
+        self.output = SNNBertSelfOutput(config)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        token_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        context, weights = self.self(hidden_states, attention_mask, token_mask, **kwargs)
+        return self.output(context, hidden_states, token_mask), weights
+
+
+class SNNBertIntermediate(nn.Module):
+    """The MLP's first projection, behind a neuron."""
+
+    def __init__(self, config: SNNBertConfig) -> None:
+        super().__init__()
+        self.neuron = build_neuron(config, config.hidden_size, InitialCurrents(config).normed())
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+
+    def forward(self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
+        return self.dense(self.neuron(hidden_states, token_mask))
+
+
+class SNNBertOutput(nn.Module):
+    """The MLP's second projection, dropout, residual and norm; its neuron stands in the activation's place."""
+
+    def __init__(self, config: SNNBertConfig) -> None:
+        super().__init__()
+        self.neuron = build_neuron(config, config.intermediate_size, InitialCurrents(config).linear(config.hidden_size))
+        self.dense = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, current: torch.Tensor, residual: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
+        return self.LayerNorm(residual + self.dropout(self.dense(self.neuron(current, token_mask))))
+
+
+class SNNBertLayer(GradientCheckpointingLayer):
+    """One encoder layer: attention, then MLP, on a real-valued residual stream."""
+
+    def __init__(self, config: SNNBertConfig) -> None:
+        super().__init__()
+        self.attention = SNNBertAttention(config)
+        self.intermediate = SNNBertIntermediate(config)
+        self.output = SNNBertOutput(config)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        token_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        hidden_states, _ = self.attention(hidden_states, attention_mask, token_mask, **kwargs)
+        return self.output(self.intermediate(hidden_states, token_mask), hidden_states, token_mask)
+
+
+class SNNBertEncoder(nn.Module):
+    """The stack of layers. With repeat coding it runs on `num_timesteps` copies of its input and averages them."""
+
+    def __init__(self, config: SNNBertConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.layer = nn.ModuleList([SNNBertLayer(config) for _ in range(config.num_hidden_layers)])
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        token_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        num_timesteps = self.config.num_timesteps
+        if num_timesteps > 1:
+            hidden_states = hidden_states.repeat(num_timesteps, 1, 1)
+            token_mask = None if token_mask is None else token_mask.repeat(num_timesteps, 1)
+        attention_mask = create_bidirectional_mask(
+            config=self.config, inputs_embeds=hidden_states, attention_mask=token_mask
+        )
+        for layer in self.layer:
+            hidden_states = layer(hidden_states, attention_mask, token_mask, **kwargs)
+        if num_timesteps > 1:
+            hidden_states = hidden_states.unflatten(0, (num_timesteps, -1)).mean(0)
+        return hidden_states
+
+
+class SNNBertPooler(nn.Module):
+    """A dense layer and tanh on the first valid token, which is not at index 0 under left padding."""
+
+    def __init__(self, config: SNNBertConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = nn.Tanh()
+
+    def forward(self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None) -> torch.Tensor:
+        if token_mask is None:
+            first = hidden_states[:, 0]
+        else:
+            index = (token_mask != 0).long().argmax(dim=1)
+            first = hidden_states[torch.arange(len(index), device=index.device), index]
+        return self.activation(self.dense(first))
+
+
+class SNNBertPredictionHeadTransform(nn.Module):
+    """The masked-LM head's dense layer, as in BERT."""
+
+    def __init__(self, config: SNNBertConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.transform_act_fn = ACT2FN[config.hidden_act]
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.LayerNorm(self.transform_act_fn(self.dense(hidden_states)))
+
+
+class SNNBertLMPredictionHead(nn.Module):
+    """Transform and decoder; the decoder's weight is tied to the word embeddings, its bias to `bias`."""
+
+    def __init__(self, config: SNNBertConfig) -> None:
+        super().__init__()
+        self.transform = SNNBertPredictionHeadTransform(config)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.decoder(self.transform(hidden_states))
+
+
+class SNNBertOnlyMLMHead(nn.Module):
+    """Holds the masked-LM head under BERT's name `cls.predictions`."""
+
+    def __init__(self, config: SNNBertConfig) -> None:
+        super().__init__()
+        self.predictions = SNNBertLMPredictionHead(config)
+
+    def forward(self, sequence_output: torch.Tensor) -> torch.Tensor:
+        return self.predictions(sequence_output)
+
+
+class SNNBertPreTrainedModel(PreTrainedModel):
+    """What every SNN-BERT model shares: initialisation, outputs that can be recorded, and the list of neurons."""
+
+    config: SNNBertConfig
+    base_model_prefix = "bert"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["SNNBertEmbeddings", "SNNBertLayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_record_outputs = {
+        "hidden_states": SNNBertLayer,
+        "attentions": SNNBertSelfAttention,
+        "spikes": OutputRecorder(SpikingNeuron, index=0),
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, SpikingNeuron):
+            for name, value in module.initial_values().items():
+                init.constant_(getattr(module, name), value)
+            if isinstance(module, PSN):
+                init.copy_(module.weight, torch.eye(module.length))
+        elif isinstance(module, SNNBertSelfAttention):
+            init.ones_(module.query_gain)
+            init.zeros_(module.query_offset)
+        elif isinstance(module, SNNBertLMPredictionHead):
+            init.zeros_(module.bias)
+
+    def neuron_names(self) -> list[str]:
+        """Names of the neuron layers, in the order of `firing_rates` and `spikes` in the outputs."""
+        return [name for name, module in self.named_modules() if isinstance(module, SpikingNeuron)]
+
+
+@auto_docstring(custom_intro="The SNN-BERT encoder, with hidden states and the pooled first token as outputs.")
+class SNNBertModel(SNNBertPreTrainedModel):
+    def __init__(self, config: SNNBertConfig, add_pooling_layer: bool = True) -> None:
+        r"""
+        add_pooling_layer (`bool`, *optional*, defaults to `True`):
+            Whether to add a pooling layer.
+        """
+        super().__init__(config)
+        self.gradient_checkpointing = False
+        self.embeddings = SNNBertEmbeddings(config)
+        self.encoder = SNNBertEncoder(config)
+        self.pooler = SNNBertPooler(config) if add_pooling_layer else None
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.embeddings.word_embeddings = value
+
+    @merge_with_config_defaults
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        output_firing_rates: bool | None = None,
+        output_spikes: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | SNNBertModelOutput:
+        r"""
+        output_firing_rates (`bool`, *optional*):
+            Whether to return the firing rates of every neuron layer. Defaults to `config.output_firing_rates`.
+        output_spikes (`bool`, *optional*):
+            Whether to return the spikes of every neuron layer. Defaults to `config.output_spikes`.
+        """
+        if output_firing_rates is None:
+            output_firing_rates = self.config.output_firing_rates
+        if output_spikes is None:
+            output_spikes = self.config.output_spikes
+        given = check_inputs(self.config, input_ids, attention_mask, position_ids, token_type_ids, inputs_embeds)
+        if attention_mask is not None and _values_can_be_read(attention_mask) and bool((attention_mask != 0).all()):
+            # Without padding the neurons have less to do.
+            attention_mask = None
+        outputs = self._encode(
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            default_position_ids(given, attention_mask) if position_ids is None else position_ids,
+            inputs_embeds,
+            output_spikes=output_spikes or output_firing_rates,
+            return_dict=True,
+            **kwargs,
+        )
+        if output_firing_rates:
+            firing_rates = tuple(
+                firing_rate(spikes, attention_mask, self.config.num_timesteps) for spikes in outputs.spikes
+            )
+            spikes = outputs.spikes if output_spikes else None
+            # Built anew: a ModelOutput that once held a value keeps it as an item when the attribute is set to None.
+            outputs = SNNBertModelOutput(**{**outputs, "firing_rates": firing_rates, "spikes": spikes})
+        return outputs
+
+    @capture_outputs
+    def _encode(
+        self,
+        input_ids: torch.LongTensor | None,
+        attention_mask: torch.Tensor | None,
+        token_type_ids: torch.LongTensor | None,
+        position_ids: torch.Tensor,
+        inputs_embeds: torch.FloatTensor | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SNNBertModelOutput:
+        """The forward pass proper, around which hidden states, attentions and spikes are recorded."""
+        hidden_states = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
+        hidden_states = self.encoder(hidden_states, attention_mask, **kwargs)
+        return SNNBertModelOutput(
+            last_hidden_state=hidden_states,
+            pooler_output=self.pooler(hidden_states, attention_mask) if self.pooler is not None else None,
+        )
+
+
+@auto_docstring(custom_intro="SNN-BERT with a masked language modelling head.")
+class SNNBertForMaskedLM(SNNBertPreTrainedModel):
+    _tied_weights_keys = {
+        "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+        "cls.predictions.decoder.bias": "cls.predictions.bias",
+    }
+
+    def __init__(self, config: SNNBertConfig) -> None:
+        super().__init__(config)
+        self.bert = SNNBertModel(config, add_pooling_layer=False)
+        self.cls = SNNBertOnlyMLMHead(config)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.cls.predictions.decoder
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        self.cls.predictions.decoder = new_embeddings
+        self.cls.predictions.bias = new_embeddings.bias
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | SNNBertMaskedLMOutput:
+        r"""
+        labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            Token ids to predict, in `[0, config.vocab_size)`; -100 is ignored.
+        """
+        outputs = self.bert(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
+        )
+        logits = self.cls(outputs.last_hidden_state)
+        loss = None
+        if labels is not None:
+            check_labels(labels, logits.shape[:-1], logits.shape[-1], ignore_index=-100)
+            loss = self.loss_function(logits, labels, vocab_size=logits.shape[-1], **kwargs)
+        return SNNBertMaskedLMOutput(loss=loss, logits=logits, **recorded(outputs))
+
+
+@auto_docstring(custom_intro="SNN-BERT with a sequence classification or regression head on the pooled output.")
+class SNNBertForSequenceClassification(SNNBertPreTrainedModel):
+    # The loss is a mean over sequences, so Trainer must divide by the number of accumulation steps itself.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: SNNBertConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.bert = SNNBertModel(config)
+        self.dropout = nn.Dropout(classifier_dropout(config))
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | SNNBertSequenceClassifierOutput:
+        r"""
+        labels (`torch.Tensor` of shape `(batch_size,)` or `(batch_size, num_labels)`, *optional*):
+            Integer classes in `[0, num_labels)`; real numbers for regression (`num_labels=1`); or zeros and ones as
+            floats, one per label, for multi-label classification.
+        """
+        outputs = self.bert(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
+        )
+        logits = self.classifier(self.dropout(outputs.pooler_output))
+        loss = None
+        if labels is not None:
+            check_sequence_labels(labels, logits, self.config.problem_type)
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+        return SNNBertSequenceClassifierOutput(loss=loss, logits=logits, **recorded(outputs))
+
+
+@auto_docstring(custom_intro="SNN-BERT with a token classification head, for example for named entities.")
+class SNNBertForTokenClassification(SNNBertPreTrainedModel):
+    def __init__(self, config: SNNBertConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.bert = SNNBertModel(config, add_pooling_layer=False)
+        self.dropout = nn.Dropout(classifier_dropout(config))
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | SNNBertTokenClassifierOutput:
+        r"""
+        labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            Classes of the tokens, in `[0, num_labels)`; -100 is ignored.
+        """
+        outputs = self.bert(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
+        )
+        logits = self.classifier(self.dropout(outputs.last_hidden_state))
+        loss = None
+        if labels is not None:
+            check_labels(labels, logits.shape[:-1], self.num_labels, ignore_index=-100)
+            loss = self.loss_function(logits, labels, self.config, **kwargs)
+        return SNNBertTokenClassifierOutput(loss=loss, logits=logits, **recorded(outputs))
+
+
+@auto_docstring(custom_intro="SNN-BERT with a span classification head for extractive question answering.")
+class SNNBertForQuestionAnswering(SNNBertPreTrainedModel):
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: SNNBertConfig) -> None:
+        super().__init__(config)
+        self.bert = SNNBertModel(config, add_pooling_layer=False)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        start_positions: torch.LongTensor | None = None,
+        end_positions: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | SNNBertQuestionAnsweringOutput:
+        outputs = self.bert(
+            input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
+        )
+        start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(-1)
+        loss = None
+        if (start_positions is None) != (end_positions is None):
+            raise ValueError("`start_positions` and `end_positions` must be given together")
+        if start_positions is not None:
+            loss = self.loss_function(start_logits, end_logits, start_positions, end_positions)
+        return SNNBertQuestionAnsweringOutput(
+            loss=loss, start_logits=start_logits, end_logits=end_logits, **recorded(outputs)
+        )
+
+
+@auto_docstring(custom_intro="SNN-BERT with a multiple choice head: a score for each of several continuations.")
+class SNNBertForMultipleChoice(SNNBertPreTrainedModel):
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: SNNBertConfig) -> None:
+        super().__init__(config)
+        self.bert = SNNBertModel(config)
+        self.dropout = nn.Dropout(classifier_dropout(config))
+        self.classifier = nn.Linear(config.hidden_size, 1)
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | SNNBertMultipleChoiceOutput:
+        r"""
+        input_ids (`torch.LongTensor` of shape `(batch_size, num_choices, sequence_length)`):
+            Token ids of every choice. The other inputs have the same leading two dimensions.
+        token_type_ids (`torch.LongTensor` of shape `(batch_size, num_choices, sequence_length)`, *optional*):
+            Segment of each token.
+        position_ids (`torch.LongTensor` of shape `(batch_size, num_choices, sequence_length)`, *optional*):
+            Position of each token.
+        inputs_embeds (`torch.FloatTensor` of shape `(batch_size, num_choices, seq_len, hidden_size)`, *optional*):
+            Embeddings in place of `input_ids`.
+        labels (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+            Index of the right choice.
+        """
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if given is None or given.dim() < 3:
+            raise ValueError(
+                "`input_ids` must have the shape [batch, num_choices, seq_len] (or `inputs_embeds` one dimension "
+                f"more), got {None if given is None else list(given.shape)}"
+            )
+        num_choices = given.shape[1]
+        flat = [
+            None if x is None else x.flatten(0, 1)
+            for x in (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        ]
+        outputs = self.bert(*flat, return_dict=True, **kwargs)
+        logits = self.classifier(self.dropout(outputs.pooler_output)).view(-1, num_choices)
+        loss = None
+        if labels is not None:
+            check_labels(labels, logits.shape[:1], num_choices)
+            loss = nn.functional.cross_entropy(logits, labels)
+        return SNNBertMultipleChoiceOutput(loss=loss, logits=logits, **recorded(outputs))
+
+
+def classifier_dropout(config: SNNBertConfig) -> float:
+    """Dropout in front of a classifier: its own setting, or that of the encoder."""
+    return config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+
+
+def recorded(outputs: SNNBertModelOutput) -> dict[str, tuple | None]:
+    """What a head passes on from the base model's outputs."""
+    return {name: outputs.get(name) for name in ("hidden_states", "attentions", "firing_rates", "spikes")}
+
+
+def firing_rate(spikes: torch.Tensor, attention_mask: torch.Tensor | None, num_timesteps: int = 1) -> torch.Tensor:
+    """Mean number of spikes per valid token (and time-step), `[batch, channels]`.
+
+    Args:
+        spikes (`[num_timesteps * batch, seq_len, channels]`): spikes, 0 at masked tokens; -1 counts as one.
+        attention_mask (`[batch, seq_len]`): 1 at valid tokens, 0 at padding.
+        num_timesteps: time-steps of the repeat coding.
+    """
+    count = spikes.abs().sum(1)
+    if num_timesteps > 1:
+        count = count.unflatten(0, (num_timesteps, -1)).mean(0)
+    if attention_mask is None:
+        return count / spikes.shape[1]
+    return count / attention_mask.sum(-1, keepdim=True).clamp(min=1).to(count.dtype)
+
+
+def default_position_ids(inputs: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """Positions `[batch or 1, seq_len]`, counted over valid tokens, so that left padding does not shift a sentence."""
+    if attention_mask is None:
+        return torch.arange(inputs.shape[1], device=inputs.device)[None]
+    return ((attention_mask != 0).long().cumsum(-1) - 1).clamp(min=0)
+
+
+def _values_can_be_read(x: torch.Tensor) -> bool:
+    """Whether looking at values is possible (not while tracing) and free (not where it would stall a GPU)."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+
+
+def check_inputs(
+    config: SNNBertConfig,
+    input_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    token_type_ids: torch.Tensor | None,
+    inputs_embeds: torch.Tensor | None,
+) -> torch.Tensor:
+    """Raise an error that names the argument, what was given and what is wanted. Values are checked on a CPU only.
+
+    Returns whichever of `input_ids` and `inputs_embeds` was given.
+    """
+    if input_ids is not None and inputs_embeds is None:
+        given = input_ids
+        if input_ids.dim() != 2:
+            raise ValueError(f"`input_ids` must have the shape [batch, seq_len], got {list(input_ids.shape)}")
+        shape = input_ids.shape
+    elif inputs_embeds is not None and input_ids is None:
+        given = inputs_embeds
+        if inputs_embeds.dim() != 3 or inputs_embeds.shape[-1] != config.hidden_size:
+            raise ValueError(
+                f"`inputs_embeds` must have the shape [batch, seq_len, {config.hidden_size}], "
+                f"got {list(inputs_embeds.shape)}"
+            )
+        shape = inputs_embeds.shape[:-1]
+    else:
+        raise ValueError("exactly one of `input_ids` and `inputs_embeds` must be given")
+    if shape[1] == 0 or shape[0] == 0:
+        raise ValueError(f"the batch must hold at least one sequence of at least one token, got {list(shape)}")
+    if position_ids is None and shape[1] > config.max_position_embeddings:
+        raise ValueError(
+            f"the sequences have {shape[1]} tokens, but the model has {config.max_position_embeddings} position "
+            "embeddings: truncate the input (`truncation=True, max_length=...` in the tokenizer)"
+        )
+    if attention_mask is not None and attention_mask.shape != shape:
+        raise ValueError(
+            f"`attention_mask` must have the shape [batch, seq_len] = {list(shape)}, got {list(attention_mask.shape)}: "
+            "the neurons need to know which tokens are valid, so masks per pair of tokens are not supported"
+        )
+    for name, ids, upper in (
+        ("input_ids", input_ids, config.vocab_size),
+        ("position_ids", position_ids, config.max_position_embeddings),
+        ("token_type_ids", token_type_ids, config.type_vocab_size),
+    ):
+        if ids is None:
+            continue
+        if ids.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"`{name}` must be int64 or int32, got {ids.dtype}")
+        if ids.shape not in (shape, (1, shape[1]), shape[1:]):
+            raise ValueError(f"`{name}` must have the shape [batch, seq_len] = {list(shape)}, got {list(ids.shape)}")
+        if _values_can_be_read(ids):
+            low, high = ids.aminmax()
+            if low < 0 or high >= upper:
+                raise ValueError(f"`{name}` must lie in [0, {upper}), got values from {low.item()} to {high.item()}")
+    if (
+        attention_mask is not None
+        and attention_mask.dtype != torch.bool
+        and _values_can_be_read(attention_mask)
+        and bool(((attention_mask != 0) & (attention_mask != 1)).any())
+    ):
+        raise ValueError("`attention_mask` must hold 1 at valid tokens and 0 at padding only")
+    if inputs_embeds is not None and _values_can_be_read(inputs_embeds):
+        valid = inputs_embeds if attention_mask is None else inputs_embeds[attention_mask != 0]
+        if not bool(valid.isfinite().all()):
+            raise ValueError("`inputs_embeds` holds NaN or infinite values at valid tokens")
+    return given
+
+
+def check_labels(labels: torch.Tensor, shape: torch.Size, num_labels: int, ignore_index: int | None = None) -> None:
+    """Raise a clear error unless `labels` has `shape` and values in [0, num_labels), or `ignore_index`."""
+    if labels.dtype != torch.int64:
+        raise TypeError(f"`labels` must be int64 classes, got {labels.dtype}")
+    if labels.shape != shape:
+        raise ValueError(f"`labels` must have the shape {list(shape)}, got {list(labels.shape)}")
+    if _values_can_be_read(labels):
+        wrong = (labels < 0) | (labels >= num_labels)
+        if ignore_index is not None:
+            wrong = wrong & (labels != ignore_index)
+        if bool(wrong.any()):
+            raise ValueError(
+                f"`labels` must lie in [0, {num_labels}), the number of classes of the model, "
+                f"got {labels[wrong][0].item()}: load the model with the right `num_labels`"
+            )
+
+
+def check_sequence_labels(labels: torch.Tensor, logits: torch.Tensor, problem_type: str | None) -> None:
+    """The same for a sequence classifier, whose labels depend on the type of its problem."""
+    batch, num_labels = logits.shape
+    is_integer = labels.dtype in (torch.long, torch.int)
+    if problem_type == "single_label_classification" or (problem_type is None and num_labels > 1 and is_integer):
+        if not is_integer:
+            raise TypeError(f"`labels` of a single-label classifier must be integer classes, got {labels.dtype}")
+        check_labels(labels.reshape(-1), logits.shape[:1], num_labels)
+        return
+    if not labels.is_floating_point() and (problem_type == "multi_label_classification" or num_labels > 1):
+        raise TypeError(f"`labels` of a multi-label classifier or a regression must be floats, got {labels.dtype}")
+    if labels.shape != logits.shape and not (num_labels == 1 and labels.shape == (batch,)):
+        raise ValueError(f"`labels` must have the shape {[batch, num_labels]}, got {list(labels.shape)}")
+
+
+__all__ = [
+    "SNNBertForMaskedLM",
+    "SNNBertForMultipleChoice",
+    "SNNBertForQuestionAnswering",
+    "SNNBertForSequenceClassification",
+    "SNNBertForTokenClassification",
+    "SNNBertModel",
+    "SNNBertPreTrainedModel",
+]
