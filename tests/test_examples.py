@@ -1,0 +1,122 @@
+"""The example scripts, run as a user runs them, on a small random BERT and files of the test's own."""
+
+import csv
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import BertConfig, BertModel
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+def run(script, *arguments, check=True):
+    command = [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert not check or result.returncode == 0, result.stderr
+    return result
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("bert")
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        initializer_range=0.1,
+    )
+    BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_rows(folder, kind, labels=("bad", "good")):
+    rows = [
+        {"sentence": f"the {'quick brown fox' if i % 2 else 'old film'} {i}", "label": labels[i % 2]} for i in range(40)
+    ]
+    paths = []
+    for split, part in (("train", rows[:30]), ("validation", rows[30:])):
+        path = folder / f"{split}.{kind}"
+        if kind == "json":
+            path.write_text("\n".join(json.dumps(row) for row in part))
+        else:
+            with open(path, "w", newline="") as file:
+                writer = csv.DictWriter(file, ["sentence", "label"], delimiter="\t" if kind == "tsv" else ",")
+                writer.writeheader()
+                writer.writerows(part)
+        paths.append(path)
+    return ["--train_file", paths[0], "--validation_file", paths[1]]
+
+
+SHORT = ["--distillation_steps", 2, "--num_train_epochs", 0.5, "--batch_size", 4]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["csv", "tsv", "json"])
+def test_quickstart(tmp_path, bert, kind):
+    output = tmp_path / "out"
+    result = run(
+        "quickstart.py", "--model_name_or_path", bert, *write_rows(tmp_path, kind), "--output_dir", output, *SHORT
+    )
+    report = json.loads((output / "report.json").read_text())
+    assert report["accuracy"]["majority class"] == 0.5
+    assert report["training_sentences"] == 30 and report["finetuning_steps"] == 4
+    assert len(report["firing_rates"]) == 14 and all(0 < rate < 1 for rate in report["firing_rates"].values())
+    assert {p["label"] for p in report["predictions"]} <= {"bad", "good"}
+    assert (output / "report.md").read_text().strip() in result.stdout
+    for picture in ("firing_rates.png", "spikes.png"):
+        assert (output / picture).read_bytes().startswith(b"\x89PNG")
+    names = {path.name for path in (output / "model").iterdir()}
+    assert {"config.json", "model.safetensors", "modeling_snn_bert.py", "spiking_neurons.py", "tokenizer.json"} <= names
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param(["--train_file", "x.csv"], "must be given together", id="one-file"),
+        pytest.param(["--train_file", "x.txt", "--validation_file", "y.txt"], "must both be .csv", id="suffix"),
+        pytest.param(
+            ["--train_file", "x.csv", "--validation_file", "y.csv", "--dataset_name", "z"], "either", id="both"
+        ),
+    ],
+)
+def test_quickstart_refuses(bert, arguments, message):
+    result = run("quickstart.py", "--model_name_or_path", bert, *arguments, check=False)
+    assert result.returncode and message in result.stderr
+
+
+def test_quickstart_names_a_missing_column(tmp_path, bert):
+    files = write_rows(tmp_path, "csv")
+    result = run("quickstart.py", "--model_name_or_path", bert, *files, "--text_column", "text", check=False)
+    assert result.returncode and "no column 'text'" in result.stderr
+
+
+FETCH = """
+import sys
+sys.path.insert(0, {examples!r})
+import fetch_inputs
+package_file = fetch_inputs.PackageFile("no-such-package-of-snn-bert==0.0", "thing.whl", {digest!r})
+print(fetch_inputs.fetch(package_file))
+"""
+
+
+@pytest.mark.parametrize("content", [None, b"right", b"wrong"], ids=["missing", "cached", "damaged"])
+def test_fetch(tmp_path, monkeypatch, content):
+    monkeypatch.setenv("SNN_BERT_CACHE", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    if content is not None:
+        (tmp_path / "thing.whl").write_bytes(content)
+    code = FETCH.format(examples=str(EXAMPLES), digest=hashlib.sha256(b"right").hexdigest())
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if content == b"right":
+        assert result.stdout.strip() == str(tmp_path / "thing.whl")
+    else:
+        assert result.returncode
+        assert ("put the file thing.whl" if content is None else "damaged or another file") in result.stderr
+        assert content is not None or not list(tmp_path.iterdir())
