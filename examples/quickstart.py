@@ -40,16 +40,9 @@ from transformers import (
 
 from modeling_snn_bert.conversion import convert_bert
 from modeling_snn_bert.distillation import hidden_state_loss, logit_loss, parameter_groups
-from modeling_snn_bert.energy import (
-    NEURON_PLACES,
-    OperationCount,
-    SpikeStatistics,
-    bert_multiplications,
-    measure_spikes,
-    operation_counts,
-    plot_firing_rates,
-    plot_spikes,
-)
+from modeling_snn_bert.energy import energy_report
+from modeling_snn_bert.energy_plots import plot_firing_rates, plot_spikes
+from modeling_snn_bert.energy_tables import EnergyReport, markdown_table, operations_table, raster_panels
 
 HERE = Path(__file__).resolve().parent
 EXAMPLE_SENTENCES = [
@@ -130,13 +123,13 @@ def main() -> None:
         )
     with timed(seconds, "evaluate both"):
         accuracies = {"SNN-BERT": accuracy(snn_bert, validation), "BERT": accuracy(bert, validation)}
-        statistics = measure_spikes(snn_bert, validation)
+        energy = energy_report(snn_bert, validation, run_lengths=False)
     labels = torch.tensor(data["validation"]["labels"])
     accuracies["majority class"] = labels.bincount().max().item() / len(labels)
 
     args.output_dir.mkdir(parents=True, exist_ok=True)
     with timed(seconds, "draw the pictures"):
-        plot_firing_rates(statistics.rates, snn_bert.neuron_names(), args.output_dir / "firing_rates.png")
+        plot_firing_rates(energy.statistics.rates, energy.statistics.names, args.output_dir / "firing_rates.png")
         plot_example(snn_bert, tokenizer, args.output_dir / "spikes.png")
     with timed(seconds, "save, and load in a fresh process"):
         snn_bert.save_pretrained(args.output_dir / "model")
@@ -150,15 +143,14 @@ def main() -> None:
         "distillation_steps": args.distillation_steps,
         "finetuning_steps": steps,
         "parameters": {"SNN-BERT": snn_bert.num_parameters(), "BERT": bert.num_parameters()},
-        "firing_rates": {
-            name: rate.mean().item() for name, rate in zip(snn_bert.neuron_names(), statistics.rates, strict=True)
-        },
+        "firing_rates": energy.firing_rates(),
+        "energy": energy.to_dict(),
         "seconds": seconds,
         "seed": args.seed,
         "predictions": predictions,
     }
     (args.output_dir / "report.json").write_text(json.dumps(results, indent=2))
-    report = write_report(results, snn_bert, statistics)
+    report = write_report(results, energy)
     (args.output_dir / "report.md").write_text(report)
     print(report)
     print(f"written to {args.output_dir}: report.md, report.json, firing_rates.png, spikes.png, model/")
@@ -341,9 +333,7 @@ def plot_example(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pat
     inputs = tokenizer(EXAMPLE_SENTENCES[2], return_tensors="pt").to(model.device)
     spikes = model.eval()(**inputs, output_spikes=True).spikes
     names = model.neuron_names()
-    middle, last = model.config.num_hidden_layers // 2, model.config.num_hidden_layers - 1
-    places = ("layer.0.attention.self.neuron", f"layer.{middle}.output.neuron", f"layer.{last}.attention.output.neuron")
-    panels = [names.index(f"bert.encoder.{place}") for place in places]
+    panels = raster_panels(names)
     tokens = tokenizer.convert_ids_to_tokens(inputs["input_ids"][0])
     plot_spikes([spikes[i][0] for i in panels], [names[i] for i in panels], tokens, path)
 
@@ -376,12 +366,11 @@ class timed:
         self.seconds[self.name] = time.perf_counter() - self.start
 
 
-def write_report(results: dict, model: PreTrainedModel, statistics: SpikeStatistics) -> str:
+def write_report(results: dict, energy: EnergyReport) -> str:
     """The report as markdown."""
-    rows = operation_counts(model, statistics)
     scores = results["accuracy"]
     lines = ["# SNN-BERT quickstart", ""]
-    lines += table(
+    lines += markdown_table(
         ("model", "accuracy on validation", "parameters"),
         [
             ("SNN-BERT", f"{scores['SNN-BERT']:.3f}", f"{results['parameters']['SNN-BERT']:,}"),
@@ -397,59 +386,28 @@ def write_report(results: dict, model: PreTrainedModel, statistics: SpikeStatist
         "## Operations of a mean sentence",
         "",
     ]
-    lines += table(
-        ("", "additions", "multiplications", "uJ (45 nm)"),
-        [
-            (row.name, f"{row.additions:,.0f}", f"{row.multiplications:,.0f}", f"{row.picojoules / 1e6:.2f}")
-            for row in [*rows, total("all", rows)]
-        ],
-    )
-    products = total("products", [row for row in rows if row.is_matrix_product])
-    everything = total("all", rows)
-    share = everything.additions / (everything.additions + everything.multiplications)
-    macs = bert_multiplications(model.config, statistics.lengths)
+    lines += operations_table(energy.cost)
+    spiking, bert = energy.cost.matrix_product_picojoules, energy.bert.matrix_product_picojoules
     lines += [
-        f"Additions are {share:.1%} of all operations and all of the matrix products'. The same BERT's matrix products "
-        f"take {macs:,.0f} multiplications with addition ({macs * 4.6 / 1e6:.2f} uJ) where the spiking ones take "
-        f"{products.additions:,.0f} additions ({products.picojoules / 1e6:.2f} uJ). Convention: 0.9 pJ an addition, "
-        "4.6 pJ a multiplication with addition, float32 at 45 nm; arithmetic only, no memory traffic.",
+        f"The matrix products take {spiking / 1e6:.2f} uJ, all additions; the same BERT's take {bert / 1e6:.2f} uJ, "
+        "all multiplications with addition. Convention: float32 at 45 nm, 0.9 pJ an addition, 3.7 pJ a multiplication; "
+        "arithmetic only, no memory traffic. `python -m modeling_snn_bert.energy` writes the full report.",
         "",
         "## Firing rates",
         "",
         "Mean spikes per valid token of each neuron layer, on the validation sentences (see firing_rates.png).",
         "",
     ]
-    lines += table(*firing_rate_table(results["firing_rates"]))
+    lines += energy.firing_rate_table()
     lines += ["## Seconds", ""]
-    lines += table(("stage", "seconds"), [(name, f"{value:.1f}") for name, value in results["seconds"].items()])
+    seconds = [(name, f"{value:.1f}") for name, value in results["seconds"].items()]
+    lines += markdown_table(("stage", "seconds"), seconds)
     lines += ["## Three sentences, by the saved model in a fresh process", ""]
-    lines += table(
+    lines += markdown_table(
         ("sentence", "label", "score"),
         [(p["sentence"], p["label"], f"{p['score']:.3f}") for p in results["predictions"]],
     )
     return "\n".join(lines)
-
-
-def total(name: str, rows: list[OperationCount]) -> OperationCount:
-    """The sum of several rows."""
-    return OperationCount(name, sum(row.additions for row in rows), sum(row.multiplications for row in rows))
-
-
-def firing_rate_table(rates: dict[str, float]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header and rows: a line for each encoder layer, a column for each of its neuron layers."""
-    prefix = next(iter(rates)).split("layer.")[0]
-    layers = len(rates) // len(NEURON_PLACES)
-    rows = [
-        (str(layer), *(f"{rates[f'{prefix}layer.{layer}.{place}']:.2f}" for place in NEURON_PLACES))
-        for layer in range(layers)
-    ]
-    return ("layer", *NEURON_PLACES.values()), rows
-
-
-def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
-    """A markdown table and an empty line."""
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
 
 
 if __name__ == "__main__":

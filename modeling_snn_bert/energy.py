@@ -1,259 +1,197 @@
-"""What a forward pass costs on real text: firing rates, additions and multiplications, their energy, and pictures.
+"""What an SNN-BERT costs on real text: a report on operations, energy, memory traffic, firing rates and run lengths.
 
-Counts are per sentence, over its valid tokens only. Convention of the field: an accumulate (AC, an addition that a
-spike causes) costs 0.9 pJ and a multiply-accumulate (MAC) 4.6 pJ in float32 at 45 nm (Horowitz, "Computing's energy
-problem", ISSCC 2014). Memory traffic is not part of it.
+    python -m modeling_snn_bert.energy --model_name_or_path outputs/quickstart/model --data_file sentences.tsv
+
+writes report.md, report.json and three pictures. The conventions are in `operation_counts`.
 """
 
+import argparse
+import csv
+import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from torch import nn
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from .configuration_snn_bert import SNNBertConfig
-from .modeling_snn_bert import SNNBertPreTrainedModel
-from .spiking_neurons import SpikingNeuron
+from .energy_plots import import_pyplot
+from .energy_tables import EnergyReport
+from .modeling_snn_bert import SNNBertForMultipleChoice, SNNBertPreTrainedModel
+from .operation_counts import neuron_costs, rival_costs, spiking_cost
+from .spike_statistics import INPUT_NAMES, measure_spikes
 
-PICOJOULES_PER_AC = 0.9
-PICOJOULES_PER_MAC = 4.6
-
-# The neuron layers of an encoder layer, in the order in which they fire.
-NEURON_PLACES = {
-    "attention.self.neuron": "attention input",
-    "attention.self.query_neuron": "query",
-    "attention.self.key_neuron": "key",
-    "attention.self.value_neuron": "value",
-    "attention.output.neuron": "attention output",
-    "intermediate.neuron": "MLP input",
-    "output.neuron": "MLP hidden",
-}
+# Settings that a reader needs to place the figures.
+SETTINGS = (
+    "num_hidden_layers hidden_size num_attention_heads intermediate_size neuron_type coding num_timesteps "
+    "attention_type spike_type reset_iterations firing_rate_target"
+).split()
 
 
-@dataclass
-class OperationCount:
-    """Operations of one kind of computation in a mean sentence.
+def energy_report(
+    model: SNNBertPreTrainedModel,
+    batches: Iterable[Mapping[str, torch.Tensor]],
+    *,
+    baseline: SNNBertPreTrainedModel | None = None,
+    run_lengths: bool = True,
+) -> EnergyReport:
+    """Measure `model` on real text and count what it costs, beside what other models of its shape would.
 
-    Attributes:
-        name: what is computed.
-        additions: ACs.
-        multiplications: MACs.
-        is_matrix_product: whether it is one of the matrix products, which are all that many papers count.
-    """
-
-    name: str
-    additions: float = 0.0
-    multiplications: float = 0.0
-    is_matrix_product: bool = False
-
-    @property
-    def picojoules(self) -> float:
-        """Energy of the arithmetic at 45 nm."""
-        return self.additions * PICOJOULES_PER_AC + self.multiplications * PICOJOULES_PER_MAC
-
-
-class SpikeStatistics(NamedTuple):
-    """What `measure_spikes` returns.
-
-    rates: one `[channels]` tensor per neuron layer, the mean firing rate over all valid tokens.
-    spikes: for each sentence, the number of spikes of each neuron layer per time-step, `[sentences, neuron layers]`.
-    lengths: valid tokens of each sentence, `[sentences]`.
-    """
-
-    rates: list[torch.Tensor]
-    spikes: torch.Tensor
-    lengths: torch.Tensor
-
-
-@torch.no_grad()
-def measure_spikes(model: SNNBertPreTrainedModel, batches: Iterable[Mapping[str, torch.Tensor]]) -> SpikeStatistics:
-    """Run `model` in evaluation mode on `batches`, as from a tokenizer, and count the spikes at valid tokens.
+    Args:
+        model: an SNN-BERT with any head; it is run in evaluation mode and left in the mode that it was in.
+        batches: what the tokenizer returns, see `measure_spikes`.
+        baseline: an SNN-BERT with repeat coding to measure on the same batches.
+        run_lengths: whether to measure runs of uninterrupted firing too.
 
     Raises:
-        TypeError: if `model` is not an SNN-BERT.
-        ValueError: if `batches` is empty.
+        TypeError: if `model` or `baseline` is not an SNN-BERT.
+        ValueError: if `batches` is empty or lacks `input_ids`, or `baseline` does not use repeat coding.
     """
-    if not isinstance(model, SNNBertPreTrainedModel):
-        raise TypeError(f"`model` must be an SNN-BERT, got {type(model).__name__}")
-    encoder = model.base_model
-    was_training = encoder.training
-    encoder.eval()
-    names = ("input_ids", "attention_mask", "token_type_ids")
-    spikes, lengths = [], []
-    totals: list[torch.Tensor] = []
-    try:
-        for batch in batches:
-            inputs = {name: batch[name].to(encoder.device) for name in names if batch.get(name) is not None}
-            mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
-            rates = encoder(**inputs, output_firing_rates=True).firing_rates
-            tokens = mask.sum(-1, keepdim=True).double()
-            counts = [rate.double() * tokens for rate in rates]
-            totals = (
-                [c.sum(0) for c in counts]
-                if not totals
-                else [t + c.sum(0) for t, c in zip(totals, counts, strict=True)]
-            )
-            spikes.append(torch.stack([c.sum(-1) for c in counts], dim=-1))
-            lengths.append(tokens[:, 0])
-    finally:
-        encoder.train(was_training)
-    if not lengths:
-        raise ValueError("`batches` must hold at least one batch")
-    all_lengths = torch.cat(lengths)
-    return SpikeStatistics([total / all_lengths.sum() for total in totals], torch.cat(spikes), all_lengths)
-
-
-def operation_counts(model: SNNBertPreTrainedModel, statistics: SpikeStatistics) -> list[OperationCount]:
-    """Operations of the mean sentence, one row per kind of computation.
-
-    A Linear adds one row of its weights per incoming spike, and its bias. A key's spike adds one component of the
-    query to the score with every token, a value's spike one attention weight to the context of every token. The
-    neurons, norms, the softmax and the read-out multiply, and are counted apart.
-
-    Args:
-        model: the SNN-BERT that `statistics` was measured on.
-        statistics: from `measure_spikes`.
-    """
-    config = model.config
-    lengths = statistics.lengths
-    tokens = lengths.mean().item()
-    pairs = lengths.square().mean().item()
-    steps = config.num_timesteps
-    modules = dict(model.base_model.named_modules())
-    names = [name for name, module in modules.items() if isinstance(module, SpikingNeuron)]
-
-    linears = OperationCount("linear layers", is_matrix_product=True)
-    scores = OperationCount("attention scores (q k)", is_matrix_product=True)
-    contexts = OperationCount("attention contexts (weights v)", is_matrix_product=True)
-    neurons = OperationCount("neurons")
-    for index, name in enumerate(names):
-        neuron = modules[name]
-        per_sentence = statistics.spikes[:, index]
-        additions, multiplications = _neuron_operations(config, tokens)
-        neurons.additions += additions * neuron.num_channels * tokens
-        neurons.multiplications += multiplications * neuron.num_channels * tokens
-        if name.endswith("key_neuron"):
-            scores.additions += (per_sentence * lengths).mean().item()
-        elif name.endswith("value_neuron"):
-            contexts.additions += (per_sentence * lengths).mean().item()
-        elif not name.endswith("query_neuron"):
-            parent = modules[name.rsplit(".", 1)[0]]
-            for linear in parent.children():
-                if isinstance(linear, nn.Linear):
-                    spikes = per_sentence.mean().item()
-                    linears.additions += (spikes + tokens) * linear.out_features
-    width, layers = config.hidden_size, config.num_hidden_layers
-    rows = [
-        linears,
-        scores,
-        contexts,
-        neurons,
-        OperationCount("gain of the queries", multiplications=layers * width * tokens),
-    ]
-    if config.attention_type == "softmax":
-        # Per score: scaling, exponential and division count as multiplications, the sum as an addition.
-        elements = layers * config.num_attention_heads * pairs
-        rows.append(OperationCount("softmax", additions=elements, multiplications=3 * elements))
-    norms = 2 * layers * width * tokens
-    rows += [
-        # Per element: mean and shift are additions; variance, division and gain are multiplications.
-        OperationCount("layer norms", additions=2 * norms, multiplications=3 * norms),
-        OperationCount("residual connections", additions=norms),
-    ]
-    for row in rows:
-        row.additions *= steps
-        row.multiplications *= steps
-    embedded = width * tokens
-    rows.append(OperationCount("embeddings", additions=4 * embedded, multiplications=3 * embedded))
-    read_out = [m for name, m in model.named_modules() if isinstance(m, nn.Linear) and ".encoder." not in f".{name}"]
-    rows.append(OperationCount("read-out", multiplications=sum(m.in_features * m.out_features for m in read_out)))
-    return rows
-
-
-def _neuron_operations(config: SNNBertConfig, tokens: float) -> tuple[float, float]:
-    """Additions and multiplications of one neuron at one token (and time-step)."""
-    if config.neuron_type == "lif":
-        return 2.0, 1.0
-    if config.neuron_type == "psn":
-        return 1.0, tokens
-    integration = (2 if config.bidirectional else 1) + (1 if config.normalize else 0)
-    # A sweep of the reset integrates the spikes, scales the result, subtracts it and compares again.
-    sweeps = config.reset_iterations
-    return 1.0 + 2.0 * sweeps, integration * (1.0 + sweeps) + sweeps
-
-
-def bert_multiplications(config, lengths: torch.Tensor) -> float:
-    """MACs in the matrix products of a BERT's encoder of the same shape, for the mean of sentences of `lengths`."""
-    width, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    per_token = 4 * width * width + 2 * width * inner
-    return layers * (per_token * lengths.mean().item() + 2 * width * lengths.square().mean().item())
-
-
-def plot_firing_rates(rates: Sequence[torch.Tensor], names: Sequence[str], path: str | Path) -> None:
-    """Draw a heat map of firing rates: one row per neuron layer, its channels from the busiest to the quietest.
-
-    Args:
-        rates: one `[channels]` tensor per neuron layer.
-        names: their names, as from `model.neuron_names()`.
-        path: the image file to write.
-    """
-    import matplotlib.pyplot as plt
-
-    columns = max(len(rate) for rate in rates)
-    rows = []
-    for rate in rates:
-        ordered = rate.float().cpu().sort(descending=True).values
-        index = torch.arange(columns) * len(ordered) // columns
-        rows.append(ordered[index])
-    labels = [f"{short_name(name)}   {rate.float().mean().item():.2f}" for name, rate in zip(names, rates, strict=True)]
-    figure, axes = plt.subplots(figsize=(9, 1.5 + 0.19 * len(rows)), layout="constrained")
-    image = axes.imshow(torch.stack(rows).numpy(), aspect="auto", vmin=0, vmax=1, cmap="magma", interpolation="nearest")
-    axes.set_yticks(range(len(labels)), labels, fontsize=7)
-    axes.set_xticks([0, columns - 1], ["busiest neuron", "quietest neuron"], fontsize=8)
-    axes.set_title("Firing rate of every neuron, layer by layer (mean rate beside the name)", fontsize=10)
-    figure.colorbar(image, ax=axes, label="spikes per token")
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
-def plot_spikes(
-    spikes: Sequence[torch.Tensor], names: Sequence[str], tokens: Sequence[str], path: str | Path, *, channels: int = 96
-) -> None:
-    """Draw the spikes of one sentence: its tokens along the x-axis, the first `channels` neurons of each layer up.
-
-    Args:
-        spikes: one `[seq_len, channels]` tensor per panel.
-        names: the panels' neuron layers.
-        tokens: the sentence's tokens, `seq_len` of them.
-        path: the image file to write.
-        channels: how many neurons of each layer to show.
-    """
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(
-        len(spikes), 1, figsize=(2 + 0.42 * len(tokens), 2.2 * len(spikes)), sharex=True, layout="constrained"
+    if baseline is not None:
+        if not isinstance(baseline, SNNBertPreTrainedModel):
+            raise TypeError(f"`baseline` must be an SNN-BERT, got {type(baseline).__name__}")
+        if baseline.config.coding != "repeat":
+            raise ValueError(f"`baseline` must have `coding='repeat'`, got {baseline.config.coding!r}")
+        batches = list(batches)
+    statistics = measure_spikes(model, batches, run_lengths=run_lengths)
+    baseline_cost = None
+    if baseline is not None:
+        name = f"{baseline.config.neuron_type.upper()}, repeat coding, {baseline.config.num_timesteps} time-steps"
+        baseline_cost = spiking_cost(baseline, measure_spikes(baseline, batches), name)
+    return EnergyReport(
+        model=type(model).__name__,
+        settings={name: getattr(model.config, name, None) for name in SETTINGS},
+        statistics=statistics,
+        costs=[spiking_cost(model, statistics), *rival_costs(model, statistics)],
+        neuron=neuron_costs(model.config, statistics),
+        baseline=baseline_cost,
     )
-    for axes, spike, name in zip(panels if len(spikes) > 1 else [panels], spikes, names, strict=True):
-        shown = spike[:, :channels].cpu()
-        for value, color in ((1, "tab:blue"), (-1, "tab:red")):
-            token, channel = torch.where(shown == value)
-            axes.scatter(token, channel, s=5, marker="s", color=color, linewidths=0)
-        axes.set_xlim(-0.5, len(tokens) - 0.5)
-        axes.set_ylim(-1, shown.shape[1])
-        axes.set_ylabel("neuron", fontsize=8)
-        axes.tick_params(labelsize=8)
-        axes.set_title(f"{short_name(name)}: {spike.abs().float().mean().item():.2f} spikes per token", fontsize=9)
-        axes.vlines([t + 0.5 for t in range(len(tokens) - 1)], -1, shown.shape[1], color="0.9", linewidth=0.5)
-    axes.set_xticks(range(len(tokens)), tokens, rotation=60, ha="right", fontsize=9)
-    figure.suptitle("Each square is a spike; a token is a time-step", fontsize=10)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
-def short_name(name: str) -> str:
-    """`encoder.layer.3.attention.self.query_neuron` as `layer 3, query`."""
-    parts = name.split(".")
-    layer = parts[parts.index("layer") + 1]
-    return f"layer {layer}, {NEURON_PLACES['.'.join(parts[parts.index('layer') + 2 :])]}"
+def read_texts(path: Path, text_column: str) -> list[str]:
+    """The texts of a file: .txt (a line each), .csv or .tsv with a header, .json or .jsonl (objects or strings).
+
+    Raises:
+        ValueError: if the file is of another kind, is not what its name says, or has no texts.
+    """
+    if path.suffix not in (".txt", ".csv", ".tsv", ".json", ".jsonl"):
+        raise ValueError(f"{path} must be a .txt, .csv, .tsv, .json or .jsonl file")
+    text = path.read_text(encoding="utf-8")
+    rows: list
+    if path.suffix == ".txt":
+        rows = text.splitlines()
+    elif path.suffix in (".csv", ".tsv"):
+        # GLUE's tab-separated files do not quote.
+        options: dict = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
+        rows = list(csv.DictReader(text.splitlines(keepends=True), **options))
+    else:
+        try:
+            is_array = text.lstrip().startswith("[")
+            rows = json.loads(text) if is_array else [json.loads(line) for line in text.splitlines() if line.strip()]
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from error
+    texts = []
+    for number, row in enumerate(rows, 1):
+        value = row
+        if isinstance(row, dict):
+            if text_column not in row:
+                raise ValueError(f"{path} has no column {text_column!r} in row {number}, only {list(row)}")
+            value = row[text_column]
+        if not isinstance(value, str):
+            raise ValueError(f"{path} must hold a text in row {number}, got {value!r}")
+        if value.strip():
+            texts.append(value)
+    if not texts:
+        raise ValueError(f"{path} holds no texts")
+    return texts
+
+
+def load_model(model_name_or_path: str) -> SNNBertPreTrainedModel:
+    """The SNN-BERT of a checkpoint with the head that it was saved with.
+
+    Raises:
+        ValueError: if it is another kind of model.
+        OSError: if there is no such checkpoint.
+    """
+    config = PreTrainedConfig.get_config_dict(model_name_or_path)[0]
+    if config.get("model_type") != SNNBertConfig.model_type:
+        raise ValueError(
+            f"{model_name_or_path} must be an SNN-BERT checkpoint, its model_type is {config.get('model_type')!r}: "
+            "convert a BERT with `modeling_snn_bert.conversion.convert_bert` first"
+        )
+    name = (config.get("architectures") or ["SNNBertModel"])[0]
+    classes = {model_class.__name__: model_class for model_class in SNNBertPreTrainedModel.__subclasses__()}
+    if name not in classes:
+        raise ValueError(f"{model_name_or_path} names the architecture {name!r}, which is none of {sorted(classes)}")
+    return classes[name].from_pretrained(model_name_or_path)
+
+
+def tokenized_batches(
+    model: SNNBertPreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    batch_size: int,
+    max_length: int | None = None,
+) -> list[dict[str, torch.Tensor]]:
+    """Padded batches of `texts` in the shape that `model` takes, cut at `max_length` tokens or what the model can."""
+    config = model.config
+    length = min(max_length or config.max_position_embeddings, config.max_position_embeddings)
+    padding: bool | str = True
+    if config.psn_length is not None:
+        # That neuron takes sequences of one length only.
+        padding, length = "max_length", config.psn_length
+    batches = []
+    for start in range(0, len(texts), batch_size):
+        batch = tokenizer(
+            list(texts[start : start + batch_size]),
+            padding=padding,
+            truncation=True,
+            max_length=length,
+            return_tensors="pt",
+        )
+        tensors = {name: batch[name] for name in INPUT_NAMES if name in batch}
+        if isinstance(model, SNNBertForMultipleChoice):
+            tensors = {name: x[:, None] for name, x in tensors.items()}
+        batches.append(tensors)
+    return batches
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line. Bad arguments and files end it with a message and exit code 2."""
+    parser = argparse.ArgumentParser(
+        prog="python -m modeling_snn_bert.energy",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model_name_or_path", required=True, help="an SNN-BERT checkpoint: folder or Hub id")
+    parser.add_argument("--data_file", type=Path, required=True, help=".csv, .tsv, .json, .jsonl or .txt with texts")
+    parser.add_argument("--text_column", default="sentence", help="name of the column of texts (default: sentence)")
+    parser.add_argument("--baseline_name_or_path", help="an SNN-BERT with repeat coding to measure on the same texts")
+    parser.add_argument("--max_samples", type=int, default=256, help="use only the first so many texts (default: 256)")
+    parser.add_argument("--max_length", type=int, help="longer texts are truncated (default: what the model takes)")
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/energy"))
+    parser.add_argument("--no_plots", action="store_true", help="write report.md and report.json only")
+    args = parser.parse_args(arguments)
+    for name in ("max_samples", "max_length", "batch_size"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name} must be >= 1, got {getattr(args, name)}")
+    try:
+        if not args.no_plots:
+            import_pyplot()
+        texts = read_texts(args.data_file, args.text_column)[: args.max_samples]
+        model = load_model(args.model_name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
+        baseline = load_model(args.baseline_name_or_path) if args.baseline_name_or_path else None
+        batches = tokenized_batches(model, tokenizer, texts, args.batch_size, args.max_length)
+        report = energy_report(model, batches, baseline=baseline)
+        tokens = tokenizer.convert_ids_to_tokens(report.statistics.example_ids)
+        files = report.save(args.output_dir, tokens=tokens, plots=not args.no_plots)
+    except (ImportError, OSError, ValueError) as error:
+        parser.error(str(error))
+    print(report.to_markdown())
+    print(f"written to {args.output_dir}: {', '.join(file.name for file in files)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,301 @@
+"""What the neurons of an SNN-BERT do on real text: spikes per sequence, firing rates, and how long they go on firing.
+
+Only valid tokens count. The numbers come from forward hooks, neuron layer by neuron layer, so that no more than one
+layer's spikes are kept at a time.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .modeling_snn_bert import SNNBertPreTrainedModel
+from .spiking_neurons import BPSN, LIF, SpikingNeuron, logit
+
+# A neuron that fires at more than this share of the valid tokens counts as firing without interruption.
+UNINTERRUPTED_RATE = 0.95
+# Keys of a tokenizer's batch that the models take.
+INPUT_NAMES = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
+
+
+@dataclasses.dataclass
+class RunLengths:
+    """How long neurons fire without a pause, over all neuron layers.
+
+    Attributes:
+        name: which neuron it is.
+        channels: how many neurons were looked at, in all neuron layers.
+        firing_rate: spikes per valid token and channel.
+        mean: mean length, in time-steps, of the runs of consecutive spikes.
+        percentile_99: the length that 99 % of the runs do not exceed.
+        uninterrupted: share of the channels that fire at over 95 % of the valid tokens.
+    """
+
+    name: str
+    channels: int
+    firing_rate: float
+    mean: float
+    percentile_99: int
+    uninterrupted: float
+
+
+@dataclasses.dataclass
+class SpikeStatistics:
+    """What `measure_spikes` returns.
+
+    Attributes:
+        names: the neuron layers, as from the model's `neuron_names()`.
+        rates: one `[channels]` tensor per neuron layer, spikes per valid token (and time-step).
+        spikes: spikes of each neuron layer in each sequence, `[sequences, neuron layers]`, per time-step.
+        lengths: valid tokens of each sequence, `[sequences]`.
+        key_value_pairs: for each sequence and encoder layer the pairs of a key's and a value's spike in the same head
+            and token, `[sequences, layers]`, per time-step: the additions of `k^T v` in spiking attention.
+        read_out: name and, per sequence, rows that entered it, of each Linear outside the encoder, `{name: rows}`.
+        run_lengths: of the model's own neurons and of others that were fed the same currents; empty if not asked for.
+        example_ids: token ids of the first sequence, without padding.
+        example_spikes: its spikes, `[tokens, channels]` per neuron layer (the first time-step's with repeat coding).
+    """
+
+    names: list[str]
+    rates: list[torch.Tensor]
+    spikes: torch.Tensor
+    lengths: torch.Tensor
+    key_value_pairs: torch.Tensor
+    read_out: dict[str, float]
+    run_lengths: list[RunLengths]
+    example_ids: list[int]
+    example_spikes: list[torch.Tensor]
+
+
+@torch.no_grad()
+def measure_spikes(
+    model: SNNBertPreTrainedModel, batches: Iterable[Mapping[str, torch.Tensor]], *, run_lengths: bool = False
+) -> SpikeStatistics:
+    """Run `model` in evaluation mode on `batches` and count the spikes at valid tokens.
+
+    Args:
+        model: an SNN-BERT with any head.
+        batches: what the tokenizer returns, as tensors `[batch, seq_len]` (`[batch, num_choices, seq_len]` for
+            multiple choice, where every choice counts as a sequence): `input_ids`, and if there are any
+            `attention_mask`, `token_type_ids`, `position_ids`; other keys are ignored.
+        run_lengths: whether to measure runs of uninterrupted firing too, which takes several times as long.
+
+    Raises:
+        TypeError: if `model` is not an SNN-BERT.
+        ValueError: if `batches` is empty, a batch has no `input_ids`, or a sequence has no valid token.
+        RuntimeError: if the neurons of `model` were not called once per forward pass.
+    """
+    if not isinstance(model, SNNBertPreTrainedModel):
+        raise TypeError(f"`model` must be an SNN-BERT, got {type(model).__name__}")
+    counter = _SpikeCounter(model, run_lengths)
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in batches:
+            if "input_ids" not in batch:
+                raise ValueError(f"each of `batches` must hold `input_ids`, got the keys {sorted(batch)}")
+            counter.count({name: batch[name].to(model.device) for name in INPUT_NAMES if batch.get(name) is not None})
+    finally:
+        counter.close()
+        model.train(was_training)
+    return counter.statistics()
+
+
+class _SpikeCounter:
+    """Hooks on the neurons and on the Linears outside the encoder, and the sums that they fill."""
+
+    def __init__(self, model: SNNBertPreTrainedModel, run_lengths: bool) -> None:
+        self.model, self.with_run_lengths = model, run_lengths
+        self.names = model.neuron_names()
+        self.steps = model.config.num_timesteps
+        self.lengths: list[torch.Tensor] = []
+        self.spikes: list[torch.Tensor] = []
+        self.key_value_pairs: list[torch.Tensor] = []
+        self.totals: dict[str, torch.Tensor] = {}
+        self.read_out: dict[str, float] = {}
+        self.runs: dict[str, _Runs] = {}
+        self.example_ids: list[int] = []
+        self.example_spikes: dict[str, torch.Tensor] = {}
+        # Of the batch that is running.
+        self.mask = torch.empty(0)
+        self.batch_spikes: dict[str, torch.Tensor] = {}
+        self.batch_pairs: list[torch.Tensor] = []
+        self.key_spikes = torch.empty(0)
+        self.handles = []
+        for name, module in model.named_modules():
+            if isinstance(module, SpikingNeuron):
+                self.handles.append(module.register_forward_hook(self._neuron_hook(name), with_kwargs=True))
+            elif isinstance(module, nn.Linear) and ".encoder." not in f".{name}":
+                self.handles.append(module.register_forward_hook(self._read_out_hook(name)))
+
+    def close(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def count(self, inputs: dict[str, torch.Tensor]) -> None:
+        ids = inputs["input_ids"]
+        mask = inputs.get("attention_mask", torch.ones_like(ids))
+        self.mask = mask.reshape(-1, mask.shape[-1]) != 0
+        if not bool(self.mask.any(-1).all()):
+            raise ValueError("every sequence in `batches` must have at least one valid token (`attention_mask` 1)")
+        if not self.lengths:
+            self.example_ids = ids.reshape(-1, ids.shape[-1])[0][self.mask[0]].tolist()
+        self.batch_spikes, self.batch_pairs = {}, []
+        self.model(**inputs)
+        if list(self.batch_spikes) != self.names:
+            raise RuntimeError(
+                f"spikes were seen from {len(self.batch_spikes)} of the {len(self.names)} neuron layers: measure the "
+                "model in its plain form, not compiled and not converted to another way of inference"
+            )
+        self.spikes.append(torch.stack([self.batch_spikes[name] for name in self.names], -1))
+        self.key_value_pairs.append(torch.stack(self.batch_pairs, -1))
+        self.lengths.append(self.mask.sum(-1).double())
+
+    def _neuron_hook(self, name: str):
+        def hook(module: SpikingNeuron, args, kwargs, output) -> None:
+            spikes = output[0] if isinstance(output, tuple) else output
+            # The time-steps of the repeat coding apart: [time-steps, batch, seq_len, channels].
+            fired = (spikes != 0).unflatten(0, (self.steps, -1)) & self.mask[..., None]
+            if not self.lengths:
+                self.example_spikes[name] = spikes[0][self.mask[0]].to(torch.int8).cpu()
+            counts = fired.sum((0, 2)).double() / self.steps
+            self.batch_spikes[name] = counts.sum(-1)
+            self.totals[name] = self.totals.get(name, 0) + counts.sum(0)
+            if name.endswith("key_neuron"):
+                self.key_spikes = self._per_head(fired)
+            elif name.endswith("value_neuron"):
+                pairs = (self.key_spikes * self._per_head(fired)).sum((0, 2, 3))
+                self.batch_pairs.append(pairs.double() / self.steps)
+            if self.with_run_lengths:
+                self._count_runs(name, module, fired, args[0] if args else kwargs["current"])
+
+        return hook
+
+    def _per_head(self, fired: torch.Tensor) -> torch.Tensor:
+        return fired.unflatten(-1, (self.model.config.num_attention_heads, -1)).sum(-1)
+
+    def _read_out_hook(self, name: str):
+        def hook(module: nn.Linear, args, output: torch.Tensor) -> None:
+            # A Linear on all tokens has an output of three dimensions, one on a token per sequence has two.
+            rows = self.mask.sum().item() if output.dim() > 2 else output.shape[0]
+            self.read_out[name] = self.read_out.get(name, 0.0) + rows
+
+        return hook
+
+    def _count_runs(self, name: str, module: SpikingNeuron, fired: torch.Tensor, current: torch.Tensor) -> None:
+        """Runs along time, which are the tokens, or the time-steps of each token with repeat coding."""
+        current = current.unflatten(0, (self.steps, -1))
+        mask: torch.Tensor | None = self.mask
+        if self.steps > 1:
+            current, fired = (x.permute(1, 2, 0, 3)[self.mask] for x in (current, fired))
+            mask, time_steps = None, fired.shape[0] * self.steps
+        else:
+            current, fired = current[0], fired[0]
+            time_steps = int(self.mask.sum())
+        trains = {"this model's neurons": fired}
+        # A soft reset by a threshold at or below zero would charge a neuron. So others are compared where it is
+        # positive, and the model's own neurons are listed for those channels too.
+        channels = module.v_threshold > 0
+        trains["this model's neurons, threshold > 0"] = fired[..., channels]
+        for other, neuron in comparison_neurons(module, self.model.config.decay).items():
+            trains[f"{other}, threshold > 0"] = (neuron(current, mask) != 0)[..., channels]
+        for title, train in trains.items():
+            self.runs.setdefault(title, _Runs()).add(name, train, time_steps)
+
+    def statistics(self) -> SpikeStatistics:
+        if not self.lengths:
+            raise ValueError("`batches` must hold at least one batch")
+        lengths = torch.cat(self.lengths)
+        return SpikeStatistics(
+            names=self.names,
+            rates=[self.totals[name] / lengths.sum() for name in self.names],
+            spikes=torch.cat(self.spikes),
+            lengths=lengths,
+            key_value_pairs=torch.cat(self.key_value_pairs),
+            read_out={name: rows / len(lengths) for name, rows in self.read_out.items()},
+            run_lengths=[runs.summary(title) for title, runs in self.runs.items()],
+            example_ids=self.example_ids,
+            example_spikes=[self.example_spikes[name] for name in self.names],
+        )
+
+
+class _Runs:
+    """How often each run length occurs, and how often each channel fires."""
+
+    def __init__(self) -> None:
+        self.histogram = torch.zeros(1, dtype=torch.long)
+        self.counts: dict[str, torch.Tensor] = {}
+        self.time_steps: dict[str, int] = {}
+
+    def add(self, layer: str, fired: torch.Tensor, time_steps: int) -> None:
+        """Add `fired`, `[rows, time, channels]`, of which `time_steps` rows and times are valid."""
+        histogram = run_length_histogram(fired).cpu()
+        longer, shorter = sorted((histogram, self.histogram), key=len, reverse=True)
+        longer = longer.clone()
+        longer[: len(shorter)] += shorter
+        self.histogram = longer
+        self.counts[layer] = self.counts.get(layer, 0) + fired.sum((0, 1)).cpu()
+        self.time_steps[layer] = self.time_steps.get(layer, 0) + time_steps
+
+    def summary(self, name: str) -> RunLengths:
+        rates = torch.cat([count / self.time_steps[layer] for layer, count in self.counts.items()]).double()
+        runs = self.histogram.sum()
+        if not len(rates) or not runs:
+            return RunLengths(name, len(rates), 0.0, 0.0, 0, 0.0)
+        mean = (self.histogram * torch.arange(len(self.histogram))).sum() / runs
+        cumulative = self.histogram.cumsum(0)
+        percentile = int((cumulative >= 0.99 * runs).nonzero()[0])
+        uninterrupted = (rates > UNINTERRUPTED_RATE).double().mean().item()
+        return RunLengths(name, len(rates), rates.mean().item(), mean.item(), percentile, uninterrupted)
+
+
+def run_length_histogram(fired: torch.Tensor) -> torch.Tensor:
+    """How many runs of consecutive spikes there are of each length.
+
+    Args:
+        fired (`[rows, time, channels]`): whether the neuron fires, as bool.
+
+    Returns:
+        `[time + 1]`; entry `n` is the number of runs of exactly `n` time-steps (entry 0 is 0).
+    """
+    trains = nn.functional.pad(fired.transpose(1, 2).flatten(0, 1).to(torch.int8), (1, 1))
+    change = trains.diff(dim=-1)
+    # Row by row, the n-th start belongs to the n-th end.
+    starts, ends = (change == 1).nonzero()[:, 1], (change == -1).nonzero()[:, 1]
+    return torch.bincount(ends - starts, minlength=fired.shape[1] + 1)
+
+
+@torch.no_grad()
+def comparison_neurons(neuron: SpikingNeuron, decay: float) -> dict[str, SpikingNeuron]:
+    """Neurons with the thresholds and decays of `neuron` but another reset or none; each is fed token by token.
+
+    Args:
+        neuron: a neuron of the model.
+        decay: for a neuron that has no decay of its own (PSN).
+    """
+    settings: dict[str, Any] = {
+        "num_channels": neuron.num_channels,
+        "num_groups": neuron.num_groups,
+        "spike_type": neuron.spike_type,
+    }
+    bidirectional = isinstance(neuron, BPSN) and neuron.bidirectional
+    no_reset: dict[str, Any] = {"reset_iterations": 0, "bidirectional": bidirectional}
+    neurons: dict[str, SpikingNeuron] = {}
+    if isinstance(neuron, BPSN) and neuron.normalize:
+        neurons["without reset"] = BPSN(**settings, **no_reset)
+    neurons["without reset and normalisation"] = BPSN(**settings, **no_reset, normalize=False)
+    if not isinstance(neuron, LIF):
+        neurons["LIF"] = LIF(**settings, decay=decay)
+    # The logits of the decays, under the name that each class gives them.
+    own = {name.replace("_forward", ""): value for name, value in neuron.named_parameters()}
+    for other in neurons.values():
+        other.to(neuron.v_threshold)
+        for name, value in other.named_parameters():
+            source = own.get(name.replace("_forward", ""))
+            if source is not None:
+                value.copy_(source)
+            elif "decay" in name:
+                value.fill_(logit(decay))
+    return neurons
