@@ -7,6 +7,7 @@ in front of every matrix product: the module named `neuron` beside a `dense` is 
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_snn_bert import SNNBertConfig
+from .sparsity import FiringRateRecorder, firing_rate_penalty
 from .spiking_neurons import BPSN, LIF, PSN, SpikingNeuron
 
 
@@ -46,10 +48,14 @@ class SNNBertModelOutput(BaseModelOutputWithPooling):
             One `[batch, seq_len, channels]` tensor per neuron layer, `[num_timesteps * batch, ...]` with repeat
             coding.
     """
+        firing_rate_penalty (`torch.FloatTensor` of shape `()`, *optional*, returned while training with a target):
+            How far the firing rates exceed `config.firing_rate_target`, before `config.firing_rate_weight`; it is part
+            of a head's loss.
 
     firing_rates: tuple[torch.FloatTensor, ...] | None = None
     spikes: tuple[torch.FloatTensor, ...] | None = None
 
+    firing_rate_penalty: torch.FloatTensor | None = None
 
 @dataclass
 class SNNBertMaskedLMOutput(MaskedLMOutput):
@@ -59,10 +65,12 @@ class SNNBertMaskedLMOutput(MaskedLMOutput):
         firing_rates (`tuple(torch.FloatTensor)`, *optional*): As in `SNNBertModelOutput`.
         spikes (`tuple(torch.FloatTensor)`, *optional*): As in `SNNBertModelOutput`.
     """
+        firing_rate_penalty (`torch.FloatTensor`, *optional*): As in `SNNBertModelOutput`.
 
     firing_rates: tuple[torch.FloatTensor, ...] | None = None
     spikes: tuple[torch.FloatTensor, ...] | None = None
 
+    firing_rate_penalty: torch.FloatTensor | None = None
 
 @dataclass
 class SNNBertSequenceClassifierOutput(SequenceClassifierOutput):
@@ -72,10 +80,12 @@ class SNNBertSequenceClassifierOutput(SequenceClassifierOutput):
         firing_rates (`tuple(torch.FloatTensor)`, *optional*): As in `SNNBertModelOutput`.
         spikes (`tuple(torch.FloatTensor)`, *optional*): As in `SNNBertModelOutput`.
     """
+        firing_rate_penalty (`torch.FloatTensor`, *optional*): As in `SNNBertModelOutput`.
 
     firing_rates: tuple[torch.FloatTensor, ...] | None = None
     spikes: tuple[torch.FloatTensor, ...] | None = None
 
+    firing_rate_penalty: torch.FloatTensor | None = None
 
 @dataclass
 class SNNBertTokenClassifierOutput(TokenClassifierOutput):
@@ -85,10 +95,12 @@ class SNNBertTokenClassifierOutput(TokenClassifierOutput):
         firing_rates (`tuple(torch.FloatTensor)`, *optional*): As in `SNNBertModelOutput`.
         spikes (`tuple(torch.FloatTensor)`, *optional*): As in `SNNBertModelOutput`.
     """
+        firing_rate_penalty (`torch.FloatTensor`, *optional*): As in `SNNBertModelOutput`.
 
     firing_rates: tuple[torch.FloatTensor, ...] | None = None
     spikes: tuple[torch.FloatTensor, ...] | None = None
 
+    firing_rate_penalty: torch.FloatTensor | None = None
 
 @dataclass
 class SNNBertQuestionAnsweringOutput(QuestionAnsweringModelOutput):
@@ -98,10 +110,12 @@ class SNNBertQuestionAnsweringOutput(QuestionAnsweringModelOutput):
         firing_rates (`tuple(torch.FloatTensor)`, *optional*): As in `SNNBertModelOutput`.
         spikes (`tuple(torch.FloatTensor)`, *optional*): As in `SNNBertModelOutput`.
     """
+        firing_rate_penalty (`torch.FloatTensor`, *optional*): As in `SNNBertModelOutput`.
 
     firing_rates: tuple[torch.FloatTensor, ...] | None = None
     spikes: tuple[torch.FloatTensor, ...] | None = None
 
+    firing_rate_penalty: torch.FloatTensor | None = None
 
 @dataclass
 class SNNBertMultipleChoiceOutput(MultipleChoiceModelOutput):
@@ -111,10 +125,12 @@ class SNNBertMultipleChoiceOutput(MultipleChoiceModelOutput):
         firing_rates (`tuple(torch.FloatTensor)`, *optional*): As in `SNNBertModelOutput`.
         spikes (`tuple(torch.FloatTensor)`, *optional*): As in `SNNBertModelOutput`.
     """
+        firing_rate_penalty (`torch.FloatTensor`, *optional*): As in `SNNBertModelOutput`.
 
     firing_rates: tuple[torch.FloatTensor, ...] | None = None
     spikes: tuple[torch.FloatTensor, ...] | None = None
 
+    firing_rate_penalty: torch.FloatTensor | None = None
 
 class InitialCurrents:
     """Mean and standard deviation of the neurons' currents in a freshly initialised model.
@@ -565,16 +581,22 @@ class SNNBertModel(SNNBertPreTrainedModel):
         if attention_mask is not None and _values_can_be_read(attention_mask) and bool((attention_mask != 0).all()):
             # Without padding the neurons have less to do.
             attention_mask = None
-        outputs = self._encode(
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            default_position_ids(given, attention_mask) if position_ids is None else position_ids,
-            inputs_embeds,
-            output_spikes=output_spikes or output_firing_rates,
-            return_dict=True,
-            **kwargs,
-        )
+        target = self.config.firing_rate_target
+        recorder = FiringRateRecorder(self) if self.training and target is not None else None
+        with recorder or nullcontext():
+            outputs = self._encode(
+                input_ids,
+                attention_mask,
+                token_type_ids,
+                default_position_ids(given, attention_mask) if position_ids is None else position_ids,
+                inputs_embeds,
+                output_spikes=output_spikes or output_firing_rates,
+                return_dict=True,
+                **kwargs,
+            )
+        if recorder is not None and target is not None:
+            rates = recorder.rates(attention_mask, self.config.num_timesteps)
+            outputs["firing_rate_penalty"] = firing_rate_penalty(rates, target)
         if output_firing_rates:
             firing_rates = tuple(
                 firing_rate(spikes, attention_mask, self.config.num_timesteps) for spikes in outputs.spikes
@@ -647,7 +669,7 @@ class SNNBertForMaskedLM(SNNBertPreTrainedModel):
         if labels is not None:
             check_labels(labels, logits.shape[:-1], logits.shape[-1], ignore_index=-100)
             loss = self.loss_function(logits, labels, vocab_size=logits.shape[-1], **kwargs)
-        return SNNBertMaskedLMOutput(loss=loss, logits=logits, **recorded(outputs))
+        return SNNBertMaskedLMOutput(loss=with_penalty(loss, outputs, self.config), logits=logits, **recorded(outputs))
 
 
 @auto_docstring(custom_intro="SNN-BERT with a sequence classification or regression head on the pooled output.")
@@ -688,7 +710,9 @@ class SNNBertForSequenceClassification(SNNBertPreTrainedModel):
         if labels is not None:
             check_sequence_labels(labels, logits, self.config.problem_type)
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
-        return SNNBertSequenceClassifierOutput(loss=loss, logits=logits, **recorded(outputs))
+        return SNNBertSequenceClassifierOutput(
+            loss=with_penalty(loss, outputs, self.config), logits=logits, **recorded(outputs)
+        )
 
 
 @auto_docstring(custom_intro="SNN-BERT with a token classification head, for example for named entities.")
@@ -725,7 +749,9 @@ class SNNBertForTokenClassification(SNNBertPreTrainedModel):
         if labels is not None:
             check_labels(labels, logits.shape[:-1], self.num_labels, ignore_index=-100)
             loss = self.loss_function(logits, labels, self.config, **kwargs)
-        return SNNBertTokenClassifierOutput(loss=loss, logits=logits, **recorded(outputs))
+        return SNNBertTokenClassifierOutput(
+            loss=with_penalty(loss, outputs, self.config), logits=logits, **recorded(outputs)
+        )
 
 
 @auto_docstring(custom_intro="SNN-BERT with a span classification head for extractive question answering.")
@@ -761,7 +787,10 @@ class SNNBertForQuestionAnswering(SNNBertPreTrainedModel):
         if start_positions is not None:
             loss = self.loss_function(start_logits, end_logits, start_positions, end_positions)
         return SNNBertQuestionAnsweringOutput(
-            loss=loss, start_logits=start_logits, end_logits=end_logits, **recorded(outputs)
+            loss=with_penalty(loss, outputs, self.config),
+            start_logits=start_logits,
+            end_logits=end_logits,
+            **recorded(outputs),
         )
 
 
@@ -817,7 +846,9 @@ class SNNBertForMultipleChoice(SNNBertPreTrainedModel):
         if labels is not None:
             check_labels(labels, logits.shape[:1], num_choices)
             loss = nn.functional.cross_entropy(logits, labels)
-        return SNNBertMultipleChoiceOutput(loss=loss, logits=logits, **recorded(outputs))
+        return SNNBertMultipleChoiceOutput(
+            loss=with_penalty(loss, outputs, self.config), logits=logits, **recorded(outputs)
+        )
 
 
 def classifier_dropout(config: SNNBertConfig) -> float:
@@ -827,7 +858,15 @@ def classifier_dropout(config: SNNBertConfig) -> float:
 
 def recorded(outputs: SNNBertModelOutput) -> dict[str, tuple | None]:
     """What a head passes on from the base model's outputs."""
-    return {name: outputs.get(name) for name in ("hidden_states", "attentions", "firing_rates", "spikes")}
+    names = ("hidden_states", "attentions", "firing_rates", "spikes", "firing_rate_penalty")
+    return {name: outputs.get(name) for name in names}
+
+
+def with_penalty(loss: torch.Tensor | None, outputs: SNNBertModelOutput, config: SNNBertConfig) -> torch.Tensor | None:
+    """The loss of a head with the penalty on firing rates, where there are labels and a target."""
+    if loss is None or outputs.firing_rate_penalty is None:
+        return loss
+    return loss + config.firing_rate_weight * outputs.firing_rate_penalty
 
 
 def firing_rate(spikes: torch.Tensor, attention_mask: torch.Tensor | None, num_timesteps: int = 1) -> torch.Tensor:

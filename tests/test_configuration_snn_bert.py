@@ -24,6 +24,7 @@ VALID = {
     "labels": {"id2label": {0: "no", 1: "maybe", 2: "yes"}, "problem_type": "single_label_classification"},
     "outputs": {"output_firing_rates": True, "output_spikes": True, "output_hidden_states": True},
     "integration": {"integration": "chunked"},
+    "sparsity": {"firing_rate_target": 0.1, "firing_rate_weight": 0},
 }
 IMPOSSIBLE = {
     "no_words": ({"vocab_size": 0, "pad_token_id": None}, "`vocab_size` must be >= 1, got 0"),
@@ -53,6 +54,11 @@ IMPOSSIBLE = {
     "reset_iterations_negative": ({"reset_iterations": -1}, "`reset_iterations` must be >= 0, got -1"),
     "surrogate_unknown": ({"surrogate": "step"}, "`surrogate` must be one of ['atan', "),
     "surrogate_alpha_0": ({"surrogate_alpha": 0.0}, "`surrogate_alpha` must be positive and finite, got 0.0"),
+    "rate_target_0": ({"firing_rate_target": 0}, "`firing_rate_target` must be None or lie in (0, 1), got 0"),
+    "rate_target_1": ({"firing_rate_target": 1.0}, "`firing_rate_target` must be None or lie in (0, 1), got 1.0"),
+    "rate_target_nan": ({"firing_rate_target": float("nan")}, "`firing_rate_target` must be None or lie in (0, 1)"),
+    "rate_weight_negative": ({"firing_rate_weight": -1}, "`firing_rate_weight` must be finite and >= 0, got -1"),
+    "rate_weight_infinite": ({"firing_rate_weight": float("inf")}, "`firing_rate_weight` must be finite and >= 0"),
     "integration_unknown": ({"integration": "fast"}, "must be 'auto' or one of ["),
     "repeat_with_bpsn": ({"coding": "repeat", "num_timesteps": 4}, "needs `neuron_type='lif'`, got 'bpsn'"),
     "repeat_with_psn": ({**REPEAT, "neuron_type": "psn"}, "needs `neuron_type='lif'`, got 'psn'"),
@@ -94,6 +100,8 @@ WRONG_TYPES = {
     "normalize": "no",
     "bidirectional": None,
     "integration": 1,
+    "firing_rate_target": "0.1",
+    "firing_rate_weight": None,
     "output_firing_rates": "yes",
     "output_spikes": None,
 }
@@ -193,4 +201,4 @@ class TestAutoMap:
 
 
 def test_evaluation_does_not_gather_spikes():
-    assert set(SNNBertConfig.keys_to_ignore_at_inference) == {"firing_rates", "spikes"}
+    assert set(SNNBertConfig.keys_to_ignore_at_inference) == {"firing_rates", "spikes", "firing_rate_penalty"}

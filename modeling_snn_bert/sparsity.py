@@ -1,0 +1,116 @@
+"""Sparsity control: a penalty on firing rates above a target, for the training loss.
+
+Energy and event-driven speed both follow the firing rate, so the target moves a model along the line of accuracy
+against cost. With the rate `r` of each neuron layer, its spikes per channel, valid token and time-step,
+
+    penalty = mean over neuron layers of max(0, r / firing_rate_target - 1)^2
+
+It is relative, so that one weight serves all targets; it leaves a layer below the target alone; and it holds the mean
+of a layer rather than every channel, so that channels that matter may fire often. Its gradient reaches thresholds,
+decays and weights through the surrogate.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from .spiking_neurons import SpikingNeuron
+
+
+class SpikeCount(torch.autograd.Function):
+    """Number of spikes in a tensor of any shape, as a scalar; a spike of -1 counts as one.
+
+    Saves no tensor of floats: nothing for binary spikes, signs as bytes for ternary ones. They are kept on the context
+    and not by `save_for_backward`, since gradient checkpointing runs the layer again without counting and wants to
+    see the same tensors saved both times.
+    """
+
+    @staticmethod
+    def forward(ctx, spikes: torch.Tensor, ternary: bool) -> torch.Tensor:
+        ctx.shape, ctx.dtype = spikes.shape, spikes.dtype
+        ctx.signs = spikes.to(torch.int8) if ternary else None
+        return torch.count_nonzero(spikes).to(torch.float32)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_count: torch.Tensor):
+        grad_count = grad_count.to(ctx.dtype)
+        if ctx.signs is None:
+            return grad_count.expand(ctx.shape), None
+        return ctx.signs * grad_count, None
+
+
+class FiringRateRecorder:
+    """While it is entered, counts the spikes of every neuron layer of `model`, with gradients.
+
+    Args:
+        model: a model with neurons.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.neurons = [module for module in model.modules() if isinstance(module, SpikingNeuron)]
+        self.counts: list[torch.Tensor] = []
+        self.sizes: list[int] = []
+        self.tokens: list[int] = []
+
+    def __enter__(self) -> "FiringRateRecorder":
+        self.handles = [neuron.register_forward_hook(self._count) for neuron in self.neurons]
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def _count(self, neuron: SpikingNeuron, args, output) -> None:
+        spikes = output[0] if isinstance(output, tuple) else output
+        self.counts.append(SpikeCount.apply(spikes, neuron.spike_type == "ternary"))
+        self.sizes.append(neuron.num_channels)
+        self.tokens.append(spikes.shape[0] * spikes.shape[1])
+
+    def rates(self, attention_mask: torch.Tensor | None = None, num_timesteps: int = 1) -> list[torch.Tensor]:
+        """The firing rate of every neuron layer, as scalars.
+
+        Args:
+            attention_mask (`[batch, seq_len]`): 1 at valid tokens, 0 at padding.
+            num_timesteps: time-steps of the repeat coding.
+
+        Raises:
+            RuntimeError: if the spikes carry no gradient although one is wanted, as under reentrant checkpointing.
+        """
+        wanted = torch.is_grad_enabled() and any(p.requires_grad for n in self.neurons for p in n.parameters())
+        if wanted and not any(count.requires_grad for count in self.counts):
+            raise RuntimeError(
+                "the firing rates carry no gradient, so `firing_rate_target` would have no effect: use gradient "
+                "checkpointing with `gradient_checkpointing_kwargs={'use_reentrant': False}`"
+            )
+        valid: torch.Tensor | None = None
+        if attention_mask is not None:
+            valid = (num_timesteps * attention_mask.sum()).clamp(min=1).float()
+        return [
+            count / (size * (tokens if valid is None else valid))
+            for count, size, tokens in zip(self.counts, self.sizes, self.tokens, strict=True)
+        ]
+
+
+def firing_rate_penalty(rates: Sequence[torch.Tensor], firing_rate_target: float) -> torch.Tensor:
+    """The mean over neuron layers of `max(0, rate / firing_rate_target - 1) ** 2`.
+
+    Args:
+        rates: the firing rate of every neuron layer, as scalars or tensors whose mean it is (`firing_rates` of the
+            models' outputs, for sequences of equal length).
+        firing_rate_target: > 0.
+
+    Returns:
+        A scalar; 1 if every neuron layer fires twice as often as it should.
+
+    Raises:
+        ValueError: if there are no rates or the target is not positive.
+    """
+    if not rates:
+        raise ValueError("`rates` must hold at least one neuron layer's firing rate")
+    if not firing_rate_target > 0:
+        raise ValueError(f"`firing_rate_target` must be positive, got {firing_rate_target}")
+    excess = torch.stack([rate.float().mean() for rate in rates]) / firing_rate_target - 1
+    return excess.clamp(min=0).square().mean()
