@@ -7,7 +7,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 
 REQUIREMENTS := setup.py pyproject.toml constraints.txt
 # The folder itself is listed too: its time changes when a module is removed.
-SOURCES := modeling_snn_bert $(wildcard modeling_snn_bert/*.py)
+SOURCES := modeling_snn_bert $(wildcard modeling_snn_bert/*.py csrc/*)
 
 # Each stamp says that its step was done after its prerequisites last changed.
 EXAMPLES_STAMP := $(VENV)/.installed-examples
@@ -43,8 +43,9 @@ lint: $(TESTS_STAMP) $(PACKAGE_STAMP) ## Run ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(EXAMPLES_STAMP) $(PACKAGE_STAMP) ## Run every script in benchmarks/
-	@set -e; for script in $(sort $(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python "$$script"; done
+bench: $(EXAMPLES_STAMP) $(PACKAGE_STAMP) ## Run benchmarks/run.py; tables as JSON go to outputs/benchmarks
+	$(PIP_INSTALL) --no-deps spikingjelly loguru
+	$(BIN)/python benchmarks/run.py $(BENCH_ARGS)
 
 clean: ## Remove the environment, build products and caches
 	rm -rf $(VENV) build dist snn_bert.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -67,7 +68,7 @@ $(TESTS_STAMP): $(REQUIREMENTS) | $(BIN)/python
 	$(REMOVE_BUILD)
 	touch $@ $(EXAMPLES_STAMP) $(PACKAGE_STAMP)
 
-$(PACKAGE_STAMP): $(SOURCES) | $(BIN)/python
+$(PACKAGE_STAMP): $(SOURCES) setup.py | $(BIN)/python
 	$(REMOVE_BUILD)
 	$(PIP_INSTALL) --no-deps --force-reinstall .
 	$(REMOVE_BUILD)

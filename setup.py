@@ -3,7 +3,9 @@
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import BaseError
 
 ROOT = Path(__file__).parent
 README = ROOT / "README.md"
@@ -17,6 +19,36 @@ def read_version() -> str:
         raise RuntimeError('modeling_snn_bert/__init__.py has no line like `__version__ = "1.2.3"`')
     return match.group(1)
 
+
+class BuildKernels(build_ext):
+    """Builds the CPU kernels with OpenMP, or on one thread with a compiler that lacks it.
+
+    They are a plain shared library that ctypes loads and no module of Python, and their name is none either, so that
+    whoever walks the package's modules does not try to import them.
+    """
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return f"{fullname.replace('.', '/')}.shared"
+
+    def build_extension(self, ext: Extension) -> None:
+        try:
+            super().build_extension(ext)
+        except BaseError:
+            self.warn("the CPU kernels do not build with OpenMP; trying without")
+            ext.extra_compile_args.remove("-fopenmp")
+            ext.extra_link_args.remove("-fopenmp")
+            super().build_extension(ext)
+
+
+KERNELS = Extension(
+    "modeling_snn_bert._cpu_kernels",
+    sources=sorted(f"csrc/{path.name}" for path in (ROOT / "csrc").glob("*.c")),
+    depends=sorted(f"csrc/{path.name}" for path in (ROOT / "csrc").glob("*.[ch]")),
+    extra_compile_args=["-std=gnu11", "-O3", "-fopenmp", "-fvisibility=hidden", "-Wno-psabi"],
+    extra_link_args=["-fopenmp"],
+    # Where there is no compiler the package installs without them, and runs on torch's operations.
+    optional=True,
+)
 
 EXAMPLES = [
     "accelerate>=1.1.0",  # what transformers' Trainer asks for
@@ -54,6 +86,8 @@ setup(
     ],
     packages=["modeling_snn_bert"],
     package_data={"modeling_snn_bert": ["py.typed"]},
+    ext_modules=[KERNELS],
+    cmdclass={"build_ext": BuildKernels},
     python_requires=">=3.10",
     install_requires=[
         "huggingface-hub",
@@ -62,6 +96,9 @@ setup(
         "transformers>=5.4.0,<6",
     ],
     extras_require={
+        # Only benchmarks/neuron.py uses it. It asks for torchvision and torchaudio but works without them:
+        # `pip install --no-deps spikingjelly loguru` leaves the installed torch alone.
+        "benchmarks": ["loguru", "spikingjelly>=2; python_version >= '3.11'"],
         "examples": EXAMPLES,
         "gpu": ["triton; platform_system == 'Linux'"],
         "tests": EXAMPLES + TESTS,

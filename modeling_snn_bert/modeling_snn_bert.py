@@ -32,6 +32,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_snn_bert import SNNBertConfig
+from .packed_spikes import SpikingLinear, keep_packed, packed_form, recompute_from_spikes
 from .sparsity import FiringRateRecorder, firing_rate_penalty
 from .spiking_neurons import BPSN, LIF, PSN, SpikingNeuron
 
@@ -47,15 +48,15 @@ class SNNBertModelOutput(BaseModelOutputWithPooling):
         spikes (`tuple(torch.FloatTensor)`, *optional*, returned with `output_spikes=True`):
             One `[batch, seq_len, channels]` tensor per neuron layer, `[num_timesteps * batch, ...]` with repeat
             coding.
-    """
         firing_rate_penalty (`torch.FloatTensor` of shape `()`, *optional*, returned while training with a target):
             How far the firing rates exceed `config.firing_rate_target`, before `config.firing_rate_weight`; it is part
             of a head's loss.
+    """
 
     firing_rates: tuple[torch.FloatTensor, ...] | None = None
     spikes: tuple[torch.FloatTensor, ...] | None = None
-
     firing_rate_penalty: torch.FloatTensor | None = None
+
 
 @dataclass
 class SNNBertMaskedLMOutput(MaskedLMOutput):
@@ -64,13 +65,13 @@ class SNNBertMaskedLMOutput(MaskedLMOutput):
     Args:
         firing_rates (`tuple(torch.FloatTensor)`, *optional*): As in `SNNBertModelOutput`.
         spikes (`tuple(torch.FloatTensor)`, *optional*): As in `SNNBertModelOutput`.
-    """
         firing_rate_penalty (`torch.FloatTensor`, *optional*): As in `SNNBertModelOutput`.
+    """
 
     firing_rates: tuple[torch.FloatTensor, ...] | None = None
     spikes: tuple[torch.FloatTensor, ...] | None = None
-
     firing_rate_penalty: torch.FloatTensor | None = None
+
 
 @dataclass
 class SNNBertSequenceClassifierOutput(SequenceClassifierOutput):
@@ -79,13 +80,13 @@ class SNNBertSequenceClassifierOutput(SequenceClassifierOutput):
     Args:
         firing_rates (`tuple(torch.FloatTensor)`, *optional*): As in `SNNBertModelOutput`.
         spikes (`tuple(torch.FloatTensor)`, *optional*): As in `SNNBertModelOutput`.
-    """
         firing_rate_penalty (`torch.FloatTensor`, *optional*): As in `SNNBertModelOutput`.
+    """
 
     firing_rates: tuple[torch.FloatTensor, ...] | None = None
     spikes: tuple[torch.FloatTensor, ...] | None = None
-
     firing_rate_penalty: torch.FloatTensor | None = None
+
 
 @dataclass
 class SNNBertTokenClassifierOutput(TokenClassifierOutput):
@@ -94,13 +95,13 @@ class SNNBertTokenClassifierOutput(TokenClassifierOutput):
     Args:
         firing_rates (`tuple(torch.FloatTensor)`, *optional*): As in `SNNBertModelOutput`.
         spikes (`tuple(torch.FloatTensor)`, *optional*): As in `SNNBertModelOutput`.
-    """
         firing_rate_penalty (`torch.FloatTensor`, *optional*): As in `SNNBertModelOutput`.
+    """
 
     firing_rates: tuple[torch.FloatTensor, ...] | None = None
     spikes: tuple[torch.FloatTensor, ...] | None = None
-
     firing_rate_penalty: torch.FloatTensor | None = None
+
 
 @dataclass
 class SNNBertQuestionAnsweringOutput(QuestionAnsweringModelOutput):
@@ -109,13 +110,13 @@ class SNNBertQuestionAnsweringOutput(QuestionAnsweringModelOutput):
     Args:
         firing_rates (`tuple(torch.FloatTensor)`, *optional*): As in `SNNBertModelOutput`.
         spikes (`tuple(torch.FloatTensor)`, *optional*): As in `SNNBertModelOutput`.
-    """
         firing_rate_penalty (`torch.FloatTensor`, *optional*): As in `SNNBertModelOutput`.
+    """
 
     firing_rates: tuple[torch.FloatTensor, ...] | None = None
     spikes: tuple[torch.FloatTensor, ...] | None = None
-
     firing_rate_penalty: torch.FloatTensor | None = None
+
 
 @dataclass
 class SNNBertMultipleChoiceOutput(MultipleChoiceModelOutput):
@@ -124,13 +125,13 @@ class SNNBertMultipleChoiceOutput(MultipleChoiceModelOutput):
     Args:
         firing_rates (`tuple(torch.FloatTensor)`, *optional*): As in `SNNBertModelOutput`.
         spikes (`tuple(torch.FloatTensor)`, *optional*): As in `SNNBertModelOutput`.
-    """
         firing_rate_penalty (`torch.FloatTensor`, *optional*): As in `SNNBertModelOutput`.
+    """
 
     firing_rates: tuple[torch.FloatTensor, ...] | None = None
     spikes: tuple[torch.FloatTensor, ...] | None = None
-
     firing_rate_penalty: torch.FloatTensor | None = None
+
 
 class InitialCurrents:
     """Mean and standard deviation of the neurons' currents in a freshly initialised model.
@@ -288,12 +289,13 @@ class SNNBertSelfAttention(nn.Module):
         self.head_size = config.hidden_size // config.num_attention_heads
         self.scaling = self.head_size**-0.5
         self.is_causal = False
+        self.gradient_checkpointing = False
         currents = InitialCurrents(config)
         hidden_size = config.hidden_size
         self.neuron = build_neuron(config, hidden_size, currents.normed())
-        self.query = nn.Linear(hidden_size, hidden_size)
-        self.key = nn.Linear(hidden_size, hidden_size)
-        self.value = nn.Linear(hidden_size, hidden_size)
+        self.query = SpikingLinear(hidden_size, hidden_size)
+        self.key = SpikingLinear(hidden_size, hidden_size)
+        self.value = SpikingLinear(hidden_size, hidden_size)
         self.query_neuron = build_neuron(config, hidden_size, currents.linear(hidden_size))
         self.key_neuron = build_neuron(config, hidden_size, currents.linear(hidden_size))
         self.value_neuron = build_neuron(config, hidden_size, currents.linear(hidden_size))
@@ -313,27 +315,58 @@ class SNNBertSelfAttention(nn.Module):
         query = self.query_neuron(self.query(spikes), token_mask)
         key = self.key_neuron(self.key(spikes), token_mask)
         value = self.value_neuron(self.value(spikes), token_mask)
-        query = query * self.query_gain.to(query.dtype) + self.query_offset.to(query.dtype)
-        query, key, value = (x.view(*input_shape, -1, self.head_size).transpose(1, 2) for x in (query, key, value))
+        spikes = (query, key, value)
+        dropout = self.dropout.p if self.training else 0.0
 
+        def attend(query, key, value, gain, offset):
+            return self._attend(query * gain + offset, key, value, attention_mask, token_mask, dropout, **kwargs)
+
+        affine = (self.query_gain.to(query.dtype), self.query_offset.to(query.dtype))
+        if not self._packs(spikes):
+            context, weights = attend(*spikes, *affine)
+        elif dropout and query.device.type == "cpu" and self.config._attn_implementation == "sdpa":
+            # There is no fused attention with dropout for the CPU: it would keep three numbers for each pair of tokens.
+            context, weights = recompute_from_spikes(lambda *x: attend(*x)[0], spikes, *affine), None
+        else:
+            with keep_packed(*spikes):
+                context, weights = attend(*spikes, *affine)
+        return context.reshape(*input_shape, -1).contiguous(), weights
+
+    def _packs(self, spikes: tuple[torch.Tensor, ...]) -> bool:
+        """Whether the backward pass is to keep these spikes packed. A checkpointed layer keeps nothing inside it."""
+        return (
+            torch.is_grad_enabled()
+            and not self.gradient_checkpointing
+            and not torch.compiler.is_compiling()
+            and all(packed_form(x) is not None for x in spikes)
+        )
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        token_mask: torch.Tensor | None,
+        dropout: float,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The attention proper, on `[batch, seq_len, channels]` each; `[batch, seq_len, heads, head_size]` out."""
+        query, key, value = (x.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for x in (query, key, value))
         implementation = self.config._attn_implementation
         if self.config.attention_type == "spiking":
-            context, weights = spiking_attention(query, key, value, token_mask, self.scaling, implementation == "eager")
-        else:
-            attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-                implementation, eager_attention_forward
-            )
-            context, weights = attention_interface(
-                self,
-                query,
-                key,
-                value,
-                attention_mask,
-                dropout=self.dropout.p if self.training else 0.0,
-                scaling=self.scaling,
-                **kwargs,
-            )
-        return context.reshape(*input_shape, -1).contiguous(), weights
+            return spiking_attention(query, key, value, token_mask, self.scaling, implementation == "eager")
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        return attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=self.scaling,
+            **kwargs,
+        )
 
 
 class SNNBertSelfOutput(nn.Module):
@@ -342,7 +375,7 @@ class SNNBertSelfOutput(nn.Module):
     def __init__(self, config: SNNBertConfig) -> None:
         super().__init__()
         self.neuron = build_neuron(config, config.hidden_size, InitialCurrents(config).context())
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dense = SpikingLinear(config.hidden_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
@@ -375,7 +408,7 @@ class SNNBertIntermediate(nn.Module):
     def __init__(self, config: SNNBertConfig) -> None:
         super().__init__()
         self.neuron = build_neuron(config, config.hidden_size, InitialCurrents(config).normed())
-        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.dense = SpikingLinear(config.hidden_size, config.intermediate_size)
 
     def forward(self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
         return self.dense(self.neuron(hidden_states, token_mask))
@@ -387,7 +420,7 @@ class SNNBertOutput(nn.Module):
     def __init__(self, config: SNNBertConfig) -> None:
         super().__init__()
         self.neuron = build_neuron(config, config.intermediate_size, InitialCurrents(config).linear(config.hidden_size))
-        self.dense = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.dense = SpikingLinear(config.intermediate_size, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
@@ -856,7 +889,7 @@ def classifier_dropout(config: SNNBertConfig) -> float:
     return config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
 
 
-def recorded(outputs: SNNBertModelOutput) -> dict[str, tuple | None]:
+def recorded(outputs: SNNBertModelOutput) -> dict[str, Any]:
     """What a head passes on from the base model's outputs."""
     names = ("hidden_states", "attentions", "firing_rates", "spikes", "firing_rate_penalty")
     return {name: outputs.get(name) for name in names}

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from .cpu_kernels import available as kernels_available
+from .cpu_kernels import bpsn_backward, bpsn_forward
 from .leaky_integration import (
     both_scans,
     both_scans_backward,
@@ -23,6 +25,7 @@ from .leaky_integration import (
     total_weight,
     widen,
 )
+from .packed_spikes import attach_packed, pack, packed_form
 from .surrogate_gradients import SURROGATES, check_surrogate, heaviside
 
 SPIKE_TYPES = ("binary", "ternary")
@@ -31,7 +34,7 @@ SPIKE_TYPES = ("binary", "ternary")
 class SpikingNeuron(nn.Module):
     """What every neuron here has: a threshold per channel, a spike function, and the checks of its arguments.
 
-    Subclasses define `forward(current, attention_mask=None) -> spikes` and `reset_parameters()`.
+    Subclasses define `spikes(current, attention_mask)` and the initial values of their parameters.
     """
 
     def __init__(
@@ -71,6 +74,31 @@ class SpikingNeuron(nn.Module):
         """Set every parameter to its initial value."""
         for name, value in self.initial_values().items():
             getattr(self, name).fill_(value)
+
+    def forward(self, current: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """The spikes that the class describes.
+
+        Args:
+            current (`[batch, seq_len, num_channels]`, floating point): input current.
+            attention_mask (`[batch, seq_len]`, bool or numeric): 1 at valid tokens, 0 at padding.
+
+        Returns:
+            Spikes of the shape and dtype of `current`, 0 at masked tokens. In training their packed form is attached
+            (see `packed_spikes`).
+
+        Raises:
+            ValueError: if a shape is wrong, or is none that this neuron can take.
+            TypeError: if `current` is not floating point.
+        """
+        self.check_current(current, attention_mask)
+        spikes = self.spikes(current, attention_mask)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and packed_form(spikes) is None:
+            attach_packed(spikes, pack(spikes.detach(), self.spike_type == "ternary"))
+        return spikes
+
+    def spikes(self, current: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """`forward` on arguments that have been checked."""
+        raise NotImplementedError
 
     def fire(self, potential: torch.Tensor, v_threshold: torch.Tensor) -> torch.Tensor:
         """Spikes where the potential reaches the threshold; ternary neurons also fire -1 at its mirror image."""
@@ -217,31 +245,39 @@ class BPSN(SpikingNeuron):
         potential = self._leaky_mean(x, attention_mask, self._total_weight(x, attention_mask))
         return silence(potential, attention_mask).to(current.dtype)
 
-    def forward(self, current: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Spikes `[batch, seq_len, channels]` from currents of that shape; see the class for the equations."""
-        self.check_current(current, attention_mask)
+    def spikes(self, current: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         x = widen(current)
+        parameters = [
+            self.v_threshold.to(x.dtype),
+            self.decay_forward.to(x.dtype),
+            self.decay_backward.to(x.dtype),
+            self.reset.to(x.dtype),
+        ]
+        settings = [self.reset_iterations, self.spike_type == "ternary", self.surrogate, self.surrogate_alpha]
+        if self._kernel_takes(x):
+            spikes, packed = BPSNByKernel.apply(current, attention_mask, *parameters, self.normalize, *settings)
+            return attach_packed(spikes, packed)
         weight = self._total_weight(x, attention_mask)
         if self.implementation in ("auto", "chunked"):
-            return BPSNSpikes.apply(
-                current,
-                attention_mask,
-                weight,
-                self.v_threshold.to(x.dtype),
-                self.decay_forward.to(x.dtype),
-                self.decay_backward.to(x.dtype),
-                self.reset.to(x.dtype),
-                self.reset_iterations,
-                self.spike_type == "ternary",
-                self.surrogate,
-                self.surrogate_alpha,
-            )
+            return BPSNByScans.apply(current, attention_mask, weight, *parameters, *settings)
         potential = self._leaky_mean(x, attention_mask, weight)
-        v_threshold = self.v_threshold.to(x.dtype)
+        v_threshold = parameters[0]
         if self.reset_iterations:
             received = self._received_reset(potential, v_threshold, attention_mask, weight)
-            potential = potential - self.per_channel(self.reset.to(x.dtype)) * received
+            potential = potential - self.per_channel(parameters[3]) * received
         return silence(self.fire(potential, v_threshold), attention_mask).to(current.dtype)
+
+    def _kernel_takes(self, x: torch.Tensor) -> bool:
+        """Whether the compiled kernel computes this; it packs its spikes, so its channels come in whole bytes."""
+        return (
+            self.implementation == "auto"
+            and x.device.type == "cpu"
+            and x.dtype == torch.float32
+            and (self.num_channels // self.num_groups) % 8 == 0
+            and not torch.jit.is_tracing()
+            and not _is_exporting()
+            and kernels_available()
+        )
 
     def _total_weight(self, x: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
         if not self.normalize:
@@ -287,8 +323,56 @@ class BPSN(SpikingNeuron):
         )
 
 
-class BPSNSpikes(torch.autograd.Function):
-    """`BPSN.forward` from currents to spikes in one piece, by scans and in place.
+class BPSNByKernel(torch.autograd.Function):
+    """`BPSN` from currents to spikes by the compiled kernel (see `cpu_kernels`); returns them as floats and packed.
+
+    It keeps the current for the backward pass. Arguments are those of `BPSNByScans`, with `normalize` for the weight.
+    """
+
+    @staticmethod
+    def forward(
+        current: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        v_threshold: torch.Tensor,
+        decay_forward: torch.Tensor,
+        decay_backward: torch.Tensor,
+        reset: torch.Tensor,
+        normalize: bool,
+        reset_iterations: int,
+        ternary: bool,
+        surrogate: str,
+        alpha: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        spikes, packed = bpsn_forward(
+            widen(current),
+            attention_mask,
+            v_threshold,
+            decay_forward,
+            decay_backward,
+            reset,
+            normalize,
+            reset_iterations,
+            ternary,
+        )
+        return spikes.to(current.dtype), packed
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs[:6])
+        ctx.settings = inputs[6:]
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_spikes: torch.Tensor, grad_packed: None):
+        current, *others = ctx.saved_tensors
+        x = widen(current)
+        grad_x, *grads = bpsn_backward(grad_spikes.to(x.dtype), x, *others, *ctx.settings)
+        return grad_x.to(current.dtype), None, *grads, *[None] * len(ctx.settings)
+
+
+class BPSNByScans(torch.autograd.Function):
+    """`BPSN` from currents to spikes in one piece, by scans and in place.
 
     It keeps the current for the backward pass and computes the potential again there. `current` is
     `[batch, seq_len, channels]`, `weight` is `n` as `[batch or 1, seq_len, groups]` or `None`, `v_threshold` is
@@ -470,13 +554,7 @@ class LIF(SpikingNeuron):
         """Decay per time-step, `[groups]`."""
         return torch.sigmoid(widen(self.decay_logit))
 
-    def forward(self, current: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Spikes `[batch, seq_len, channels]` from currents of that shape.
-
-        Raises:
-            ValueError: if a shape is wrong, or the batch is not a multiple of `num_timesteps`.
-        """
-        self.check_current(current, attention_mask)
+    def spikes(self, current: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         if self.num_timesteps is None:
             time_dim, steps = 1, widen(current)
         else:
@@ -496,7 +574,7 @@ class LIF(SpikingNeuron):
             potential = decay * charge + step
             # A masked token neither fires nor resets.
             spikes.append(self.fire(potential, v_threshold).masked_fill(is_silent, 0))
-            charge = potential - (v_threshold * spikes[-1]).detach()
+            charge = potential - v_threshold.detach() * spikes[-1].detach()
         return torch.stack(spikes, time_dim).reshape(current.shape).to(current.dtype)
 
 
@@ -546,13 +624,7 @@ class PSN(SpikingNeuron):
         super().reset_parameters()
         self.weight.copy_(torch.eye(self.length))
 
-    def forward(self, current: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Spikes `[batch, length, channels]` from currents of that shape.
-
-        Raises:
-            ValueError: if a shape is wrong; a sequence of another length than `length` has no weights here.
-        """
-        self.check_current(current, attention_mask)
+    def spikes(self, current: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         if current.shape[1] != self.length:
             raise ValueError(
                 f"a PSN has weights for exactly {self.length} tokens, got seq_len = {current.shape[1]}: pad or cut "
@@ -585,6 +657,11 @@ def divide_by_group_(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tens
 def multiply_by_group_(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """Multiply the channels of `x`, `[batch, seq_len, channels]`, by their group's `factor`, `[groups]`, in place."""
     return x.mul_(factor.repeat_interleave(x.shape[-1] // factor.shape[0]))
+
+
+def _is_exporting() -> bool:
+    """Whether the model is being written down as a graph, for places that do not know this package's operators."""
+    return getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
 
 
 def logit(decay: float) -> float:

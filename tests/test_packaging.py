@@ -13,6 +13,7 @@ import pkgutil
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import zipfile
 from pathlib import Path
@@ -24,6 +25,8 @@ from packaging.utils import canonicalize_name
 # No import of the package up here: as a script this file loads a model without it.
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "modeling_snn_bert"
+# The compiled kernels, which are built where there is a C compiler.
+FILENAME = "_cpu_kernels.shared"
 
 
 def smoke_save(folder):
@@ -106,8 +109,8 @@ def run(*command, **kwargs):
     return result.stdout
 
 
-def pip(*arguments):
-    return run(sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments)
+def pip(*arguments, **kwargs):
+    return run(sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments, **kwargs)
 
 
 def smoke(folder, *python_path):
@@ -121,17 +124,30 @@ def smoke(folder, *python_path):
     return [run(sys.executable, __file__, step, folder / "model", env=environment) for step in ("save", "load")]
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """The package's wheel, built from a copy: setuptools leaves its traces in the folder that it builds."""
-    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for name in ("setup.py", "pyproject.toml", "LICENSE", "README.md"):
-        if (ROOT / name).exists():
-            shutil.copy(ROOT / name, source)
-    shutil.copytree(PACKAGE, source / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
-    pip("wheel", "--no-deps", "--wheel-dir", target, source)
+def build_wheel(folder, **environment):
+    """The package's wheel, built in `folder` from a copy: setuptools leaves its traces in the folder that it builds."""
+    source, target = folder / "source", folder / "wheel"
+    source.mkdir()
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"):
+        shutil.copy(ROOT / name, source)
+    ignored = shutil.ignore_patterns("__pycache__", FILENAME)
+    for name in (PACKAGE.name, "csrc"):
+        shutil.copytree(ROOT / name, source / name, ignore=ignored)
+    pip("wheel", "--no-deps", "--wheel-dir", target, source, env={**os.environ, **environment})
     (path,) = target.iterdir()
     return path
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The package's wheel as it is built here."""
+    return build_wheel(tmp_path_factory.mktemp("build"))
+
+
+def has_compiler():
+    """Whether the compiler that setuptools would call is there."""
+    command = os.environ.get("CC") or sysconfig.get_config_var("CC") or ""
+    return bool(command) and shutil.which(command.split()[0]) is not None
 
 
 @pytest.fixture(scope="module")
@@ -192,15 +208,25 @@ def test_wheel_holds_exactly_the_package(wheel, metadata):
     info = f"snn_bert-{metadata['Version']}.dist-info"
     expected = {f"{PACKAGE.name}/{path.name}" for path in [*PACKAGE.glob("*.py"), PACKAGE / "py.typed"]}
     expected |= {f"{info}/{name}" for name in ("METADATA", "RECORD", "WHEEL", "top_level.txt", "licenses/LICENSE")}
+    if has_compiler():
+        expected.add(f"{PACKAGE.name}/{FILENAME}")
     with zipfile.ZipFile(wheel) as archive:
         assert set(archive.namelist()) == expected
-    assert wheel.name == f"snn_bert-{metadata['Version']}-py3-none-any.whl"
+    assert wheel.name.startswith(f"snn_bert-{metadata['Version']}-")
+
+
+@pytest.mark.slow
+def test_installs_without_a_working_compiler(tmp_path):
+    wheel = build_wheel(tmp_path, CC="false")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert f"{PACKAGE.name}/cpu_kernels.py" in names and f"{PACKAGE.name}/{FILENAME}" not in names
 
 
 def test_package_is_flat():
     # Code that travels to the Hub is copied file by file, so there can be no sub-package and no data file.
     unexpected = [path.name for path in PACKAGE.iterdir() if path.suffix != ".py"]
-    assert set(unexpected) <= {"py.typed", "__pycache__"}
+    assert set(unexpected) <= {"py.typed", "__pycache__", FILENAME}
 
 
 @pytest.mark.slow
@@ -211,7 +237,7 @@ def test_metadata(metadata, requirements):
     assert metadata["Version"] == modeling_snn_bert.__version__
     assert metadata["Requires-Python"] == ">=3.10"
     assert "Apache-2.0" in (metadata["License-Expression"], metadata["License"])
-    assert set(metadata.get_all("Provides-Extra")) == {"examples", "gpu", "tests"}
+    assert set(metadata.get_all("Provides-Extra")) == {"benchmarks", "examples", "gpu", "tests"}
     always = {canonicalize_name(requirement.name) for requirement in requirements if requirement.marker is None}
     assert always == {"torch", "transformers", "huggingface-hub"}
     readme = ROOT / "README.md"

@@ -1,0 +1,5 @@
+/* bpsn.c for processors with AVX2 and FMA. */
+#include "level_v3.h"
+#if HAVE_LEVEL
+#include "bpsn.c"
+#endif

@@ -1,0 +1,5 @@
+/* bpsn.c for processors with AVX-512. */
+#include "level_v4.h"
+#if HAVE_LEVEL
+#include "bpsn.c"
+#endif

@@ -1,0 +1,62 @@
+/* What the kernels of event-driven inference share. */
+#ifndef SNN_BERT_EVENT_DRIVEN_H
+#define SNN_BERT_EVENT_DRIVEN_H
+
+#include "kernels.h"
+
+enum weight_type { FLOAT32, BFLOAT16, INT8 };
+
+/* Spikes as lists: list k of row r starts at indices[(k * rows + r) * stride] and has counts[k * rows + r] entries.
+ * `stride` is at least inputs + LIST_SLACK, and inputs are at most 65536. */
+enum { LIST_SLACK = 64 };
+struct spike_lists {
+    int64_t rows, inputs, stride;
+    int32_t lists; /* 1, or 2 for ternary spikes: the second one holds the spikes of -1 */
+    uint16_t *indices;
+    int32_t *counts;
+};
+
+struct product {
+    int64_t outputs;
+    int32_t weight_type;
+    const void *weight; /* in blocks, 64-byte aligned */
+    const float *scale; /* [outputs] filled up to whole blocks, int8 only */
+    const float *bias; /* [outputs] filled up to whole blocks, or NULL */
+    const float *addend; /* [rows, outputs] or NULL: added to the result */
+    float *result; /* [rows, outputs] */
+};
+
+/* Softmax attention between packed spikes, and the neuron behind it. */
+struct attention {
+    int64_t head_size;
+    const uint8_t *query, *key, *value; /* packed, [lists, rows, channels / 8] */
+    const float *gain, *offset; /* [channels]: of the queries' spikes gain * spike + offset enters the product */
+    float scaling;
+    float *context; /* [rows, channels]: the result without the neuron, or NULL */
+};
+
+typedef uint16_t u16x8 __attribute__((vector_size(16), aligned(2), may_alias));
+
+/* The positions of the set bits of each byte, in order. */
+extern uint16_t bit_positions[256][8];
+
+/* Append `first` + the positions of the set bits to a list of n; without branches, so up to 8 slots are written behind
+ * its end. */
+INLINE int64_t append_positions(uint16_t *list, int64_t n, unsigned bits, int64_t first) {
+    const u16x8 base = (u16x8){0} + (uint16_t)first;
+    *(u16x8 *)(list + n) = *(const u16x8 *)bit_positions[bits] + base;
+    return n + __builtin_popcount(bits);
+}
+
+#define DECLARE_EVENT_DRIVEN(level)                                                                                    \
+    int64_t list_float_spikes_##level(const struct spike_lists *p, const float *spikes, int32_t threads);              \
+    int64_t list_packed_spikes_##level(const struct spike_lists *p, const uint8_t *packed, int32_t threads);           \
+    int event_linear_##level(const struct spike_lists *p, const struct product *q, int32_t threads);                   \
+    int event_linear_bpsn_##level(const struct spike_lists *p, const struct product *q, const struct neuron *all,      \
+                                  int32_t threads);                                                                    \
+    int event_attention_##level(const struct attention *a, const struct neuron *all, int32_t threads);
+DECLARE_EVENT_DRIVEN(plain)
+DECLARE_EVENT_DRIVEN(v3)
+DECLARE_EVENT_DRIVEN(v4)
+
+#endif

@@ -1,0 +1,286 @@
+/* Products of spikes and weights: sums over the weight rows of the inputs that fire.
+ *
+ * Two steps. `list_float_spikes` and `list_packed_spikes` turn spikes [rows, inputs] into one list of active inputs
+ * per row, and `event_linear` adds up the weights of the listed inputs; one set of lists serves every product of the
+ * same spikes. Ternary spikes have a second list per row, for the spikes of -1.
+ *
+ * Weights lie in blocks of output columns, [blocks, inputs, 128 bytes]: 128 int8, 64 bfloat16 or 32 float32 columns,
+ * the last block filled up with zeros. A block stays in the L2 cache while a tile of rows passes over it, and an
+ * active input costs two cache lines of it.
+ *
+ * Sums of int8 weights run in 16 bits for at most 256 inputs at a time and go on in 32 bits: they are exact. A
+ * bfloat16 weight is widened to float32 before it is added. */
+#include "event_driven.h"
+
+enum { BLOCK_BYTES = 128, MAX_COLUMNS = 128, MAX_16_BIT_INPUTS = 256, TILE_ROWS = 128 };
+
+typedef uint16_t u16x32 __attribute__((vector_size(64), aligned(64), may_alias));
+typedef int16_t i16x32 __attribute__((vector_size(64), aligned(64), may_alias));
+typedef uint32_t u32x16 __attribute__((vector_size(64), aligned(64), may_alias));
+typedef float f32x16 __attribute__((vector_size(64), aligned(64), may_alias));
+typedef int32_t i32x32 __attribute__((vector_size(128)));
+typedef float f32x32 __attribute__((vector_size(128)));
+
+/* 8 bytes that are 0 or 1 to bits: byte i times 2^(56 - 7 i) lands on bit 56 + i, and nothing else reaches it. */
+INLINE unsigned pack8(const uint8_t *flags) {
+    uint64_t bytes;
+    memcpy(&bytes, flags, 8);
+    return (unsigned)((bytes * 0x0102040810204080u) >> 56);
+}
+
+/* The lists of one row of float spikes. Returns their length, and counts in `invalid` the entries that are no spikes. */
+static int64_t list_float_row(const struct spike_lists *p, const float *spikes, int64_t row, int64_t *invalid) {
+    enum { CHUNK = 64 };
+    uint16_t *up = p->indices + row * p->stride, *down = up + p->rows * p->stride;
+    int64_t n_up = 0, n_down = 0;
+    for (int64_t first = 0; first < p->inputs; first += CHUNK) {
+        const int64_t size = p->inputs - first < CHUNK ? p->inputs - first : CHUNK;
+        const float *x = spikes + row * p->inputs + first;
+        float padded[CHUNK] = {0};
+        if (size < CHUNK) {
+            memcpy(padded, x, sizeof(float) * (size_t)size);
+            x = padded;
+        }
+        uint8_t is_up[CHUNK], is_down[CHUNK];
+        int32_t wrong = 0;
+        for (int k = 0; k < CHUNK; k++) {
+            is_up[k] = x[k] == 1.0f;
+            wrong += (x[k] != 0.0f) & (x[k] != 1.0f);
+        }
+        for (int k = 0; k < CHUNK; k += 8) n_up = append_positions(up, n_up, pack8(is_up + k), first + k);
+        if (p->lists == 2) {
+            int32_t downs = 0;
+            for (int k = 0; k < CHUNK; k++) downs += is_down[k] = x[k] == -1.0f;
+            for (int k = 0; k < CHUNK; k += 8) n_down = append_positions(down, n_down, pack8(is_down + k), first + k);
+            wrong -= downs;
+        }
+        *invalid += wrong;
+    }
+    p->counts[row] = (int32_t)n_up;
+    if (p->lists == 2) p->counts[p->rows + row] = (int32_t)n_down;
+    return n_up + n_down;
+}
+
+/* Returns the number of spikes, or -1 if an entry is none. */
+int64_t LEVEL(list_float_spikes)(const struct spike_lists *p, const float *spikes, int32_t threads) {
+    int64_t listed = 0, invalid = 0;
+#pragma omp parallel for num_threads(threads) reduction(+ : listed, invalid) schedule(static) if (threads > 1)
+    for (int64_t row = 0; row < p->rows; row++) listed += list_float_row(p, spikes, row, &invalid);
+    return invalid ? -1 : listed;
+}
+
+static int64_t list_packed_row(const struct spike_lists *p, const uint8_t *packed, int64_t row) {
+    uint16_t *list = p->indices + row * p->stride;
+    const int64_t bytes = p->inputs / 8;
+    int64_t n = 0;
+    packed += row * bytes;
+    for (int64_t k = 0; k < bytes; k++) n = append_positions(list, n, packed[k], 8 * k);
+    p->counts[row] = (int32_t)n;
+    return n;
+}
+
+/* `packed` is [lists, rows, inputs / 8], as the neuron writes it: bit k of byte i is input 8 i + k. Returns the number
+ * of spikes. */
+int64_t LEVEL(list_packed_spikes)(const struct spike_lists *p, const uint8_t *packed, int32_t threads) {
+    int64_t listed = 0;
+#pragma omp parallel for num_threads(threads) reduction(+ : listed) schedule(static) if (threads > 1)
+    for (int64_t row = 0; row < p->lists * p->rows; row++) listed += list_packed_row(p, packed, row);
+    return listed;
+}
+
+/* The 128 columns of a block are two vectors of 16-bit words. Word k of vector v is 2^8 hi + lo with hi the weight of
+ * column 64 v + 32 + k, signed, and lo that of column 64 v + k plus 128, unsigned. The sum of all words modulo 2^16 and
+ * the exact sum of all hi give the sum of all lo: a shift and two additions for two columns. */
+INLINE void add_int8(const uint16_t *list, int64_t n, const uint8_t *block, int32_t sign, i32x32 sums[4]) {
+    for (int64_t first = 0; first < n; first += MAX_16_BIT_INPUTS) {
+        const int64_t end = n - first < MAX_16_BIT_INPUTS ? n : first + MAX_16_BIT_INPUTS;
+        u16x32 both0 = {0}, both1 = {0};
+        i16x32 high0 = {0}, high1 = {0};
+        for (int64_t k = first; k < end; k++) {
+            const u16x32 *row = (const u16x32 *)(block + (int64_t)list[k] * BLOCK_BYTES);
+            const u16x32 x0 = row[0], x1 = row[1];
+            both0 += x0;
+            high0 += (i16x32)x0 >> 8;
+            both1 += x1;
+            high1 += (i16x32)x1 >> 8;
+        }
+        const u16x32 low0 = both0 - ((u16x32)high0 << 8), low1 = both1 - ((u16x32)high1 << 8);
+        const int32_t excess = 128 * (int32_t)(end - first);
+        sums[0] += sign * (__builtin_convertvector(low0, i32x32) - excess);
+        sums[1] += sign * __builtin_convertvector(high0, i32x32);
+        sums[2] += sign * (__builtin_convertvector(low1, i32x32) - excess);
+        sums[3] += sign * __builtin_convertvector(high1, i32x32);
+    }
+}
+
+/* 64 columns; the high half of 32-bit word k of vector v is column 32 v + 16 + k, the low half column 32 v + k. */
+INLINE void add_bfloat16(const uint16_t *list, int64_t n, const uint8_t *block, float sign, float sums[64]) {
+    f32x16 low0 = {0}, high0 = {0}, low1 = {0}, high1 = {0};
+    for (int64_t k = 0; k < n; k++) {
+        const u32x16 *row = (const u32x16 *)(block + (int64_t)list[k] * BLOCK_BYTES);
+        const u32x16 x0 = row[0], x1 = row[1];
+        low0 += (f32x16)(x0 << 16);
+        high0 += (f32x16)(x0 & 0xffff0000u);
+        low1 += (f32x16)(x1 << 16);
+        high1 += (f32x16)(x1 & 0xffff0000u);
+    }
+    for (int k = 0; k < 16; k++) {
+        sums[k] += sign * low0[k];
+        sums[16 + k] += sign * high0[k];
+        sums[32 + k] += sign * low1[k];
+        sums[48 + k] += sign * high1[k];
+    }
+}
+
+/* 32 columns. Two sums of every other input each, because one would wait for its own last addition. */
+INLINE void add_float32(const uint16_t *list, int64_t n, const uint8_t *block, float sign, float sums[32]) {
+    f32x16 even0 = {0}, even1 = {0}, odd0 = {0}, odd1 = {0};
+    int64_t k = 0;
+    for (; k + 2 <= n; k += 2) {
+        const f32x16 *row = (const f32x16 *)(block + (int64_t)list[k] * BLOCK_BYTES);
+        const f32x16 *next = (const f32x16 *)(block + (int64_t)list[k + 1] * BLOCK_BYTES);
+        even0 += row[0];
+        even1 += row[1];
+        odd0 += next[0];
+        odd1 += next[1];
+    }
+    if (k < n) {
+        const f32x16 *row = (const f32x16 *)(block + (int64_t)list[k] * BLOCK_BYTES);
+        even0 += row[0];
+        even1 += row[1];
+    }
+    even0 += odd0;
+    even1 += odd1;
+    for (int j = 0; j < 16; j++) {
+        sums[j] += sign * even0[j];
+        sums[16 + j] += sign * even1[j];
+    }
+}
+
+INLINE int columns_per_block(int32_t weight_type) {
+    return weight_type == INT8 ? BLOCK_BYTES : weight_type == BFLOAT16 ? BLOCK_BYTES / 2 : BLOCK_BYTES / 4;
+}
+
+/* The sums of one row and one block, scaled and with the bias. `weight_type` is a constant where this is called. */
+INLINE void row_sums(const struct spike_lists *p, const struct product *q, int64_t row, int64_t number,
+                     int32_t weight_type, float sums[MAX_COLUMNS]) {
+    const int columns = columns_per_block(weight_type);
+    const uint8_t *block = (const uint8_t *)q->weight + number * p->inputs * BLOCK_BYTES;
+    const int64_t column = number * columns;
+    i32x32 exact[4] = {{0}};
+    if (weight_type != INT8) memset(sums, 0, sizeof(float) * (size_t)columns);
+    for (int32_t list = 0; list < p->lists; list++) {
+        const int64_t at = list * p->rows + row;
+        const uint16_t *indices = p->indices + at * p->stride;
+        const int sign = list ? -1 : 1;
+        if (weight_type == INT8) add_int8(indices, p->counts[at], block, sign, exact);
+        else if (weight_type == BFLOAT16) add_bfloat16(indices, p->counts[at], block, (float)sign, sums);
+        else add_float32(indices, p->counts[at], block, (float)sign, sums);
+    }
+    if (weight_type == INT8)
+        for (int v = 0; v < 4; v++) {
+            f32x32 scale;
+            memcpy(&scale, q->scale + column + 32 * v, sizeof scale);
+            const f32x32 scaled = __builtin_convertvector(exact[v], f32x32) * scale;
+            memcpy(sums + 32 * v, &scaled, sizeof scaled);
+        }
+    if (q->bias)
+        for (int k = 0; k < columns; k++) sums[k] += q->bias[column + k];
+}
+
+INLINE void typed_block_sums(const struct spike_lists *p, const struct product *q, int64_t number, int64_t first,
+                             int64_t last, const float *addend, float *result, int64_t stride, int64_t width,
+                             int32_t weight_type) {
+    float sums[MAX_COLUMNS] __attribute__((aligned(64)));
+    for (int64_t row = first; row < last; row++) {
+        row_sums(p, q, row, number, weight_type, sums);
+        float *to = result + (row - first) * stride;
+        if (addend) {
+            const float *from = addend + (row - first) * stride;
+            for (int64_t k = 0; k < width; k++) to[k] = sums[k] + from[k];
+        } else {
+            memcpy(to, sums, sizeof(float) * (size_t)width);
+        }
+    }
+}
+
+/* Rows [first, last) of one block of columns, [rows, width] with `stride` numbers from row to row. */
+INLINE void block_sums(const struct spike_lists *p, const struct product *q, int64_t number, int64_t first,
+                       int64_t last, const float *addend, float *result, int64_t stride, int64_t width) {
+    if (q->weight_type == INT8) typed_block_sums(p, q, number, first, last, addend, result, stride, width, INT8);
+    else if (q->weight_type == BFLOAT16)
+        typed_block_sums(p, q, number, first, last, addend, result, stride, width, BFLOAT16);
+    else typed_block_sums(p, q, number, first, last, addend, result, stride, width, FLOAT32);
+}
+
+static void product_tile(const struct spike_lists *p, const struct product *q, int64_t number, int64_t first,
+                         int64_t last) {
+    const int columns = columns_per_block(q->weight_type);
+    const int64_t column = number * columns, at = first * q->outputs + column;
+    const int64_t width = q->outputs - column < columns ? q->outputs - column : columns;
+    block_sums(p, q, number, first, last, q->addend ? q->addend + at : NULL, q->result + at, q->outputs, width);
+}
+
+int LEVEL(event_linear)(const struct spike_lists *p, const struct product *q, int32_t threads) {
+    const int columns = columns_per_block(q->weight_type);
+    const int64_t blocks = (q->outputs + columns - 1) / columns, tiles = (p->rows + TILE_ROWS - 1) / TILE_ROWS;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t item = 0; item < blocks * tiles; item++) {
+        const int64_t first = item % tiles * TILE_ROWS;
+        product_tile(p, q, item / tiles, first, first + TILE_ROWS < p->rows ? first + TILE_ROWS : p->rows);
+    }
+    return 0;
+}
+
+/* One sequence and one block of columns, from spikes to spikes: the currents never leave the cache. */
+static int neuron_tile(const struct spike_lists *p, const struct product *q, const struct neuron *all, int64_t number,
+                       int64_t sequence, float *currents, uint8_t *packed) {
+    const int columns = columns_per_block(q->weight_type);
+    const int64_t column = number * columns, tokens = all->tokens, group_width = all->channels / all->groups;
+    const int64_t width = q->outputs - column < columns ? q->outputs - column : columns;
+    block_sums(p, q, number, sequence * tokens, (sequence + 1) * tokens, NULL, currents, width, width);
+    struct neuron tile = *all;
+    tile.batch = 1;
+    tile.channels = width;
+    tile.groups = width > group_width ? width / group_width : 1;
+    tile.current = currents;
+    tile.mask = all->mask ? all->mask + sequence * tokens : NULL;
+    tile.v_threshold += column;
+    tile.decay_forward += column / group_width;
+    tile.decay_backward += column / group_width;
+    tile.reset += column / group_width;
+    tile.packed = packed;
+    if (LEVEL(bpsn_forward)(&tile, 1)) return 1;
+    for (int plane = 0; plane <= all->ternary; plane++) {
+        uint8_t *to = all->packed + ((plane * all->batch + sequence) * tokens * all->channels + column) / 8;
+        for (int64_t t = 0; t < tokens; t++)
+            memcpy(to + t * all->channels / 8, packed + (plane * tokens + t) * width / 8, (size_t)width / 8);
+    }
+    return 0;
+}
+
+/* A product and the neuron behind it; writes all->packed only. A block of columns must hold whole channel groups, or
+ * a group whole blocks, and the width of each must be a multiple of 8. Returns 0, or 1 if memory is short. */
+int LEVEL(event_linear_bpsn)(const struct spike_lists *p, const struct product *q, const struct neuron *all,
+                             int32_t threads) {
+    const int columns = columns_per_block(q->weight_type);
+    const int64_t blocks = (q->outputs + columns - 1) / columns;
+    const size_t numbers = sizeof(float) * (size_t)(all->tokens * columns);
+    int failed = 0;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        char *memory = aligned_alloc(64, (numbers + numbers / 16 + 63) / 64 * 64);
+        int short_of_memory = !memory;
+#pragma omp for schedule(static)
+        for (int64_t item = 0; item < blocks * all->batch; item++)
+            if (memory)
+                short_of_memory |= neuron_tile(p, q, all, item / all->batch, item % all->batch, (float *)memory,
+                                               (uint8_t *)memory + numbers);
+        free(memory);
+        if (short_of_memory) {
+#pragma omp atomic write
+            failed = 1;
+        }
+    }
+    return failed;
+}

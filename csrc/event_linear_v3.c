@@ -1,0 +1,5 @@
+/* event_linear.c for processors with AVX2. */
+#include "level_v3.h"
+#if HAVE_LEVEL
+#include "event_linear.c"
+#endif

@@ -1,0 +1,232 @@
+"""The compiled kernels for the CPU against the neuron in float64, as torch operators, and how they are loaded."""
+
+import copy
+import ctypes
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from modeling_snn_bert import cpu_kernels
+from modeling_snn_bert.leaky_integration import divide_by_group, leaky_sum, silence, total_weight
+from modeling_snn_bert.packed_spikes import packed_form, unpack
+from modeling_snn_bert.spiking_neurons import BPSN
+from modeling_snn_bert.surrogate_gradients import SURROGATES
+
+needs_kernels = pytest.mark.skipif(
+    not cpu_kernels.available(), reason="no compiled kernels: installed without a C compiler, or switched off"
+)
+PACKAGE = Path(cpu_kernels.__file__).parent
+
+
+def make_neuron(channels, groups, seed=0, **settings):
+    """A neuron with its own value for each group and channel, as it would be after training."""
+    generator = torch.Generator().manual_seed(seed)
+    neuron = BPSN(channels, groups, **settings)
+    with torch.no_grad():
+        for name, parameter in neuron.named_parameters():
+            noise = torch.rand(parameter.shape, generator=generator)
+            low, high = {"v_threshold": (0.1, 0.7), "reset_strength": (-0.6, 1.2)}.get(name, (-2.5, 1.5))
+            parameter.copy_(low + (high - low) * noise)
+    return neuron
+
+
+def random_mask(kind, batch, length):
+    t, row = torch.arange(length).expand(batch, -1), torch.arange(batch)[:, None]
+    return {
+        "none": None,
+        "right": (t < max(1, length // 2) + row).long(),
+        "left": (t >= length // 3).float(),
+        "holes": (3 * t + row) % 4 != 0,
+        "all_masked": torch.zeros(batch, length, dtype=torch.bool),
+    }[kind]
+
+
+@torch.no_grad()
+def decided(neuron, x, mask, margin=1e-4):
+    """Whether each channel of each row is away from its threshold at all tokens and in all sweeps, `[batch, channels]`.
+
+    Elsewhere float32 and float64 may rightly disagree on a spike, and by the reset on its neighbours.
+    """
+    f, b = neuron.decay_forward, neuron.decay_backward
+    n = total_weight(x, f, b, mask, "chunked") if neuron.normalize else torch.ones(1, 1, f.shape[0], dtype=x.dtype)
+    potential = divide_by_group(leaky_sum(silence(x, mask), f, b, "chunked"), n)
+    reset = neuron.per_channel(neuron.reset)
+    near, now = torch.zeros_like(x, dtype=torch.bool), potential
+    for _ in range(neuron.reset_iterations + 1):
+        near |= ((now - neuron.v_threshold).abs() < margin) | ((now + neuron.v_threshold).abs() < margin)
+        spikes = silence(neuron.fire(now, neuron.v_threshold), mask)
+        received = divide_by_group(leaky_sum(spikes, f, b, "chunked") - spikes, n)
+        now = potential - reset * received
+    return ~silence(near, mask).any(1)
+
+
+def compare(neuron, shape, mask):
+    """Spikes and gradients of the float32 kernel against torch's operations in float64."""
+    batch, length, channels = shape
+    generator = torch.Generator().manual_seed(length)
+    current = torch.randn(batch, length, channels, generator=generator) + 0.2
+    exact = copy.deepcopy(neuron).double()
+    exact.implementation = "chunked"
+    clear = decided(exact, current.double(), mask)
+    assert clear.float().mean() > 0.5
+    grad = torch.randn(shape, generator=generator) * clear[:, None]
+    x, x64 = current.clone().requires_grad_(), current.double().requires_grad_()
+    spikes, wanted = neuron(x, mask), exact(x64, mask)
+    agree = (spikes == wanted) | ~clear[:, None]
+    assert agree.all()
+    names, parameters = zip(*neuron.named_parameters(), strict=True)
+    got = torch.autograd.grad(spikes, [x, *parameters], grad)
+    expected = torch.autograd.grad(wanted, [x64, *exact.parameters()], grad.double())
+    for name, a, e in zip(["current", *names], got, expected, strict=True):
+        # A parameter's gradient is a sum over all tokens in which much cancels.
+        tolerance = 2e-4
+        if name == "current":
+            a, e, tolerance = a * clear[:, None], e * clear[:, None], 2e-5
+        scale = max(e.abs().max().item(), 1e-3)
+        error = (a.double() - e).abs().max().item() / scale
+        assert error < tolerance, f"the gradient of {name} is off by {error}"
+    return spikes
+
+
+@needs_kernels
+class TestBPSN:
+    @pytest.mark.parametrize("mask", ["none", "right", "left", "holes"])
+    @pytest.mark.parametrize("spike_type", ["binary", "ternary"])
+    @pytest.mark.parametrize("reset_iterations", [0, 1, 2, 3])
+    @pytest.mark.parametrize(
+        "shape, groups",
+        [((1, 1, 8), 1), ((3, 7, 16), 2), ((2, 40, 96), 4), ((2, 17, 72), 3), ((2, 33, 384), 12), ((1, 300, 40), 1)],
+        ids=str,
+    )
+    def test_is_the_neuron(self, shape, groups, reset_iterations, spike_type, mask):
+        neuron = make_neuron(shape[-1], groups, reset_iterations=reset_iterations, spike_type=spike_type)
+        mask = random_mask(mask, *shape[:2])
+        spikes = compare(neuron, shape, mask)
+        if shape[1] > 1:
+            assert 0 < spikes.abs().mean() < 1
+
+    @pytest.mark.parametrize("surrogate", list(SURROGATES))
+    @pytest.mark.parametrize("alpha", [0.7, 3.0])
+    @pytest.mark.parametrize("spike_type", ["binary", "ternary"])
+    def test_surrogates(self, surrogate, alpha, spike_type):
+        settings = {"surrogate": surrogate, "surrogate_alpha": alpha, "spike_type": spike_type}
+        spikes = compare(make_neuron(32, 4, **settings), (2, 21, 32), random_mask("right", 2, 21))
+        assert 0 < spikes.abs().mean() < 1
+
+    @pytest.mark.parametrize("normalize", [True, False])
+    @pytest.mark.parametrize("bidirectional", [True, False])
+    @pytest.mark.parametrize("length", [5, 2000])
+    def test_directions_and_sums(self, normalize, bidirectional, length):
+        neuron = make_neuron(16, 2, normalize=normalize, bidirectional=bidirectional)
+        assert 0 < compare(neuron, (2, length, 16), random_mask("left", 2, length)).mean() < 1
+
+    def test_nothing_fires_at_masked_tokens(self):
+        mask = random_mask("holes", 3, 30)
+        current = torch.full((3, 30, 16), 9.0).masked_fill(mask[..., None] == 0, float("nan"))
+        spikes = make_neuron(16, 2, reset_iterations=0)(current, mask)
+        assert torch.equal(spikes.any(-1), mask) and spikes.isfinite().all()
+        assert not make_neuron(16, 2)(current.nan_to_num(), random_mask("all_masked", 3, 30)).any()
+
+    @pytest.mark.parametrize("spike_type", ["binary", "ternary"])
+    def test_packed_spikes_are_the_spikes(self, spike_type):
+        spikes = make_neuron(48, 2, spike_type=spike_type)(torch.randn(2, 9, 48, requires_grad=True))
+        assert torch.equal(unpack(packed_form(spikes), 48, spikes.dtype), spikes) and spikes.any()
+
+    def test_threads_change_nothing(self):
+        neuron, current = make_neuron(96, 4), torch.randn(5, 40, 96)
+        before = torch.get_num_threads()
+        results = []
+        try:
+            for threads in (1, 2, 3):
+                torch.set_num_threads(threads)
+                x = current.clone().requires_grad_()
+                spikes = neuron(x)
+                results.append((spikes, *torch.autograd.grad(spikes.square().sum(), [x, *neuron.parameters()])))
+        finally:
+            torch.set_num_threads(before)
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_low_precision_currents_are_integrated_in_float32(self, dtype):
+        neuron, current = make_neuron(32, 4), torch.randn(2, 30, 32).to(dtype)
+        spikes = neuron(current)
+        assert spikes.dtype == dtype and torch.equal(spikes.float(), neuron(current.float())) and spikes.any()
+
+
+@needs_kernels
+class TestOperators:
+    def test_pass_torchs_own_checks(self):
+        neuron, current = make_neuron(16, 2), torch.randn(2, 6, 16)
+        mask = random_mask("right", 2, 6)
+        values = [x.detach() for x in (neuron.v_threshold, neuron.decay_forward, neuron.decay_backward, neuron.reset)]
+        checks = ("test_schema", "test_faketensor")
+        torch.library.opcheck(cpu_kernels.bpsn_forward, (current, mask, *values, True, 1, True), test_utils=checks)
+        arguments = (torch.randn(2, 6, 16), current, mask, *values, True, 1, True, "atan", 2.0)
+        torch.library.opcheck(cpu_kernels.bpsn_backward, arguments, test_utils=checks)
+
+    def test_inputs_that_are_not_contiguous(self):
+        neuron, current = make_neuron(16, 2), torch.randn(16, 6, 2)
+        got, wanted = neuron(current.transpose(0, 2)), neuron(current.transpose(0, 2).contiguous())
+        assert torch.equal(got, wanted) and got.any()
+
+
+class TestLoading:
+    """Every way to be without kernels ends on torch's operations, and says so."""
+
+    @pytest.fixture
+    def load(self, tmp_path, monkeypatch, caplog):
+        """A function that loads the kernels of a folder with the given file in it; what it returns and logs."""
+        monkeypatch.setattr(cpu_kernels, "__file__", str(tmp_path / "cpu_kernels.py"))
+        monkeypatch.setattr(cpu_kernels.logger, "propagate", True)
+        monkeypatch.setattr(cpu_kernels.logging.get_logger("transformers"), "propagate", True)
+
+        def load_from(library):
+            if library is not None:
+                (tmp_path / cpu_kernels.FILENAME).write_bytes(library)
+            with caplog.at_level("INFO"):
+                return cpu_kernels._load(), caplog.text
+
+        return load_from
+
+    @needs_kernels
+    def test_there(self, load, tmp_path):
+        library, logged = load((PACKAGE / cpu_kernels.FILENAME).read_bytes())
+        assert library.kernels_version() == cpu_kernels.KERNELS_VERSION
+        assert f"runs on the CPU kernels in {tmp_path}" in logged
+
+    def test_missing(self, load):
+        library, logged = load(None)
+        assert library is None and "not installed" in logged
+
+    def test_switched_off(self, load, monkeypatch):
+        monkeypatch.setenv("SNN_BERT_CPU_KERNELS", "0")
+        library, logged = load(None)
+        assert library is None and "switched off by SNN_BERT_CPU_KERNELS=0" in logged
+
+    @pytest.mark.parametrize("content", [b"", b"\x7fELF no library"], ids=["empty", "damaged"])
+    def test_damaged(self, load, content):
+        library, logged = load(content)
+        assert library is None and "cannot be loaded" in logged
+
+    @pytest.mark.parametrize(
+        "symbols, message",
+        [
+            ({"kernels_version": lambda: cpu_kernels.KERNELS_VERSION + 1}, "in place of"),
+            ({}, "cannot be loaded"),
+        ],
+        ids=["other", "none"],
+    )
+    def test_another_version(self, load, monkeypatch, symbols, message):
+        monkeypatch.setattr(ctypes, "CDLL", lambda path: SimpleNamespace(**symbols))
+        library, logged = load(b"")
+        assert library is None and message in logged
+
+    @needs_kernels
+    def test_neurons_do_without(self, monkeypatch):
+        neuron, current = make_neuron(16, 2), torch.randn(2, 20, 16)
+        wanted = neuron(current)
+        monkeypatch.setattr(cpu_kernels, "_LIBRARY", None)
+        assert torch.equal(neuron(current), wanted) and wanted.any()

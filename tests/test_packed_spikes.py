@@ -1,0 +1,243 @@
+"""Spikes at one bit each: the packing, and training that keeps the packed form against training that keeps floats."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import modeling_snn_bert as snn
+from modeling_snn_bert import spiking_neurons
+from modeling_snn_bert.packed_spikes import (
+    SpikingLinear,
+    attach_packed,
+    keep_packed,
+    pack,
+    packed_form,
+    recompute_from_spikes,
+    unpack,
+)
+
+# Every option of the neurons and of the attention.
+SETTINGS = {
+    "bpsn": {},
+    "ternary": {"spike_type": "ternary"},
+    "no_reset": {"reset_iterations": 0},
+    "three_sweeps": {"reset_iterations": 3, "reset": 0.5},
+    "sum": {"normalize": False},
+    "forward": {"bidirectional": False},
+    "toeplitz": {"integration": "toeplitz"},
+    "rectangle": {"surrogate": "rectangle", "surrogate_alpha": 1.0},
+    "lif": {"neuron_type": "lif"},
+    "lif_ternary": {"neuron_type": "lif", "spike_type": "ternary"},
+    "repeat": {"neuron_type": "lif", "coding": "repeat", "num_timesteps": 3},
+    "psn": {"neuron_type": "psn", "psn_length": 13},
+    "spiking_attention": {"attention_type": "spiking"},
+    "spiking_attention_ternary": {"attention_type": "spiking", "spike_type": "ternary"},
+    "sdpa": {"attn_implementation": "sdpa"},
+    "dropout": {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1},
+    "dropout_sdpa": {"attention_probs_dropout_prob": 0.1, "attn_implementation": "sdpa"},
+    "target": {"firing_rate_target": 0.05},
+}
+
+
+def random_spikes(*shape, ternary=False, rate=0.3, dtype=torch.float32):
+    spikes = (torch.rand(shape) < rate).to(dtype)
+    return spikes * (torch.randint(0, 2, shape) * 2 - 1) if ternary else spikes
+
+
+class TestPacking:
+    @pytest.mark.parametrize("ternary", [False, True])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 3, 8), (2, 5, 20), (7,), (3, 64), (1, 0, 8)], ids=str)
+    def test_there_and_back(self, shape, dtype, ternary):
+        spikes = random_spikes(*shape, ternary=ternary, dtype=dtype)
+        packed = pack(spikes, ternary)
+        assert packed.dtype == torch.uint8 and packed.shape == (1 + ternary, *shape[:-1], (shape[-1] + 7) // 8)
+        back = unpack(packed, shape[-1], dtype)
+        assert back.dtype == dtype and torch.equal(back, spikes)
+
+    def test_bit_k_of_byte_i_is_channel_8_i_plus_k(self):
+        for channel in range(24):
+            packed = pack(nn.functional.one_hot(torch.tensor(channel), 24).float(), ternary=False)
+            assert packed[0].tolist() == [(1 << channel % 8) * (channel // 8 == i) for i in range(3)]
+
+    def test_form_is_gone_once_the_spikes_change(self):
+        spikes = random_spikes(2, 8)
+        attach_packed(spikes, pack(spikes, False))
+        assert torch.equal(unpack(packed_form(spikes), 8, spikes.dtype), spikes)
+        spikes.mul_(2)
+        assert packed_form(spikes) is None and packed_form(spikes.clone()) is None
+
+
+def gradients(function, inputs, grad):
+    result = function(*inputs)
+    return result.detach(), torch.autograd.grad(result, inputs, grad)
+
+
+class TestSpikingLinear:
+    @pytest.mark.parametrize("ternary", [False, True])
+    @pytest.mark.parametrize("bias", [False, True])
+    @pytest.mark.parametrize("shape", [(1, 8), (2, 3, 20), (4, 64)], ids=str)
+    def test_is_a_linear(self, shape, bias, ternary):
+        spikes = random_spikes(*shape, ternary=ternary, dtype=torch.float64).requires_grad_()
+        linear = nn.Linear(shape[-1], 5, bias=bias).double()
+        spiking = SpikingLinear(shape[-1], 5, bias=bias).double()
+        spiking.load_state_dict(linear.state_dict())
+        grad = torch.randn(*shape[:-1], 5, dtype=torch.float64)
+        wanted, wanted_grads = gradients(lambda x, *_: linear(x), [spikes, *linear.parameters()], grad)
+        attach_packed(spikes, pack(spikes.detach(), ternary))
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+            got, got_grads = gradients(lambda x, *_: spiking(x), [spikes, *spiking.parameters()], grad)
+        assert torch.equal(got, wanted)
+        for a, b in zip(got_grads, wanted_grads, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+        assert {x.dtype for x in kept} == {torch.uint8, torch.float64}
+        assert all(x.dtype == torch.uint8 or x is spiking.weight for x in kept)
+
+    def test_other_inputs_go_the_plain_way(self):
+        linear = SpikingLinear(8, 3)
+        x = torch.randn(2, 8, requires_grad=True)
+        linear(x).sum().backward()
+        assert torch.allclose(linear.weight.grad, x.sum(0).expand(3, -1)) and x.grad is not None
+
+    def test_frozen_weights_keep_nothing(self):
+        linear, kept = SpikingLinear(8, 3), []
+        linear.weight.requires_grad_(False)
+        spikes = random_spikes(2, 8).requires_grad_()
+        attach_packed(spikes, pack(spikes.detach(), False))
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+            linear(spikes).sum().backward()
+        assert all(x.data_ptr() == linear.weight.data_ptr() for x in kept) and spikes.grad is not None
+
+
+def test_kept_views_come_back():
+    spikes = random_spikes(2, 6, 16, dtype=torch.float64).requires_grad_()
+    weight = torch.randn(2, 2, 8, 6, dtype=torch.float64, requires_grad=True)
+
+    def product(x, w):
+        return w.transpose(2, 3) @ x.unflatten(-1, (2, 8)).transpose(1, 2).transpose(2, 3)
+
+    grad = torch.randn(2, 2, 6, 6, dtype=torch.float64)
+    wanted, wanted_grads = gradients(product, [spikes, weight], grad)
+    attach_packed(spikes, pack(spikes.detach(), False))
+    with keep_packed(spikes):
+        got, got_grads = gradients(product, [spikes, weight], grad)
+    again, again_grads = gradients(
+        lambda x, w: recompute_from_spikes(product, (attach_packed(x, pack(x.detach(), False)),), w),
+        [spikes, weight],
+        grad,
+    )
+    for result in (got, again):
+        assert torch.equal(result, wanted)
+    for grads in (got_grads, again_grads):
+        assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(grads, wanted_grads, strict=True))
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """A function that switches the packing off, so that floats are kept."""
+    return lambda: monkeypatch.setattr(spiking_neurons, "attach_packed", lambda spikes, packed: spikes)
+
+
+@pytest.fixture
+def make(make_config):
+    """A function that builds a classifier in training mode, and a batch for it."""
+
+    def build(dtype=torch.float64, **settings):
+        torch.manual_seed(0)
+        # Heads of 8 channels, so that the compiled kernels take the neurons in float32.
+        model = snn.SNNBertForSequenceClassification(make_config(hidden_size=32, intermediate_size=64, **settings))
+        mask = torch.ones(3, 13, dtype=torch.long)
+        mask[1, 9:] = 0
+        batch = {"input_ids": torch.randint(1, 120, (3, 13)), "attention_mask": mask, "labels": torch.tensor([0, 1, 1])}
+        return model.to(dtype).train(), batch
+
+    return build
+
+
+def step(model, batch, calls=1, autocast=None):
+    """Loss and gradients of `calls` forward passes with one backward pass."""
+    torch.manual_seed(1)
+    model.zero_grad()
+    with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+        loss = sum(model(**batch).loss for _ in range(calls))
+    loss.backward()
+    return loss.detach(), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def same(got, wanted, tolerance):
+    assert torch.allclose(got[0], wanted[0], rtol=0, atol=tolerance)
+    for name, grad in wanted[1].items():
+        scale = max(grad.abs().max().item(), 1.0)
+        difference = (got[1][name] - grad).abs().max().item() / scale
+        assert difference <= tolerance, f"the gradient of {name} is off by {difference}"
+
+
+class TestTraining:
+    @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=str)
+    @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+    def test_packed_is_plain(self, make, plain, assert_spikes_flow, settings, dtype, tolerance):
+        model, batch = make(dtype, **settings)
+        packed = step(model, batch)
+        assert_spikes_flow(model.eval().bert, **{k: v for k, v in batch.items() if k != "labels"})
+        plain()
+        same(packed, step(model.train(), batch), tolerance)
+
+    @pytest.mark.parametrize("settings", ["bpsn", "ternary", "spiking_attention", "dropout_sdpa"])
+    def test_twice_in_one_graph(self, make, plain, settings):
+        model, batch = make(**SETTINGS[settings])
+        packed = step(model, batch, calls=2)
+        plain()
+        same(packed, step(model, batch, calls=2), 1e-10)
+
+    def test_backward_twice(self, make):
+        model, batch = make()
+        loss = model(**batch).loss
+        loss.backward(retain_graph=True)
+        once = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+        loss.backward()
+        assert all(torch.allclose(p.grad, 2 * once[name], rtol=1e-12) for name, p in model.named_parameters())
+
+    @pytest.mark.parametrize("settings", ["bpsn", "ternary", "lif", "spiking_attention", "dropout", "target"])
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+    def test_gradient_checkpointing(self, make, settings, dtype):
+        model, batch = make(dtype, **SETTINGS[settings])
+        wanted = step(model, batch)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        same(step(model, batch), wanted, 1e-10 if dtype == torch.float64 else 1e-5)
+
+    @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("settings", ["bpsn", "ternary", "lif", "spiking_attention", "sdpa"])
+    def test_autocast(self, make, plain, settings, autocast):
+        model, batch = make(torch.float32, **SETTINGS[settings])
+        packed = step(model, batch, autocast=autocast)
+        assert all(grad.isfinite().all() and grad.dtype == torch.float32 for grad in packed[1].values())
+        plain()
+        # The products are the same; a bias is summed in another order, in the low precision.
+        same(packed, step(model, batch, autocast=autocast), 4 * torch.finfo(autocast).eps)
+
+    @pytest.mark.parametrize("settings", ["bpsn", "ternary", "lif", "repeat", "psn", "sdpa", "dropout_sdpa"])
+    def test_no_spike_is_kept_as_a_float(self, make, settings):
+        model, batch = make(torch.float32, **SETTINGS[settings])
+        floats = []
+
+        def look(x):
+            # In the encoder; a mean over identical rows or a mask may be made of ones as well, but has no such shape.
+            whole = x.is_floating_point() and x.numel() >= 3 * 13 * 32 and bool(((x == 0) | (x.abs() == 1)).all())
+            if whole and bool((x != 0).any()):
+                floats.append(tuple(x.shape))
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(look, lambda x: x):
+            loss = model(**batch).loss
+        assert not floats
+        loss.backward()
+
+    def test_deep_copies_and_inference(self, make):
+        model, batch = make(torch.float32)
+        with torch.inference_mode():
+            wanted = model.eval()(**batch).logits
+        with torch.no_grad():
+            assert torch.equal(copy.deepcopy(model)(**batch).logits, wanted)
