@@ -1,0 +1,389 @@
+"""Inference of event-driven SNN-BERT against BERT in transformers and in ONNX Runtime: time and memory, on a CPU.
+
+    python benchmarks/inference.py                              6 x 384 and 12 x 768 at imposed firing rates
+    python benchmarks/inference.py --model_name_or_path FOLDER  a trained SNN-BERT at its own rates
+
+Subjects have the same shape and vocabulary, no head and no pooler. Thresholds of the spiking models are set on random
+tokens so that each channel fires at the imposed rate; the rate that is met is in the table. All subjects of a table are
+timed in turns, round by round, and the ratios are taken round by round. Natural lengths are those of short film
+reviews, padded to the longest of the batch. The ONNX models are exports of the very BERT that is timed, checked against
+it. Writes inference.json.
+
+ONNX Runtime and its tools are needed for two of the subjects only:
+
+    pip install onnx onnxruntime onnxscript
+"""
+
+import argparse
+import copy
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from measure import (
+    check_firing_rate,
+    environment,
+    in_fresh_process,
+    interleaved_seconds,
+    peak_allocated_bytes,
+    ratio,
+    spread,
+)
+from registry import Settings, benchmark
+from report import Table, write_json
+from torch import nn
+from transformers import BertConfig, BertModel, PreTrainedModel
+
+from modeling_snn_bert import SNNBertConfig, SNNBertModel, SpikingNeuron, cpu_kernels
+from modeling_snn_bert import event_driven as event_driven_module
+from modeling_snn_bert.event_driven import dense_rates, event_driven
+
+REFERENCE = "bert_float32"
+# Name of the subject: weights of the event-driven model, and whether on the compiled kernels.
+EVENT_DRIVEN = {
+    "event_float32": ("float32", True),
+    "event_bfloat16": ("bfloat16", True),
+    "event_int8": ("int8", True),
+    "torch_bfloat16": ("bfloat16", False),
+    "torch_int8": ("int8", False),
+}
+ONNX = ("onnx_float32", "onnx_int8")
+SUBJECTS = (*EVENT_DRIVEN, "snn_dense", REFERENCE, "bert_bfloat16", "bert_compiled", *ONNX)
+RATES = (0.05, 0.1, 0.2, 0.3)
+SHAPES = {"6x384": (6, 384, 1536, 12), "12x768": (12, 768, 3072, 12)}
+BATCH_SIZES = (1, 8, 32)
+LENGTH = 128
+# Token counts of short film reviews (SST-2's validation sentences): mean, standard deviation, and the range.
+NATURAL_LENGTHS = (25.0, 12.0, 5, 64)
+VOCAB_SIZE = 30522
+BISECTION_STEPS = 10
+# A dynamic int8 export is far from its model; a wrong export is farther still.
+EXPORT_TOLERANCE = 1e-3
+
+Inputs = dict[str, torch.Tensor]
+
+
+def make_batches(batch_sizes: tuple[int, ...], length: int, vocab_size: int, seed: int) -> dict[str, Inputs]:
+    """Random tokens: full sequences for each batch size, and one padded batch of natural lengths."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(rows: int, columns: int) -> Inputs:
+        ids = torch.randint(min(1000, vocab_size // 2), vocab_size, (rows, columns), generator=generator)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    batches = {f"{rows} x {length}": tokens(rows, length) for rows in batch_sizes}
+    mean, deviation, shortest, longest = NATURAL_LENGTHS
+    rows = batch_sizes[-1]
+    lengths = (mean + deviation * torch.randn(rows, generator=generator)).round().clamp(shortest, min(longest, length))
+    natural = tokens(rows, int(lengths.max()))
+    natural["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+    batches[f"{rows} x natural"] = natural
+    return batches
+
+
+@torch.no_grad()
+def impose_firing_rate(model: SNNBertModel, rate: float, inputs: Inputs) -> None:
+    """Set the thresholds of `model` so that each channel of each neuron layer fires at `rate` on `inputs`.
+
+    By bisection, layer after layer: each neuron's currents are those that the layers before it send at their new rates.
+    """
+
+    def set_thresholds(neuron: SpikingNeuron, args: tuple) -> None:
+        current = args[0]
+        mask = inputs["attention_mask"]
+        valid = current[mask != 0]
+        low, high = valid.amin(0), valid.amax(0)
+        for _ in range(BISECTION_STEPS):
+            neuron.v_threshold.copy_((low + high) / 2)
+            quiet = neuron.forward(*args)[mask != 0].mean(0) < rate
+            high = torch.where(quiet, neuron.v_threshold, high)
+            low = torch.where(quiet, low, neuron.v_threshold)
+        neuron.v_threshold.copy_(low)
+
+    neurons = [module for module in model.modules() if isinstance(module, SpikingNeuron)]
+    handles = [neuron.register_forward_pre_hook(set_thresholds) for neuron in neurons]
+    try:
+        model(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def firing_rates(model: PreTrainedModel, inputs: Inputs) -> list[float]:
+    """Mean rate of each neuron layer on `inputs`; an error if one is dead or saturated."""
+    rates = model(**inputs, output_firing_rates=True).firing_rates
+    names = model.neuron_names()
+    return [check_firing_rate(name, rate.mean().item()) for name, rate in zip(names, rates, strict=True)]
+
+
+class TorchOnly:
+    """A call of `model` as where there are no compiled kernels."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, **inputs: torch.Tensor) -> Any:
+        with without_kernels():
+            return self.model(**inputs)
+
+
+def without_kernels() -> ExitStack:
+    """A context in which the library behaves as if it had been installed without a compiler."""
+    stack = ExitStack()
+    stack.enter_context(mock.patch.object(cpu_kernels, "_LIBRARY", None))
+    stack.enter_context(mock.patch.object(event_driven_module, "available", lambda: False))
+    return stack
+
+
+def event_driven_subject(name: str, model: SNNBertModel) -> SNNBertModel | TorchOnly:
+    """The event-driven form of a copy of `model` that the subject `name` stands for."""
+    weight_dtype, on_kernels = EVENT_DRIVEN[name]
+    if on_kernels and not cpu_kernels.available():
+        raise SystemExit(
+            f"the subject {name} needs the compiled kernels: install the package where there is a C compiler, "
+            f"or leave it out with --subjects"
+        )
+    if on_kernels:
+        return event_driven(copy.deepcopy(model), weight_dtype)
+    with without_kernels():
+        return TorchOnly(event_driven(copy.deepcopy(model), weight_dtype))
+
+
+def onnx_subject(name: str, bert: BertModel, inputs: Inputs, threads: int, folder: Path) -> Callable[..., Any]:
+    """ONNX Runtime on an export of `bert`, in float32 or dynamically quantized to int8.
+
+    Raises:
+        RuntimeError: if the export does not compute what `bert` does.
+    """
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401 - torch.onnx.export needs it
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+    except ImportError as error:
+        raise SystemExit(
+            f"the subject {name} needs a package that cannot be imported ({error}). Install it with\n"
+            "    pip install onnx onnxruntime onnxscript\nor leave the subject out with --subjects"
+        ) from error
+    path, quantized = folder / "float32.onnx", folder / "int8.onnx"
+    if not path.exists():
+        size = {0: torch.export.Dim("batch", min=1, max=512), 1: torch.export.Dim("tokens", min=2, max=512)}
+        # Two rows of at least two tokens with padding: sizes of 1 and full masks would be taken for constants.
+        ids = torch.randint(1, bert.config.vocab_size, (2, 10))
+        mask = torch.ones_like(ids)
+        mask[1, 6:] = 0
+        torch.onnx.export(
+            LastHiddenState(bert),
+            (ids, mask),
+            path,
+            input_names=["input_ids", "attention_mask"],
+            output_names=["last_hidden_state"],
+            dynamic_shapes=(size, size),
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+    if name == "onnx_int8":
+        quantize_dynamic(path, quantized, weight_type=QuantType.QInt8)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(
+        quantized if name == "onnx_int8" else path, options, providers=["CPUExecutionProvider"]
+    )
+
+    def run(**inputs: torch.Tensor) -> torch.Tensor:
+        return session.run(None, {key: x.numpy() for key, x in inputs.items()})[0]
+
+    if name == "onnx_float32":
+        valid = inputs["attention_mask"] != 0
+        difference = (torch.from_numpy(run(**inputs)) - bert(**inputs).last_hidden_state)[valid].abs().max().item()
+        if not difference < EXPORT_TOLERANCE:
+            raise RuntimeError(f"the ONNX export differs from its model by {difference}")
+    return run
+
+
+class LastHiddenState(nn.Module):
+    """`bert` with tensors in and one tensor out, for the export."""
+
+    def __init__(self, bert: BertModel) -> None:
+        super().__init__()
+        self.bert = bert
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return self.bert(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+
+
+def rival(name: str, bert: BertModel) -> Callable[..., Any]:
+    """The BERT that the subject `name` stands for."""
+    if name == "bert_bfloat16":
+        return copy.deepcopy(bert).bfloat16()
+    if name == "bert_compiled":
+        torch.compiler.reset()
+        return torch.compile(copy.deepcopy(bert))
+    return bert
+
+
+def build_spiking(shape: tuple[int, int, int, int], seed: int) -> SNNBertModel:
+    layers, hidden, intermediate, heads = shape
+    torch.manual_seed(seed)
+    config = SNNBertConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=intermediate,
+    )
+    return SNNBertModel(config, add_pooling_layer=False).eval()
+
+
+def bert_like(config: SNNBertConfig) -> BertModel:
+    """A random BERT of the size of `config`."""
+    names = "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size max_position_embeddings"
+    bert = BertModel(BertConfig(**{name: getattr(config, name) for name in names.split()}), add_pooling_layer=False)
+    bert.set_attn_implementation("sdpa")
+    return bert.eval()
+
+
+def peak_bytes(name: str, config: SNNBertConfig, state: dict[str, torch.Tensor], inputs: Inputs) -> int:
+    """Peak of the memory that one call of a PyTorch subject holds above its weights; runs in a process of its own."""
+    with torch.inference_mode():
+        if name in EVENT_DRIVEN or name == "snn_dense":
+            model = SNNBertModel(config, add_pooling_layer=False).eval()
+            model.load_state_dict(state)
+            call = model if name == "snn_dense" else event_driven_subject(name, model)
+        else:
+            call = rival(name, bert_like(config))
+        call(**inputs)
+        return peak_allocated_bytes(lambda: call(**inputs))
+
+
+def compare(
+    title: str, section: str, model: SNNBertModel, batches: dict[str, Inputs], settings: Settings, memory: bool
+) -> Iterator[Table]:
+    """One table per batch of `batches`, on a model whose rates are set."""
+    rates = firing_rates(model, next(reversed(batches.values())))
+    bert = bert_like(model.config)
+    threads = settings.threads
+    with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
+        calls: dict[str, Callable[..., Any]] = {}
+        crossovers = {}
+        for name in settings.subjects:
+            if name in EVENT_DRIVEN:
+                subject = event_driven_subject(name, model)
+                calls[name] = subject
+                crossovers[name] = dense_rates(subject.model if isinstance(subject, TorchOnly) else subject)
+            elif name in ONNX:
+                with torch.inference_mode(False), torch.no_grad():
+                    sample = next(reversed(batches.values()))
+                    calls[name] = onnx_subject(name, bert, sample, threads, Path(folder))
+            else:
+                calls[name] = model if name == "snn_dense" else rival(name, bert)
+        for label, inputs in batches.items():
+            rows = len(inputs["input_ids"])
+            samples = interleaved_seconds({n: partial(c, **inputs) for n, c in calls.items()}, settings.repeats, 2)
+            rate = sum(firing_rates(model, inputs)) / len(rates) if any(n in EVENT_DRIVEN for n in calls) else None
+            table = Table(
+                section,
+                f"{title}, batch {label}, {threads} threads",
+                {
+                    "subject": "model",
+                    "milliseconds": "ms",
+                    "sentences_per_second": "sentences / s",
+                    "speedup": f"{REFERENCE} / model",
+                    "speedup_onnx_int8": "onnx_int8 / model",
+                    "peak_mib": "peak MiB",
+                    "firing_rate": "firing rate",
+                },
+                notes=["Median of interleaved rounds (quartiles). Peak: what tensors hold at most beside the weights."],
+            )
+            for name in calls:
+                peak = None
+                if memory and name not in ONNX and name != "bert_compiled":
+                    peak = in_fresh_process(peak_bytes, threads, name, model.config, model.state_dict(), inputs) / 2**20
+                row = {
+                    "subject": name,
+                    "milliseconds": spread(samples[name], 1e3),
+                    "sentences_per_second": spread([rows / x for x in samples[name]]),
+                    "speedup": ratio(samples, REFERENCE, name) if REFERENCE in samples else None,
+                    "speedup_onnx_int8": ratio(samples, "onnx_int8", name) if "onnx_int8" in samples else None,
+                    "peak_mib": peak,
+                    "firing_rate": rate if name in EVENT_DRIVEN or name == "snn_dense" else None,
+                    "dense_above": crossovers.get(name),
+                }
+                table.rows.append(row)
+            yield table
+
+
+@benchmark("inference", sections=tuple(SHAPES), subjects=SUBJECTS, repeats=7)
+def inference(settings: Settings) -> Iterator[Table]:
+    """Inference: event-driven SNN-BERT against BERT in transformers and ONNX Runtime, at imposed firing rates."""
+    yield from at_imposed_rates(settings, RATES, BATCH_SIZES, memory=not settings.quick)
+
+
+def at_imposed_rates(
+    settings: Settings, rates: tuple[float, ...], batch_sizes: tuple[int, ...], memory: bool
+) -> Iterator[Table]:
+    for section in settings.sections:
+        shape, length = (2, 48, 96, 4) if settings.quick else SHAPES[section], 16 if settings.quick else LENGTH
+        model = build_spiking(shape, settings.seed)
+        batches = make_batches((1, 2) if settings.quick else batch_sizes, length, VOCAB_SIZE, settings.seed)
+        for rate in rates[:1] if settings.quick else rates:
+            impose_firing_rate(model, rate, next(iter(reversed(batches.values()))))
+            title = f"{shape[0]} layers x {shape[1]}, rate {rate}"
+            yield from compare(title, section, model, batches, settings, memory and rate == 0.1)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name_or_path", help="an SNN-BERT: folder or Hub id, measured at its own rates")
+    parser.add_argument("--sections", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--subjects", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
+    parser.add_argument("--rates", nargs="+", type=float, default=list(RATES))
+    parser.add_argument("--batch_sizes", nargs="+", type=int, default=list(BATCH_SIZES))
+    parser.add_argument("--no_memory", action="store_true", help="leave out the peaks of memory")
+    parser.add_argument("--threads", type=int, default=min(2, torch.get_num_threads()))
+    parser.add_argument("--repeats", type=int, default=7, help="interleaved rounds")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/benchmarks"))
+    args = parser.parse_args()
+    if args.threads < 1 or args.repeats < 1 or min(args.batch_sizes) < 1:
+        parser.error("--threads, --repeats and --batch_sizes must be >= 1")
+    if not all(0 < rate < 1 for rate in args.rates):
+        parser.error(f"--rates must lie in (0, 1), got {args.rates}")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    torch.set_num_threads(args.threads)
+    settings = Settings(tuple(args.sections), tuple(args.subjects), False, args.threads, args.repeats, args.seed)
+    if args.model_name_or_path is not None:
+        model = SNNBertModel.from_pretrained(args.model_name_or_path, add_pooling_layer=False).eval()
+        length = min(LENGTH, model.config.max_position_embeddings)
+        batches = make_batches(tuple(args.batch_sizes), length, model.config.vocab_size, args.seed)
+        tables = compare(args.model_name_or_path, "checkpoint", model, batches, settings, not args.no_memory)
+    else:
+        tables = at_imposed_rates(settings, tuple(args.rates), tuple(args.batch_sizes), not args.no_memory)
+    done = []
+    for table in tables:
+        done.append(table.to_dict())
+        print(table.markdown(), flush=True)
+    result = {
+        "benchmark": "inference",
+        "command": " ".join(["python", "benchmarks/inference.py", *sys.argv[1:]]),
+        "environment": environment(args.threads, args.seed),
+        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+        "tables": done,
+    }
+    write_json(args.output_dir / "inference.json", result)
+    print(f"written to {args.output_dir / 'inference.json'}")
+
+
+if __name__ == "__main__":
+    main()

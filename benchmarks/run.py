@@ -1,0 +1,105 @@
+"""Run benchmarks, print their tables and write what they measured.
+
+    python benchmarks/run.py                                       all of them
+    python benchmarks/run.py training --sections step_384 profile  a part of one
+    python benchmarks/run.py --list                                names, sections, subjects
+
+A run writes `<output_dir>/<benchmark>.json`, or `<benchmark>-<sections>.json` for a part.
+"""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from measure import environment
+from registry import Benchmark, Settings, load_benchmarks
+from report import write_json
+
+
+def parse_args(benchmarks: dict[str, Benchmark]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(benchmarks)} (default: all)")
+    parser.add_argument("--list", action="store_true", help="list the benchmarks, their sections and subjects")
+    parser.add_argument("--sections", nargs="+", default=[], metavar="SECTION", help="only these sections")
+    parser.add_argument("--subjects", nargs="+", default=[], metavar="SUBJECT", help="measure only these")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/benchmarks"))
+    parser.add_argument("--quick", action="store_true", help="tiny shapes: shows that it runs, measures nothing")
+    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--repeats", type=int, help="interleaved rounds (default: as --list says)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    for name in ("threads", "repeats"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name} must be >= 1, got {getattr(args, name)}")
+    unknown = [name for name in args.names if name not in benchmarks]
+    if unknown:
+        parser.error(f"no benchmark is named {', '.join(unknown)}; there are {', '.join(benchmarks)}")
+    args.names = args.names or list(benchmarks)
+    for kind in ("sections", "subjects"):
+        for name in args.names:
+            if getattr(args, kind) and not choose(getattr(args, kind), getattr(benchmarks[name], kind)):
+                parser.error(
+                    f"--{kind} leaves nothing of {name}, which has {', '.join(getattr(benchmarks[name], kind))}"
+                )
+        known = {entry for name in args.names for entry in getattr(benchmarks[name], kind)}
+        unknown = [entry for entry in getattr(args, kind) if entry not in known]
+        if unknown:
+            parser.error(f"--{kind} {' '.join(unknown)}: there are {', '.join(sorted(known))}")
+    return args
+
+
+def choose(chosen: list[str], available: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of `available` that are chosen, in their own order; all of them if the choice is empty."""
+    return tuple(name for name in available if not chosen or name in chosen)
+
+
+def run_benchmark(benchmark: Benchmark, args: argparse.Namespace) -> Path:
+    """Run it, print its tables as they come, and return the path of the JSON file."""
+    settings = Settings(
+        sections=choose(args.sections, benchmark.sections),
+        subjects=choose(args.subjects, benchmark.subjects),
+        quick=args.quick,
+        threads=args.threads,
+        repeats=args.repeats or benchmark.repeats,
+        seed=args.seed,
+    )
+    started = time.perf_counter()
+    tables = []
+    print(f"## {benchmark.name}\n\n{benchmark.description}\n", flush=True)
+    for table in benchmark.run(settings):
+        tables.append(table)
+        print(table.markdown(), flush=True)
+    result = {
+        "benchmark": benchmark.name,
+        "command": " ".join(["python", "benchmarks/run.py", *sys.argv[1:]]),
+        "environment": environment(args.threads, args.seed),
+        "settings": vars(settings),
+        "seconds": time.perf_counter() - started,
+        "tables": [table.to_dict() for table in tables],
+    }
+    part = settings.sections if settings.sections != benchmark.sections else ()
+    path = args.output_dir / f"{'-'.join([benchmark.name, *part])}.json"
+    write_json(path, result)
+    return path
+
+
+def main() -> None:
+    benchmarks = load_benchmarks()
+    args = parse_args(benchmarks)
+    if args.list:
+        for name, entry in benchmarks.items():
+            print(f"{name}: {entry.description}")
+            print(f"  sections: {' '.join(entry.sections)}\n  subjects: {' '.join(entry.subjects)}")
+            print(f"  repeats:  {entry.repeats}")
+        return
+    torch.set_num_threads(args.threads)
+    for name in args.names:
+        path = run_benchmark(benchmarks[name], args)
+        print(f"written to {path}\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,253 @@
+"""Accuracy against energy and speed as the target of the firing rate goes down, on real text.
+
+    python benchmarks/sparsity.py                                        film reviews, all-MiniLM-L6-v2
+    python benchmarks/sparsity.py --train_file t.tsv --validation_file v.tsv --targets none 0.1 0.05
+
+For every target a BERT is converted with that firing rate, distilled briefly, and fine-tuned with the target in its
+configuration, on the same batches each time; `none` is converted with a rate of 0.2 and has no target. Then it is
+scored on held-out sentences, its operations are counted there, and it is timed on a batch of them in its dense and in
+its event-driven form. Writes sparsity.json and sparsity.png.
+"""
+
+import argparse
+import copy
+import csv
+import itertools
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import check_firing_rate, environment, interleaved_seconds, spread
+from registry import Settings, benchmark
+from report import Table, write_json
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    BertTokenizer,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+)
+
+from modeling_snn_bert.conversion import convert_bert
+from modeling_snn_bert.energy import energy_report
+from modeling_snn_bert.energy_plots import import_pyplot, save_figure
+from modeling_snn_bert.event_driven import event_driven
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+TARGETS = ("none", "0.2", "0.1", "0.05")
+RATE_WITHOUT_TARGET = 0.2
+DEFAULT_OUTPUT = Path("outputs/benchmarks")
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name_or_path", help="a BERT: folder or Hub id (default: all-MiniLM-L6-v2)")
+    parser.add_argument("--train_file", help="csv, tsv or json file with training sentences and labels")
+    parser.add_argument("--validation_file", help="the same for validation")
+    parser.add_argument("--text_column", default="sentence")
+    parser.add_argument("--label_column", default="label")
+    parser.add_argument("--targets", nargs="+", default=list(TARGETS), help="firing rates in (0, 1), or `none`")
+    parser.add_argument("--firing_rate_weight", type=float, default=1.0)
+    parser.add_argument("--distillation_steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=100, help="of fine-tuning, for each target")
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--learning_rate", type=float, default=1e-4)
+    parser.add_argument("--max_length", type=int, default=64)
+    parser.add_argument("--max_train_samples", type=int)
+    parser.add_argument("--max_eval_samples", type=int)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--repeats", type=int, default=5, help="interleaved rounds of the timing")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output_dir", type=Path, default=DEFAULT_OUTPUT)
+    # What the loader of the example also looks at.
+    parser.set_defaults(dataset_name=None, dataset_config_name=None)
+    args = parser.parse_args(arguments)
+    if (args.train_file is None) != (args.validation_file is None):
+        parser.error("--train_file and --validation_file must be given together")
+    for name in ("steps", "batch_size", "max_length", "threads", "repeats"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be >= 1, got {getattr(args, name)}")
+    for target in args.targets:
+        try:
+            valid = target == "none" or 0 < float(target) < 1
+        except ValueError:
+            valid = False
+        if not valid:
+            parser.error(f"--targets must be `none` or lie in (0, 1), got {target!r}")
+    return args
+
+
+@benchmark("sparsity", sections=("film_reviews",), subjects=TARGETS, repeats=5)
+def sparsity(settings: Settings) -> Iterator[Table]:
+    """Accuracy, energy and speed of models that were trained with a target of the firing rate."""
+    arguments = ["--targets", *settings.subjects, "--threads", str(settings.threads), "--seed", str(settings.seed)]
+    arguments += ["--repeats", str(settings.repeats)]
+    with tempfile.TemporaryDirectory() as folder:
+        if settings.quick:
+            arguments += ["--distillation_steps", "1", "--steps", "1", "--batch_size", "4"]
+            arguments += tiny_inputs(Path(folder))
+        args = parse_args(arguments)
+        table = measure(args)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    draw(table, args.output_dir / "sparsity.png")
+    yield table
+
+
+def tiny_inputs(folder: Path) -> list[str]:
+    """Arguments that name a small random BERT and a few made-up sentences, written to `folder`."""
+    words = "[PAD] [UNK] [CLS] [SEP] [MASK] the film was and good bad long short funny sad".split()
+    (folder / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
+    BertTokenizer(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
+    )
+    BertModel(config).save_pretrained(folder)
+    arguments = ["--model_name_or_path", str(folder)]
+    for split in ("train", "validation"):
+        path = folder / f"{split}.csv"
+        with open(path, "w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(("sentence", "label"))
+            for first, second in itertools.product(words[-6:], repeat=2):
+                writer.writerow((f"the film was {first} and {second}", "ab"[first == "good"]))
+        arguments += [f"--{split}_file", str(path)]
+    return arguments
+
+
+def measure(args: argparse.Namespace) -> Table:
+    """Train and measure one model for each target."""
+    # The example's own functions, so that both train in the same way.
+    sys.path.insert(0, str(EXAMPLES))
+    import quickstart
+    from accelerate import Accelerator
+    from accelerate.utils import set_seed
+
+    accelerator = Accelerator(cpu=True)
+    data, labels = quickstart.load_data(args)
+    path = args.model_name_or_path or str(quickstart.minilm_folder())
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    data = quickstart.tokenize(data, tokenizer, args.max_length)
+    collate = DataCollatorWithPadding(tokenizer)
+    validation = DataLoader(data["validation"], batch_size=2 * args.batch_size, collate_fn=collate)
+    majority = torch.tensor(data["validation"]["labels"]).bincount().max().item() / len(data["validation"])
+    table = Table(
+        "film_reviews" if args.train_file is None else "own_data",
+        f"Accuracy against energy and speed, {len(data['validation']):,} held-out sentences, {args.distillation_steps} "
+        f"steps of distillation and {args.steps} of fine-tuning of {args.batch_size} sentences, seed {args.seed}",
+        {
+            "target": "firing rate target",
+            "firing_rate": "firing rate",
+            "highest_rate": "of the busiest neuron layer",
+            "accuracy": "accuracy",
+            "matrix_product_microjoules": "matrix products, uJ",
+            "microjoules": "all arithmetic, uJ",
+            "event_driven_milliseconds": "event-driven, ms",
+            "dense_milliseconds": "dense, ms",
+        },
+        notes=[
+            f"Energy per sentence at 45 nm, arithmetic only. The majority class has {majority:.3f} of the sentences. "
+            f"Time: the whole model on one batch of {2 * args.batch_size} sentences, float32, medians (quartiles).",
+        ],
+    )
+    calls: dict[str, Callable[[], object]] = {}
+    for target in args.targets:
+        set_seed(args.seed)
+        rate = None if target == "none" else float(target)
+        bert = AutoModelForSequenceClassification.from_pretrained(path, num_labels=len(labels))
+        batches = quickstart.training_batches(data["train"], tokenizer, args.batch_size, args.seed)
+        calibration = [next(batches) for _ in range(12)]
+        model = convert_bert(bert, calibration, rate or RATE_WITHOUT_TARGET)
+        if args.distillation_steps:
+            quickstart.distill(accelerator, model, bert, batches, args.distillation_steps, 5e-4)
+        model.config.firing_rate_target = rate
+        model.config.firing_rate_weight = args.firing_rate_weight
+        batches = quickstart.training_batches(data["train"], tokenizer, args.batch_size, args.seed)
+        quickstart.finetune(accelerator, model, batches, args.steps, args.learning_rate, f"target {target}")
+        report = energy_report(model, validation, run_lengths=False)
+        rates = report.firing_rates()
+        mean = check_firing_rate(f"the model with target {target}", sum(rates.values()) / len(rates))
+        row: dict[str, Any] = {
+            "target": target,
+            "firing_rate": mean,
+            "highest_rate": max(rates.values()),
+            "accuracy": quickstart.accuracy(model, validation),
+            "matrix_product_microjoules": report.cost.matrix_product_picojoules / 1e6,
+            "microjoules": report.cost.picojoules / 1e6,
+            "firing_rates": rates,
+        }
+        table.rows.append(row)
+        inputs = {name: x for name, x in next(iter(validation)).items() if name != "labels"}
+        events = event_driven(copy.deepcopy(model.eval()))
+        check_same(model, events, inputs)
+        calls[f"{target}, dense"] = partial(run, model, inputs)
+        calls[f"{target}, event-driven"] = partial(run, events, inputs)
+    samples = interleaved_seconds(calls, args.repeats)
+    for row in table.rows:
+        row["dense_milliseconds"] = spread(samples[f"{row['target']}, dense"], 1e3)
+        row["event_driven_milliseconds"] = spread(samples[f"{row['target']}, event-driven"], 1e3)
+    return table
+
+
+@torch.no_grad()
+def run(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The logits."""
+    return model(**inputs).logits
+
+
+def check_same(model: PreTrainedModel, events: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> None:
+    """End with an error unless the event-driven model gives the dense one's logits."""
+    torch.testing.assert_close(run(events, inputs), run(model, inputs), atol=1e-3, rtol=1e-3)
+
+
+def draw(table: Table, path: Path) -> None:
+    """Accuracy against energy, and against the time of a batch, a point for each target."""
+    plt = import_pyplot()
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    accuracies = [row["accuracy"] for row in table.rows]
+    for axes, x, label in (
+        (panels[0], [row["microjoules"] for row in table.rows], "uJ per sentence (45 nm, all arithmetic)"),
+        (
+            panels[1],
+            [row["event_driven_milliseconds"]["median"] for row in table.rows],
+            "ms for a batch, event-driven",
+        ),
+    ):
+        axes.plot(x, accuracies, marker="o", color="tab:blue")
+        for row, at in zip(table.rows, x, strict=True):
+            text = f"{row['target']} ({row['firing_rate']:.2f})"
+            axes.annotate(text, (at, row["accuracy"]), textcoords="offset points", xytext=(5, 6), fontsize=8)
+        axes.set_xlabel(label)
+        axes.margins(0.15)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("accuracy, held-out sentences")
+    figure.suptitle("Firing rate target (measured rate)", fontsize=11)
+    save_figure(figure, path)
+
+
+def main() -> None:
+    args = parse_args()
+    torch.set_num_threads(args.threads)
+    table = measure(args)
+    print(table.markdown())
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    result = {
+        "benchmark": "sparsity",
+        "command": " ".join(["python", "benchmarks/sparsity.py", *sys.argv[1:]]),
+        "environment": environment(args.threads, args.seed),
+        "settings": settings,
+        "tables": [table.to_dict()],
+    }
+    write_json(args.output_dir / "sparsity.json", result)
+    draw(table, args.output_dir / "sparsity.png")
+    print(f"written to {args.output_dir}: sparsity.json, sparsity.png")
+
+
+if __name__ == "__main__":
+    main()

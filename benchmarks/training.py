@@ -1,0 +1,422 @@
+"""One training step of SNN-BERT, of the repeat-4 LIF baseline and of transformers' BERT: time and memory.
+
+A step is `zero_grad`, forward, loss, backward and a fused AdamW step, in training mode with BERT's dropout, on random
+tokens without padding. All subjects have the same shape, dtype, vocabulary, attention kernel (sdpa), head and loss, so
+embedding table, its gradient and its optimiser state cost each the same.
+
+Memory is measured in a process of its own, after one complete step. By then weights, gradients and optimiser state
+are there and stay (`zero_grad(set_to_none=False)`). The peak is the most that forward and backward of the next step
+hold above them: what is saved for the backward pass, and what comes and goes.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from measure import (
+    check_firing_rate,
+    in_fresh_process,
+    interleaved_seconds,
+    peak_allocated_bytes,
+    peak_resident_bytes,
+    physical_memory,
+    ratio,
+    spread,
+)
+from registry import Settings, benchmark
+from report import Table
+from torch import nn
+from torch.profiler import ProfilerActivity
+from transformers import AutoModel, BertConfig, PreTrainedConfig
+
+from modeling_snn_bert import SNNBertConfig
+
+# Small enough to leave the network, and with it the firing rates, as initialised.
+LEARNING_RATE = 1e-6
+# 12 x 768 with the repeat-4 baseline fits into this much; a smaller machine gets fewer layers.
+MEMORY_FOR_12_LAYERS = 40 * 2**30
+LAYERS_OF_A_SMALL_MACHINE = 3
+MIB = 2**20
+
+SUBJECTS: dict[str, Callable[..., PreTrainedConfig]] = {
+    "snn_bert": SNNBertConfig,
+    # The same with thresholds that fewer currents reach: a firing rate of about 0.09 in place of 0.19.
+    "snn_bert_sparse": partial(SNNBertConfig, v_threshold=1.65),
+    "lif_repeat4": partial(SNNBertConfig, neuron_type="lif", coding="repeat", num_timesteps=4),
+    "bert": BertConfig,
+}
+MAIN = ("snn_bert", "lif_repeat4", "bert")
+PAIR = ("snn_bert", "bert")
+VARIANTS = ("plain", "gradient checkpointing", "bfloat16 autocast", "torch.compile")
+
+
+class Shape(NamedTuple):
+    """Size of the model and of the batch."""
+
+    num_layers: int = 6
+    hidden_size: int = 384
+    intermediate_size: int = 1536
+    num_heads: int = 12
+    batch_size: int = 16
+    length: int = 128
+    vocab_size: int = 30522
+
+    def __str__(self) -> str:
+        return f"{self.num_layers} layers x {self.hidden_size}, batch {self.batch_size}, {self.length} tokens"
+
+
+QUICK = Shape(2, 48, 96, 4, 2, 16, 200)
+
+
+class Classifier(nn.Module):
+    """An encoder, and a Linear on the mean of its hidden states."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__()
+        self.encoder = AutoModel.from_config(config, attn_implementation="sdpa", add_pooling_layer=False)
+        self.head = nn.Linear(config.hidden_size, 2)
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.encoder(input_ids=input_ids).last_hidden_state
+        return nn.functional.cross_entropy(self.head(hidden_states.mean(1)).float(), labels)
+
+
+class TrainingStep:
+    """A call is one step of `subject` at `shape`, in one of the `VARIANTS`."""
+
+    def __init__(self, subject: str, shape: Shape, variant: str, seed: int) -> None:
+        torch.manual_seed(seed)
+        self.subject = subject
+        config = SUBJECTS[subject](
+            vocab_size=shape.vocab_size,
+            hidden_size=shape.hidden_size,
+            num_hidden_layers=shape.num_layers,
+            num_attention_heads=shape.num_heads,
+            intermediate_size=shape.intermediate_size,
+            max_position_embeddings=max(512, shape.length),
+        )
+        self.classifier = Classifier(config).train()
+        self.model: Callable[..., torch.Tensor] = self.classifier
+        if variant == "gradient checkpointing":
+            self.classifier.encoder.gradient_checkpointing_enable()
+        elif variant == "torch.compile":
+            torch.compiler.reset()
+            self.model = torch.compile(self.classifier)
+        self.autocast = variant == "bfloat16 autocast"
+        self.optimizer = torch.optim.AdamW(self.classifier.parameters(), lr=LEARNING_RATE, fused=True)
+        self.input_ids = torch.randint(shape.vocab_size, (shape.batch_size, shape.length))
+        self.labels = torch.randint(2, (shape.batch_size,))
+
+    def __call__(self) -> None:
+        self.optimizer.zero_grad()
+        self.forward_backward()
+        self.optimizer.step()
+
+    def forward_backward(self) -> None:
+        """Forward, loss and backward, on top of the gradients that are there."""
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+            loss = self.model(self.input_ids, self.labels)
+        loss.backward()
+
+    def state_bytes(self) -> int:
+        """Bytes of weights, gradients and optimiser state."""
+        states = [value for state in self.optimizer.state.values() for value in state.values()]
+        parameters = list(self.classifier.parameters())
+        tensors = parameters + [p.grad for p in parameters if p.grad is not None] + states
+        return sum(tensor.nbytes for tensor in tensors)
+
+    @torch.no_grad()
+    def firing_rate(self) -> float | None:
+        """Mean firing rate of all neuron layers on the batch, `None` for BERT; an error if one is dead or saturated."""
+        encoder = self.classifier.encoder
+        if not hasattr(encoder, "neuron_names"):
+            return None
+        rates = encoder(input_ids=self.input_ids, output_firing_rates=True).firing_rates
+        for name, rate in zip(encoder.neuron_names(), rates, strict=True):
+            check_firing_rate(f"{self.subject}'s {name}", rate.mean().item())
+        return sum(rate.mean().item() for rate in rates) / len(rates)
+
+
+def measure_memory(subject: str, variant: str, seed: int, shapes: list[Shape]) -> list[dict[str, Any]]:
+    """State and peaks (see the module's docstring) of a subject at each of `shapes`."""
+    results = []
+    for shape in shapes:
+        step = TrainingStep(subject, shape, variant, seed)
+        step()
+        step.optimizer.zero_grad(set_to_none=False)
+        results.append(
+            {
+                "subject": subject,
+                "variant": variant,
+                "shape": shape._asdict(),
+                "state_bytes": step.state_bytes(),
+                "peak_bytes": peak_allocated_bytes(step.forward_backward),
+                "peak_resident_bytes": peak_resident_bytes(step.forward_backward),
+                "firing_rate": step.firing_rate(),
+            }
+        )
+    return results
+
+
+def small_shape(settings: Settings) -> Shape:
+    """6 x 384."""
+    return QUICK if settings.quick else Shape()
+
+
+def large_shape(settings: Settings) -> tuple[Shape, list[str]]:
+    """12 x 768, or on a small machine fewer layers and a note that says so."""
+    if settings.quick:
+        return QUICK, []
+    large = Shape(12, 768, 3072)
+    if physical_memory() >= MEMORY_FOR_12_LAYERS:
+        return large, []
+    note = (
+        f"{LAYERS_OF_A_SMALL_MACHINE} layers in place of 12: the machine has {physical_memory() / 2**30:.0f} GiB, "
+        f"and 12 are measured from {MEMORY_FOR_12_LAYERS / 2**30:.0f} GiB on."
+    )
+    return large._replace(num_layers=LAYERS_OF_A_SMALL_MACHINE), [note]
+
+
+def among(settings: Settings, wanted: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of the chosen subjects that a section is about; all of them if it is about none."""
+    return tuple(name for name in settings.subjects if name in wanted) or settings.subjects
+
+
+def step_384(settings: Settings) -> Iterator[Table]:
+    """Time of a step, 6 x 384."""
+    shape = small_shape(settings)
+    yield time_table("step_384", f"Training step, {shape}", settings, settings.subjects, shape)
+
+
+def step_768(settings: Settings) -> Iterator[Table]:
+    """Time of a step, 12 x 768."""
+    shape, notes = large_shape(settings)
+    yield time_table("step_768", f"Training step, {shape}", settings, among(settings, MAIN), shape, notes=notes)
+
+
+def time_table(
+    section: str,
+    title: str,
+    settings: Settings,
+    subjects: tuple[str, ...],
+    shape: Shape,
+    variant: str = "plain",
+    notes: Iterable[str] = (),
+) -> Table:
+    """Time of each subject's step, and its ratios to the first one's."""
+    steps = {name: TrainingStep(name, shape, variant, settings.seed) for name in subjects}
+    samples = interleaved_seconds(steps, settings.repeats)
+    reference = subjects[0]
+    table = Table(
+        section,
+        title,
+        {
+            "subject": "model",
+            "milliseconds": "ms",
+            "subject_over_reference": f"model / {reference}",
+            "reference_over_subject": f"{reference} / model",
+            "firing_rate": "firing rate",
+        },
+        notes=["Medians of interleaved rounds (quartiles); ratios are taken round by round.", *notes],
+    )
+    for name, call in steps.items():
+        row = {
+            "subject": name,
+            "variant": variant,
+            "shape": shape._asdict(),
+            "milliseconds": spread(samples[name], 1e3),
+            "subject_over_reference": ratio(samples, name, reference),
+            "reference_over_subject": ratio(samples, reference, name),
+            "firing_rate": call.firing_rate(),
+        }
+        table.rows.append(row)
+    return table
+
+
+def memory_384(settings: Settings) -> Iterator[Table]:
+    """Peak memory of a step, 6 x 384."""
+    shape = small_shape(settings)
+    title = f"Peak memory of forward + backward, {shape}"
+    yield memory_table("memory_384", title, settings, among(settings, MAIN), shape)
+
+
+def memory_768(settings: Settings) -> Iterator[Table]:
+    """Peak memory of a step, 12 x 768."""
+    shape, notes = large_shape(settings)
+    title = f"Peak memory of forward + backward, {shape}"
+    yield memory_table("memory_768", title, settings, among(settings, MAIN), shape, notes=notes)
+
+
+def memory_table(
+    section: str,
+    title: str,
+    settings: Settings,
+    subjects: tuple[str, ...],
+    shape: Shape,
+    variant: str = "plain",
+    notes: Iterable[str] = (),
+) -> Table:
+    """Peaks of each subject, and the ratios of the exact ones to the first subject's."""
+    measured = {
+        name: in_fresh_process(measure_memory, settings.threads, name, variant, settings.seed, [shape])[0]
+        for name in subjects
+    }
+    reference = subjects[0]
+    table = Table(
+        section,
+        title,
+        {
+            "subject": "model",
+            "mebibytes": "peak above state, MiB",
+            "subject_over_reference": f"model / {reference}",
+            "reference_over_subject": f"{reference} / model",
+            "resident_mebibytes": "the same by resident memory, MiB",
+            "state_mebibytes": "state, MiB",
+            "firing_rate": "firing rate",
+        },
+        notes=["State: weights, gradients, optimiser state.", *notes],
+    )
+    for values in measured.values():
+        resident = values["peak_resident_bytes"]
+        row = {
+            **values,
+            "mebibytes": values["peak_bytes"] / MIB,
+            "subject_over_reference": values["peak_bytes"] / measured[reference]["peak_bytes"],
+            "reference_over_subject": measured[reference]["peak_bytes"] / values["peak_bytes"],
+            "resident_mebibytes": None if resident is None else resident / MIB,
+            "state_mebibytes": values["state_bytes"] / MIB,
+        }
+        table.rows.append(row)
+    return table
+
+
+def checkpointing(settings: Settings) -> Iterator[Table]:
+    """Time and memory with gradient checkpointing."""
+    yield from variant_tables("checkpointing", settings, "gradient checkpointing")
+
+
+def autocast(settings: Settings) -> Iterator[Table]:
+    """Time and memory with bfloat16 autocast."""
+    yield from variant_tables("autocast", settings, "bfloat16 autocast")
+
+
+def compiled(settings: Settings) -> Iterator[Table]:
+    """Time and memory with torch.compile."""
+    problem = compile_problem()
+    if problem:
+        note = f"Not measured, torch.compile does not work here: {problem}"
+        yield Table("compile", "torch.compile", {"problem": "problem"}, [{"problem": problem}], [note])
+    else:
+        yield from variant_tables("compile", settings, "torch.compile")
+
+
+def variant_tables(section: str, settings: Settings, variant: str) -> Iterator[Table]:
+    """Time and memory, plain and in `variant`, at a quarter of the batch to save time."""
+    shape = small_shape(settings)
+    shape = shape._replace(batch_size=math.ceil(shape.batch_size / 4))
+    if variant == "torch.compile":
+        # Compiling takes minutes a layer, and every layer compiles to the same.
+        shape = shape._replace(num_layers=1)
+    for name in ("plain", variant):
+        title = f"{name}, {shape}"
+        yield time_table(section, f"Training step, {title}", settings, among(settings, MAIN), shape, name)
+        title = f"Peak memory of forward + backward, {title}"
+        yield memory_table(section, title, settings, among(settings, MAIN), shape, name)
+
+
+def compile_problem() -> str | None:
+    """Why torch.compile cannot be used on this machine, in one line, or `None` if it can."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(3))
+    except Exception as error:  # whatever it is that the backend raises, it is the answer
+        return str(error).strip().splitlines()[0]
+    return None
+
+
+def growth(settings: Settings) -> Iterator[Table]:
+    """Time and memory over batch, length and layers."""
+    # A small vocabulary, so that what grows is the encoder and not hidden by the gradient of the embedding table.
+    base = QUICK if settings.quick else Shape(num_layers=2, batch_size=8, vocab_size=1000)
+    values = {"batch_size": (4, 8, 16, 32), "length": (64, 128, 256, 512), "num_layers": (2, 4, 6)}
+    if settings.quick:
+        values = {"batch_size": (1, 2), "length": (8, 16), "num_layers": (1, 2)}
+    subjects = among(settings, PAIR)
+    shapes = list(dict.fromkeys(base._replace(**{key: size}) for key, sizes in values.items() for size in sizes))
+    peaks = {
+        name: in_fresh_process(measure_memory, settings.threads, name, "plain", settings.seed, shapes)
+        for name in subjects
+    }
+    times = {}
+    for shape in shapes:
+        steps = {name: TrainingStep(name, shape, "plain", settings.seed) for name in subjects}
+        times[shape] = interleaved_seconds(steps, settings.repeats)
+    for key, sizes in values.items():
+        columns = {key: key.replace("_", " ")}
+        for name in subjects:
+            columns |= {f"{name}_milliseconds": f"{name}, ms", f"{name}_mebibytes": f"{name}, peak MiB"}
+        for name in subjects[1:]:
+            columns |= {
+                f"time_over_{name}": f"time, {subjects[0]} / {name}",
+                f"memory_over_{name}": f"memory, {subjects[0]} / {name}",
+            }
+        table = Table("growth", f"Growth with {key.replace('_', ' ')}, otherwise {base}", columns)
+        for size in sizes:
+            shape = base._replace(**{key: size})
+            index = shapes.index(shape)
+            row: dict[str, Any] = {key: size, "shape": shape._asdict()}
+            for name in subjects:
+                row[f"{name}_milliseconds"] = spread(times[shape][name], 1e3)
+                row[f"{name}_mebibytes"] = peaks[name][index]["peak_bytes"] / MIB
+            for name in subjects[1:]:
+                row[f"time_over_{name}"] = ratio(times[shape], subjects[0], name)
+                row[f"memory_over_{name}"] = row[f"{subjects[0]}_mebibytes"] / row[f"{name}_mebibytes"]
+            table.rows.append(row)
+        yield table
+
+
+def profile(settings: Settings) -> Iterator[Table]:
+    """Where the time of a step goes, by operator."""
+    shape = small_shape(settings)
+    for name in among(settings, PAIR):
+        training_step = TrainingStep(name, shape, "plain", settings.seed)
+        training_step()
+        with torch.profiler.profile(activities=[ProfilerActivity.CPU]) as profiler:
+            training_step()
+        operators = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
+        total = sum(event.self_cpu_time_total for event in operators)
+        table = Table(
+            "profile",
+            f"Operators of a training step by their own time: {name}, {shape}",
+            {"operator": "operator", "calls": "calls", "milliseconds": "ms", "share": "share"},
+        )
+        for event in operators[:12]:
+            row = {
+                "operator": event.key,
+                "calls": event.count,
+                "milliseconds": event.self_cpu_time_total / 1e3,
+                "share": event.self_cpu_time_total / total,
+            }
+            table.rows.append(row)
+        yield table
+
+
+SECTIONS = {
+    "step_384": step_384,
+    "step_768": step_768,
+    "memory_384": memory_384,
+    "memory_768": memory_768,
+    "checkpointing": checkpointing,
+    "autocast": autocast,
+    "compile": compiled,
+    "growth": growth,
+    "profile": profile,
+}
+
+
+@benchmark("training", sections=tuple(SECTIONS), subjects=tuple(SUBJECTS), repeats=3)
+def training(settings: Settings) -> Iterator[Table]:
+    """Time and peak memory of a training step: SNN-BERT, the repeat-4 LIF baseline, transformers' BERT."""
+    for section in settings.sections:
+        yield from SECTIONS[section](settings)

@@ -1,0 +1,47 @@
+"""The benchmark of accuracy against energy and speed, run as a user runs it, on a tiny model."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+def run(folder, script, *arguments):
+    command = [sys.executable, str(BENCHMARKS / script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder)
+
+
+@pytest.mark.slow
+def test_quick_run(tmp_path):
+    subjects = ["none", "0.1"]
+    result = run(tmp_path, "run.py", "sparsity", "--quick", "--repeats", 2, "--threads", 1, "--subjects", *subjects)
+    assert result.returncode == 0, result.stderr
+    folder = tmp_path / "outputs" / "benchmarks"
+    (table,) = json.loads((folder / "sparsity.json").read_text())["tables"]
+    assert [row["target"] for row in table["rows"]] == subjects
+    for row in table["rows"]:
+        assert 0 < row["firing_rate"] < 1 and 0 <= row["accuracy"] <= 1
+        assert 0 < row["matrix_product_microjoules"] < row["microjoules"]
+        assert row["event_driven_milliseconds"]["repeats"] == 2 and row["dense_milliseconds"]["median"] > 0
+    quiet, busy = table["rows"][1], table["rows"][0]
+    assert quiet["firing_rate"] < busy["firing_rate"]
+    assert quiet["matrix_product_microjoules"] < busy["matrix_product_microjoules"]
+    assert (folder / "sparsity.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--targets", "2"], "--targets must be `none` or lie in (0, 1), got '2'"),
+        (["--targets", "low"], "got 'low'"),
+        (["--train_file", "x.csv"], "must be given together"),
+        (["--steps", "0"], "--steps must be >= 1, got 0"),
+    ],
+)
+def test_bad_arguments(tmp_path, arguments, message):
+    result = run(tmp_path, "sparsity.py", *arguments)
+    assert result.returncode == 2 and message in result.stderr
