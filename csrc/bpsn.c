@@ -390,7 +390,7 @@ static int run(const struct neuron *p, void (*item)(const struct neuron *, int64
     if (threads > items) threads = (int32_t)items;
 #pragma omp parallel num_threads(threads)
     {
-        char *memory = aligned_alloc(64, 4 * vectors + vectors / MAX_VECTORS + scalars);
+        char *memory = aligned_alloc(64, (4 * vectors + vectors / MAX_VECTORS + scalars + 63) / 64 * 64);
         const unsigned state = flush_denormals();
         if (!memory) {
 #pragma omp atomic write

@@ -565,6 +565,21 @@ class SNNBertPreTrainedModel(PreTrainedModel):
         """Names of the neuron layers, in the order of `firing_rates` and `spikes` in the outputs."""
         return [name for name, module in self.named_modules() if isinstance(module, SpikingNeuron)]
 
+    def to_event_driven(self, weight_dtype: str = "float32", *, dense_above: float | None = None):
+        """Turn this model into its event-driven form, in place, and return it; see `event_driven.event_driven`.
+
+        A method, so that it is at hand as well where the code came with a checkpoint and no package is installed.
+        """
+        from .event_driven import event_driven
+
+        return event_driven(self, weight_dtype, dense_above=dense_above)
+
+    def to_dense(self):
+        """Undo `to_event_driven`, in place, and return the model."""
+        from .event_driven import dense
+
+        return dense(self)
+
 
 @auto_docstring(custom_intro="The SNN-BERT encoder, with hidden states and the pooled first token as outputs.")
 class SNNBertModel(SNNBertPreTrainedModel):

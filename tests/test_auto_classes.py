@@ -52,7 +52,11 @@ for saved in auto_classes:
         if auto_class == saved:
             shaped = {k: v[None] if "Choice" in saved else v for k, v in inputs.items()}
             with torch.no_grad():
-                torch.save(model(**shaped).to_tuple(), root / f"{saved}.remote.pt")
+                outputs = model.eval()(**shaped).to_tuple()
+                torch.save(outputs, root / f"{saved}.remote.pt")
+                events = model.to_event_driven(dense_above=1.0)(**shaped).to_tuple()
+                assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(events, outputs))
+                assert "EventDrivenLinear" in str(model) and "EventDrivenLinear" not in str(model.to_dense())
             model.save_pretrained(root / "again" / saved)
             config_again = transformers.AutoConfig.from_pretrained(root / "again" / saved, **trust)
             found[saved]["config_again"] = type(config_again).__name__
@@ -111,13 +115,14 @@ def in_a_fresh_process(tmp_path_factory, script, *arguments):
     return result.stdout
 
 
-def needed_modules(name="modeling_snn_bert"):
-    """The file names of a module and of all modules that it imports relatively."""
-    text = (PACKAGE / f"{name}.py").read_text()
-    found = {f"{name}.py"}
-    for imported in re.findall(r"^\s*from \.(\w+) import", text, re.MULTILINE):
-        found |= needed_modules(imported)
-    return found
+def needed_modules():
+    """The file names of the model's module and of all modules that it imports relatively, now or later."""
+    found, new = set(), {"modeling_snn_bert"}
+    while new:
+        found |= new
+        texts = [(PACKAGE / f"{name}.py").read_text() for name in new]
+        new = {name for text in texts for name in re.findall(r"^\s*from \.(\w+) import", text, re.MULTILINE)} - found
+    return {f"{name}.py" for name in found}
 
 
 @pytest.fixture(scope="module")

@@ -328,6 +328,12 @@ class TestModel:
         assert type(loaded) is snn.SNNBertForSequenceClassification and not is_event_driven(loaded)
         assert torch.equal(run(loaded, **batch), wanted)
 
+    def test_methods_of_the_model(self, make_model, batch):
+        model = make_model(snn.SNNBertForSequenceClassification, **SHAPES["even"], num_labels=3)
+        assert model.to_event_driven("int8", dense_above=0.5) is model and is_event_driven(model)
+        assert set(dense_rates(model).values()) == {0.5}
+        assert model.to_dense() is model and not is_event_driven(model)
+
     @pytest.mark.parametrize("kernels", PATHS)
     def test_copies_work(self, make_model, batch, use_path, kernels):
         use_path(kernels)
