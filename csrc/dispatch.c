@@ -40,6 +40,11 @@ EXPORT int64_t list_packed_spikes(const struct spike_lists *p, const uint8_t *pa
            list_packed_spikes_plain(p, packed, threads))
 }
 
+EXPORT int64_t list_packed_columns(const struct spike_lists *p, const uint8_t *packed, int32_t threads) {
+    CHOOSE(list_packed_columns_v4(p, packed, threads), list_packed_columns_v3(p, packed, threads),
+           list_packed_columns_plain(p, packed, threads))
+}
+
 EXPORT int event_linear(const struct spike_lists *p, const struct product *q, int32_t threads) {
     CHOOSE(event_linear_v4(p, q, threads), event_linear_v3(p, q, threads), event_linear_plain(p, q, threads))
 }

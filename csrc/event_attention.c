@@ -8,10 +8,10 @@
  * A work item is one sequence and one head; the neuron behind it has one channel group per head. */
 #include "event_driven.h"
 
-enum { TILE = 64, LANES = 16, VECTORS = TILE / LANES };
+enum { TILE = 64, LANES = VECTOR_BYTES / 4, VECTORS = TILE / LANES };
 
-typedef float vector __attribute__((vector_size(64), aligned(64), may_alias));
-typedef int32_t int_vector __attribute__((vector_size(64), aligned(64), may_alias));
+typedef float vector __attribute__((vector_size(VECTOR_BYTES), aligned(VECTOR_BYTES), may_alias));
+typedef int32_t int_vector __attribute__((vector_size(VECTOR_BYTES), aligned(VECTOR_BYTES), may_alias));
 
 /* Lists of the channels of one head at which each token's spikes are 1 or -1: token t of list k starts at
  * indices[(k * tokens + t) * stride]. */
@@ -57,6 +57,7 @@ INLINE vector larger(vector a, vector b) {
 INLINE void add_rows(const uint16_t *list, int64_t n, const vector *rows, float sign, vector sums[VECTORS]) {
     vector total[VECTORS] = {{0}};
     for (int64_t k = 0; k < n; k++)
+#pragma GCC unroll 16
         for (int i = 0; i < VECTORS; i++) total[i] += rows[(int64_t)list[k] * VECTORS + i];
     for (int i = 0; i < VECTORS; i++) sums[i] += sign * total[i];
 }

@@ -4,6 +4,15 @@
 
 #include "kernels.h"
 
+/* Bytes of a vector register. The compiler takes wider vectors too, but passes them through memory. */
+#if defined(__AVX512F__)
+enum { VECTOR_BYTES = 64 };
+#elif defined(__AVX2__)
+enum { VECTOR_BYTES = 32 };
+#else
+enum { VECTOR_BYTES = 16 };
+#endif
+
 enum weight_type { FLOAT32, BFLOAT16, INT8 };
 
 /* Spikes as lists: list k of row r starts at indices[(k * rows + r) * stride] and has counts[k * rows + r] entries.
@@ -51,6 +60,7 @@ INLINE int64_t append_positions(uint16_t *list, int64_t n, unsigned bits, int64_
 #define DECLARE_EVENT_DRIVEN(level)                                                                                    \
     int64_t list_float_spikes_##level(const struct spike_lists *p, const float *spikes, int32_t threads);              \
     int64_t list_packed_spikes_##level(const struct spike_lists *p, const uint8_t *packed, int32_t threads);           \
+    int64_t list_packed_columns_##level(const struct spike_lists *p, const uint8_t *packed, int32_t threads);          \
     int event_linear_##level(const struct spike_lists *p, const struct product *q, int32_t threads);                   \
     int event_linear_bpsn_##level(const struct spike_lists *p, const struct product *q, const struct neuron *all,      \
                                   int32_t threads);                                                                    \

@@ -14,12 +14,16 @@
 
 enum { BLOCK_BYTES = 128, MAX_COLUMNS = 128, MAX_16_BIT_INPUTS = 256, TILE_ROWS = 128 };
 
-typedef uint16_t u16x32 __attribute__((vector_size(64), aligned(64), may_alias));
-typedef int16_t i16x32 __attribute__((vector_size(64), aligned(64), may_alias));
-typedef uint32_t u32x16 __attribute__((vector_size(64), aligned(64), may_alias));
-typedef float f32x16 __attribute__((vector_size(64), aligned(64), may_alias));
-typedef int32_t i32x32 __attribute__((vector_size(128)));
-typedef float f32x32 __attribute__((vector_size(128)));
+/* A block's row is VECTORS registers; LANES floats fill one. */
+enum { VECTORS = BLOCK_BYTES / VECTOR_BYTES, LANES = VECTOR_BYTES / 4 };
+
+typedef uint16_t u16_vector __attribute__((vector_size(VECTOR_BYTES), aligned(VECTOR_BYTES), may_alias));
+typedef int16_t i16_vector __attribute__((vector_size(VECTOR_BYTES), aligned(VECTOR_BYTES), may_alias));
+typedef uint32_t u32_vector __attribute__((vector_size(VECTOR_BYTES), aligned(VECTOR_BYTES), may_alias));
+typedef float f32_vector __attribute__((vector_size(VECTOR_BYTES), aligned(VECTOR_BYTES), may_alias));
+typedef int32_t i32_vector __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint16_t u16_half __attribute__((vector_size(VECTOR_BYTES / 2)));
+typedef int16_t i16_half __attribute__((vector_size(VECTOR_BYTES / 2)));
 
 /* 8 bytes that are 0 or 1 to bits: byte i times 2^(56 - 7 i) lands on bit 56 + i, and nothing else reaches it. */
 INLINE unsigned pack8(const uint8_t *flags) {
@@ -88,73 +92,115 @@ int64_t LEVEL(list_packed_spikes)(const struct spike_lists *p, const uint8_t *pa
     return listed;
 }
 
-/* The 128 columns of a block are two vectors of 16-bit words. Word k of vector v is 2^8 hi + lo with hi the weight of
- * column 64 v + 32 + k, signed, and lo that of column 64 v + k plus 128, unsigned. The sum of all words modulo 2^16 and
- * the exact sum of all hi give the sum of all lo: a shift and two additions for two columns. */
-INLINE void add_int8(const uint16_t *list, int64_t n, const uint8_t *block, int32_t sign, i32x32 sums[4]) {
+/* The lists of the columns of `packed`, [lists, inputs, rows / 8]: row r of the lists holds the places along `inputs` at
+ * which bit r is set. With tokens for inputs these are the lists of the transposed spikes, of which a gradient to
+ * weights is a product. Eight bytes of all tokens are one work item. Returns the number of spikes. */
+int64_t LEVEL(list_packed_columns)(const struct spike_lists *p, const uint8_t *packed, int32_t threads) {
+    enum { CHUNK = 64 };
+    const int64_t bytes = p->rows / 8, chunks = (p->rows + CHUNK - 1) / CHUNK;
+    int64_t listed = 0;
+#pragma omp parallel for num_threads(threads) reduction(+ : listed) schedule(static) if (threads > 1)
+    for (int64_t item = 0; item < p->lists * chunks; item++) {
+        const int64_t plane = item / chunks, row = item % chunks * CHUNK;
+        const int64_t width = p->rows - row < CHUNK ? p->rows - row : CHUNK;
+        const uint8_t *from = packed + plane * p->inputs * bytes + row / 8;
+        uint16_t *lists = p->indices + (plane * p->rows + row) * p->stride;
+        int32_t *counts = p->counts + plane * p->rows + row;
+        memset(counts, 0, sizeof(int32_t) * (size_t)width);
+        for (int64_t t = 0; t < p->inputs; t++) {
+            uint64_t bits = 0;
+            memcpy(&bits, from + t * bytes, (size_t)width / 8);
+            for (; bits; bits &= bits - 1) {
+                const int k = __builtin_ctzll(bits);
+                lists[k * p->stride + counts[k]++] = (uint16_t)t;
+            }
+        }
+        for (int64_t k = 0; k < width; k++) listed += counts[k];
+    }
+    return listed;
+}
+
+/* Half `k` of a register of 16-bit words, widened. */
+INLINE i32_vector widen_unsigned(u16_vector x, int k) {
+    u16_half half;
+    memcpy(&half, (const char *)&x + k * sizeof half, sizeof half);
+    return __builtin_convertvector(half, i32_vector);
+}
+
+INLINE i32_vector widen_signed(i16_vector x, int k) {
+    i16_half half;
+    memcpy(&half, (const char *)&x + k * sizeof half, sizeof half);
+    return __builtin_convertvector(half, i32_vector);
+}
+
+/* A block's row is two lines of 64 bytes, of 32 words of 16 bits. Word k of line l is 2^8 hi + lo with hi the weight of
+ * column 64 l + 32 + k, signed, and lo that of column 64 l + k plus 128, unsigned. The sum of all words modulo 2^16 and
+ * the exact sum of all hi give the sum of all lo: a shift and two additions for two columns. `sums` are 128 columns. */
+INLINE void add_int8(const uint16_t *list, int64_t n, const uint8_t *block, int32_t sign,
+                     i32_vector sums[MAX_COLUMNS / LANES]) {
     for (int64_t first = 0; first < n; first += MAX_16_BIT_INPUTS) {
         const int64_t end = n - first < MAX_16_BIT_INPUTS ? n : first + MAX_16_BIT_INPUTS;
-        u16x32 both0 = {0}, both1 = {0};
-        i16x32 high0 = {0}, high1 = {0};
+        u16_vector both[VECTORS] = {{0}};
+        i16_vector high[VECTORS] = {{0}};
         for (int64_t k = first; k < end; k++) {
-            const u16x32 *row = (const u16x32 *)(block + (int64_t)list[k] * BLOCK_BYTES);
-            const u16x32 x0 = row[0], x1 = row[1];
-            both0 += x0;
-            high0 += (i16x32)x0 >> 8;
-            both1 += x1;
-            high1 += (i16x32)x1 >> 8;
+            const u16_vector *row = (const u16_vector *)(block + (int64_t)list[k] * BLOCK_BYTES);
+#pragma GCC unroll 8
+            for (int u = 0; u < VECTORS; u++) {
+                both[u] += row[u];
+                high[u] += (i16_vector)row[u] >> 8;
+            }
         }
-        const u16x32 low0 = both0 - ((u16x32)high0 << 8), low1 = both1 - ((u16x32)high1 << 8);
         const int32_t excess = 128 * (int32_t)(end - first);
-        sums[0] += sign * (__builtin_convertvector(low0, i32x32) - excess);
-        sums[1] += sign * __builtin_convertvector(high0, i32x32);
-        sums[2] += sign * (__builtin_convertvector(low1, i32x32) - excess);
-        sums[3] += sign * __builtin_convertvector(high1, i32x32);
+#pragma GCC unroll 8
+        for (int u = 0; u < VECTORS; u++) {
+            const int word = u * VECTOR_BYTES / 2, at = (word / 32 * 64 + word % 32) / LANES;
+            const u16_vector low = both[u] - ((u16_vector)high[u] << 8);
+            for (int k = 0; k < 2; k++) {
+                sums[at + k] += sign * (widen_unsigned(low, k) - excess);
+                sums[at + 32 / LANES + k] += sign * widen_signed(high[u], k);
+            }
+        }
     }
 }
 
-/* 64 columns; the high half of 32-bit word k of vector v is column 32 v + 16 + k, the low half column 32 v + k. */
-INLINE void add_bfloat16(const uint16_t *list, int64_t n, const uint8_t *block, float sign, float sums[64]) {
-    f32x16 low0 = {0}, high0 = {0}, low1 = {0}, high1 = {0};
+/* 64 columns; the high half of 32-bit word k of line l is column 32 l + 16 + k, the low half column 32 l + k. */
+INLINE void add_bfloat16(const uint16_t *list, int64_t n, const uint8_t *block, float sign, f32_vector *sums) {
+    f32_vector low[VECTORS] = {{0}}, high[VECTORS] = {{0}};
     for (int64_t k = 0; k < n; k++) {
-        const u32x16 *row = (const u32x16 *)(block + (int64_t)list[k] * BLOCK_BYTES);
-        const u32x16 x0 = row[0], x1 = row[1];
-        low0 += (f32x16)(x0 << 16);
-        high0 += (f32x16)(x0 & 0xffff0000u);
-        low1 += (f32x16)(x1 << 16);
-        high1 += (f32x16)(x1 & 0xffff0000u);
+        const u32_vector *row = (const u32_vector *)(block + (int64_t)list[k] * BLOCK_BYTES);
+#pragma GCC unroll 8
+        for (int u = 0; u < VECTORS; u++) {
+            low[u] += (f32_vector)(row[u] << 16);
+            high[u] += (f32_vector)(row[u] & 0xffff0000u);
+        }
     }
-    for (int k = 0; k < 16; k++) {
-        sums[k] += sign * low0[k];
-        sums[16 + k] += sign * high0[k];
-        sums[32 + k] += sign * low1[k];
-        sums[48 + k] += sign * high1[k];
+#pragma GCC unroll 8
+    for (int u = 0; u < VECTORS; u++) {
+        const int word = u * LANES, at = (word / 16 * 32 + word % 16) / LANES;
+        sums[at] += sign * low[u];
+        sums[at + 16 / LANES] += sign * high[u];
     }
 }
 
 /* 32 columns. Two sums of every other input each, because one would wait for its own last addition. */
-INLINE void add_float32(const uint16_t *list, int64_t n, const uint8_t *block, float sign, float sums[32]) {
-    f32x16 even0 = {0}, even1 = {0}, odd0 = {0}, odd1 = {0};
+INLINE void add_float32(const uint16_t *list, int64_t n, const uint8_t *block, float sign, f32_vector *sums) {
+    f32_vector even[VECTORS] = {{0}}, odd[VECTORS] = {{0}};
     int64_t k = 0;
     for (; k + 2 <= n; k += 2) {
-        const f32x16 *row = (const f32x16 *)(block + (int64_t)list[k] * BLOCK_BYTES);
-        const f32x16 *next = (const f32x16 *)(block + (int64_t)list[k + 1] * BLOCK_BYTES);
-        even0 += row[0];
-        even1 += row[1];
-        odd0 += next[0];
-        odd1 += next[1];
+        const f32_vector *row = (const f32_vector *)(block + (int64_t)list[k] * BLOCK_BYTES);
+        const f32_vector *next = (const f32_vector *)(block + (int64_t)list[k + 1] * BLOCK_BYTES);
+#pragma GCC unroll 8
+        for (int u = 0; u < VECTORS; u++) {
+            even[u] += row[u];
+            odd[u] += next[u];
+        }
     }
     if (k < n) {
-        const f32x16 *row = (const f32x16 *)(block + (int64_t)list[k] * BLOCK_BYTES);
-        even0 += row[0];
-        even1 += row[1];
+        const f32_vector *row = (const f32_vector *)(block + (int64_t)list[k] * BLOCK_BYTES);
+        for (int u = 0; u < VECTORS; u++) even[u] += row[u];
     }
-    even0 += odd0;
-    even1 += odd1;
-    for (int j = 0; j < 16; j++) {
-        sums[j] += sign * even0[j];
-        sums[16 + j] += sign * even1[j];
-    }
+#pragma GCC unroll 8
+    for (int u = 0; u < VECTORS; u++) sums[u] += sign * (even[u] + odd[u]);
 }
 
 INLINE int columns_per_block(int32_t weight_type) {
@@ -167,22 +213,22 @@ INLINE void row_sums(const struct spike_lists *p, const struct product *q, int64
     const int columns = columns_per_block(weight_type);
     const uint8_t *block = (const uint8_t *)q->weight + number * p->inputs * BLOCK_BYTES;
     const int64_t column = number * columns;
-    i32x32 exact[4] = {{0}};
-    if (weight_type != INT8) memset(sums, 0, sizeof(float) * (size_t)columns);
+    i32_vector exact[MAX_COLUMNS / LANES];
+    if (weight_type == INT8) memset(exact, 0, sizeof exact);
+    else memset(sums, 0, sizeof(float) * (size_t)columns);
     for (int32_t list = 0; list < p->lists; list++) {
         const int64_t at = list * p->rows + row;
         const uint16_t *indices = p->indices + at * p->stride;
         const int sign = list ? -1 : 1;
         if (weight_type == INT8) add_int8(indices, p->counts[at], block, sign, exact);
-        else if (weight_type == BFLOAT16) add_bfloat16(indices, p->counts[at], block, (float)sign, sums);
-        else add_float32(indices, p->counts[at], block, (float)sign, sums);
+        else if (weight_type == BFLOAT16) add_bfloat16(indices, p->counts[at], block, (float)sign, (f32_vector *)sums);
+        else add_float32(indices, p->counts[at], block, (float)sign, (f32_vector *)sums);
     }
     if (weight_type == INT8)
-        for (int v = 0; v < 4; v++) {
-            f32x32 scale;
-            memcpy(&scale, q->scale + column + 32 * v, sizeof scale);
-            const f32x32 scaled = __builtin_convertvector(exact[v], f32x32) * scale;
-            memcpy(sums + 32 * v, &scaled, sizeof scaled);
+        for (int v = 0; v < MAX_COLUMNS / LANES; v++) {
+            f32_vector scale;
+            memcpy(&scale, q->scale + column + LANES * v, sizeof scale);
+            ((f32_vector *)sums)[v] = __builtin_convertvector(exact[v], f32_vector) * scale;
         }
     if (q->bias)
         for (int k = 0; k < columns; k++) sums[k] += q->bias[column + k];

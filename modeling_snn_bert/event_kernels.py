@@ -15,6 +15,8 @@ from .cpu_kernels import _LIBRARY, _Neuron
 WEIGHT_TYPES = {"float32": 0, "bfloat16": 1, "int8": 2}
 # Output columns of a block of 128 bytes; the kernels keep such a block in the cache.
 COLUMNS = {"float32": 32, "bfloat16": 64, "int8": 128}
+# A view may start anywhere, where the kernels want a cache line.
+BLOCK_ALIGNMENT = 64
 LIST_SLACK = 64
 # A list entry is 16 bits wide.
 MAX_INPUTS = 65536
@@ -114,7 +116,8 @@ def block_weights(
     outputs, inputs = weight.shape
     columns = COLUMNS[weight_dtype]
     filling = -outputs % columns
-    weight = nn.functional.pad(weight, (0, 0, 0, filling))
+    if filling:
+        weight = nn.functional.pad(weight, (0, 0, 0, filling))
     if weight_dtype == "float32":
         blocks = weight.view(-1, columns, inputs).transpose(1, 2)
     else:
@@ -124,8 +127,11 @@ def block_weights(
             pairs[:, :, 0] += 128
             pairs = pairs.to(torch.uint8)
         blocks = pairs.permute(0, 4, 1, 3, 2)
+    blocks = blocks.contiguous()
+    if blocks.data_ptr() % BLOCK_ALIGNMENT:
+        blocks = blocks.clone()
     filled = [None if x is None else nn.functional.pad(x.float(), (0, filling)) for x in (scale, bias)]
-    return BlockedWeights(weight_dtype, outputs, blocks.contiguous(), *filled)
+    return BlockedWeights(weight_dtype, outputs, blocks, *filled)
 
 
 def _empty_lists(rows: int, inputs: int, ternary: bool) -> tuple[_SpikeLists, torch.Tensor, torch.Tensor]:
@@ -160,10 +166,18 @@ def not_spikes(ternary: bool) -> ValueError:
 
 
 def list_packed_spikes(packed: torch.Tensor) -> SpikeLists:
-    """Lists of packed spikes, one row per token."""
-    signs, batch, tokens, width = packed.shape
-    struct, indices, counts = _empty_lists(batch * tokens, 8 * width, signs == 2)
+    """Lists of packed spikes `[signs, ..., channels / 8]`, one row per token."""
+    signs, tokens, width = len(packed), packed[0, ..., 0].numel(), packed.shape[-1]
+    struct, indices, counts = _empty_lists(tokens, 8 * width, signs == 2)
     listed = _kernel("list_packed_spikes")(ctypes.byref(struct), ctypes.c_void_p(packed.data_ptr()), _threads())
+    return SpikeLists(struct, indices, counts, listed)
+
+
+def list_packed_columns(packed: torch.Tensor) -> SpikeLists:
+    """Lists of the transposed spikes: for each channel the tokens, of at most `MAX_INPUTS`, at which it fires."""
+    signs, tokens, width = len(packed), packed[0, ..., 0].numel(), packed.shape[-1]
+    struct, indices, counts = _empty_lists(8 * width, tokens, signs == 2)
+    listed = _kernel("list_packed_columns")(ctypes.byref(struct), ctypes.c_void_p(packed.data_ptr()), _threads())
     return SpikeLists(struct, indices, counts, listed)
 
 

@@ -32,7 +32,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_snn_bert import SNNBertConfig
-from .packed_spikes import SpikingLinear, keep_packed, packed_form, recompute_from_spikes
+from .packed_spikes import SpikingLinear, attention_on_spikes, keep_packed, packed_form
 from .sparsity import FiringRateRecorder, firing_rate_penalty
 from .spiking_neurons import BPSN, LIF, PSN, SpikingNeuron
 
@@ -316,21 +316,27 @@ class SNNBertSelfAttention(nn.Module):
         key = self.key_neuron(self.key(spikes), token_mask)
         value = self.value_neuron(self.value(spikes), token_mask)
         spikes = (query, key, value)
+        gain, offset = self.query_gain.to(query.dtype), self.query_offset.to(query.dtype)
         dropout = self.dropout.p if self.training else 0.0
-
-        def attend(query, key, value, gain, offset):
-            return self._attend(query * gain + offset, key, value, attention_mask, token_mask, dropout, **kwargs)
-
-        affine = (self.query_gain.to(query.dtype), self.query_offset.to(query.dtype))
-        if not self._packs(spikes):
-            context, weights = attend(*spikes, *affine)
-        elif dropout and query.device.type == "cpu" and self.config._attn_implementation == "sdpa":
-            # There is no fused attention with dropout for the CPU: it would keep three numbers for each pair of tokens.
-            context, weights = recompute_from_spikes(lambda *x: attend(*x)[0], spikes, *affine), None
+        packs = self._packs(spikes)
+        if packs and self._has_no_fused_attention(query, dropout):
+            heads = self.config.num_attention_heads
+            context = attention_on_spikes(*spikes, gain, offset, attention_mask, heads, self.scaling, dropout)
+            weights = None
         else:
-            with keep_packed(*spikes):
-                context, weights = attend(*spikes, *affine)
+            with keep_packed(*spikes) if packs else nullcontext():
+                query = query * gain + offset
+                context, weights = self._attend(query, key, value, attention_mask, token_mask, dropout, **kwargs)
         return context.reshape(*input_shape, -1).contiguous(), weights
+
+    def _has_no_fused_attention(self, query: torch.Tensor, dropout: float) -> bool:
+        """Whether sdpa would fall back on keeping three numbers for each pair of tokens: on the CPU with dropout."""
+        return (
+            0 < dropout < 1
+            and query.device.type == "cpu"
+            and self.config.attention_type == "softmax"
+            and self.config._attn_implementation == "sdpa"
+        )
 
     def _packs(self, spikes: tuple[torch.Tensor, ...]) -> bool:
         """Whether the backward pass is to keep these spikes packed. A checkpointed layer keeps nothing inside it."""

@@ -4,6 +4,10 @@ A neuron hands its spikes on as floats, since that is what a matrix product take
 `SpikingLinear` and `keep_packed` save that form for the backward pass, where a plain Linear or attention would keep the
 floats. A tensor with no packed form attached goes the plain way, so nothing depends on where a spike came from.
 
+In float32 on the CPU, where the compiled kernels are at hand and few inputs fire, `SpikingLinear` also computes by
+events: its output is a sum over the weights of the inputs that fire, and the gradient to its weights a sum over the
+tokens at which they do. Only the gradient to the spikes is a dense product.
+
 Packed spikes are `[signs, ..., channels / 8]` bytes: bit `k` of byte `i` is channel `8 i + k`. Binary spikes have one
 sign; ternary ones have a second plane with the spikes of -1.
 """
@@ -15,9 +19,24 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from .cpu_kernels import available as kernels_available
+from .event_kernels import (
+    MAX_INPUTS,
+    SpikeLists,
+    block_weights,
+    event_linear,
+    list_packed_columns,
+    list_packed_spikes,
+)
+from .leaky_integration import widen
+
 # Byte `i` of eight, each 0 or 1, times 2^(56 - 7 i) lands on bit 56 + i, and nothing else reaches the highest byte.
 _GATHER_BITS = 0x0102040810204080
 _ATTRIBUTE = "_packed_spikes"
+# The firing rate below which a product of a training step runs by events.
+EVENTS_BELOW = 0.3
+# So many attention weights are computed at a time.
+ATTENTION_PIECE = 2**18
 
 
 def pack(spikes: torch.Tensor, ternary: bool) -> torch.Tensor:
@@ -56,6 +75,21 @@ def packed_form(spikes: torch.Tensor) -> torch.Tensor | None:
     return packed if packed is not None and spikes._version == version else None
 
 
+def _by_events(
+    lists_of: Callable[[torch.Tensor], SpikeLists], packed: torch.Tensor, *dense: torch.Tensor
+) -> SpikeLists | None:
+    """The lists of `packed` if a product of these spikes is to be computed by events, and `None` if it is not.
+
+    Which way is taken depends on the spikes and the shapes only, so that a run can be repeated bit for bit.
+    """
+    if not kernels_available() or any(x.dtype != torch.float32 or x.device.type != "cpu" for x in dense):
+        return None
+    if max(packed[0, ..., 0].numel(), 8 * packed.shape[-1]) > MAX_INPUTS:
+        return None
+    lists = lists_of(packed)
+    return lists if lists.firing_rate < EVENTS_BELOW else None
+
+
 class _LinearOnSpikes(torch.autograd.Function):
     """`linear(spikes, weight, bias)` that keeps the packed spikes, and the weight, for the backward pass."""
 
@@ -63,7 +97,11 @@ class _LinearOnSpikes(torch.autograd.Function):
     def forward(
         spikes: torch.Tensor, packed: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        return nn.functional.linear(spikes, weight, bias)
+        lists = _by_events(list_packed_spikes, packed, spikes, weight)
+        # The lists are of whole bytes of inputs.
+        if lists is None or weight.shape[1] % 8:
+            return nn.functional.linear(spikes, weight, bias)
+        return event_linear(lists, block_weights(weight, None, bias, "float32")).unflatten(0, spikes.shape[:-1])
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -77,10 +115,16 @@ class _LinearOnSpikes(torch.autograd.Function):
         needs_spikes, _, needs_weight, needs_bias = ctx.needs_input_grad
         rows = grad_output.flatten(0, -2)
         grad_spikes = grad_output @ weight if needs_spikes else None
-        grad_weight = None
-        if needs_weight:
-            grad_weight = rows.T @ unpack(packed, weight.shape[1], grad_output.dtype).flatten(0, -2)
+        grad_weight = _weight_gradient(packed, rows, weight.shape[1]) if needs_weight else None
         return grad_spikes, None, grad_weight, rows.sum(0) if needs_bias else None
+
+
+def _weight_gradient(packed: torch.Tensor, grad_rows: torch.Tensor, inputs: int) -> torch.Tensor:
+    """`grad_rows.T @ spikes`, `[outputs, inputs]`, from packed spikes and the gradient `[rows, outputs]`."""
+    lists = _by_events(list_packed_columns, packed, grad_rows)
+    if lists is not None:
+        return event_linear(lists, block_weights(grad_rows.T, None, None, "float32"))[:inputs].T
+    return grad_rows.T @ unpack(packed, inputs, grad_rows.dtype).flatten(0, -2)
 
 
 class SpikingLinear(nn.Linear):
@@ -103,47 +147,143 @@ class SpikingLinear(nn.Linear):
         return _LinearOnSpikes.apply(spikes, packed, weight, bias)
 
 
-class _RecomputedFromSpikes(torch.autograd.Function):
-    """`function(spikes, others)` that keeps `packed` and `others` only, and runs again in the backward pass."""
+class _AttentionOnSpikes(torch.autograd.Function):
+    """Softmax attention with dropout between spikes, for the CPU; see `attention_on_spikes`."""
 
     @staticmethod
-    def forward(ctx, function: Callable, packed: tuple[torch.Tensor, ...], *tensors: torch.Tensor) -> torch.Tensor:
-        spikes, others = tensors[: len(packed)], tensors[len(packed) :]
-        ctx.function = function
-        ctx.autocast = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
-        ctx.random_state = torch.get_rng_state()
-        ctx.forms = [(x.shape[-1], x.dtype) for x in spikes]
-        ctx.save_for_backward(*packed, *others)
-        return function(*tensors)
+    def forward(
+        ctx,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        gain: torch.Tensor,
+        offset: torch.Tensor,
+        packed: tuple[torch.Tensor, ...],
+        mask: torch.Tensor | None,
+        heads: int,
+        scaling: float,
+        dropout: float,
+    ) -> torch.Tensor:
+        ctx.heads, ctx.scaling, ctx.form = heads, scaling, (query.shape[-1], query.dtype)
+        keep = KeepBits(dropout)
+        contexts, kept = [], []
+        with torch.autocast("cpu", enabled=False):
+            for rows in _pieces(query, heads):
+                q, k, v = _heads((query[rows] * gain + offset, key[rows], value[rows]), heads)
+                weights = _attention_weights(q, k, mask, rows, scaling)
+                kept.append(keep.draw(weights.shape))
+                contexts.append(_join(keep.apply(weights, kept[-1]).to(v.dtype) @ v))
+        ctx.keep = keep
+        ctx.save_for_backward(*packed, gain, offset, mask, *kept)
+        return torch.cat(contexts)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_output: torch.Tensor):
-        enabled, dtype = ctx.autocast
-        saved = ctx.saved_tensors
-        packed, others = saved[: len(ctx.forms)], saved[len(ctx.forms) :]
-        spikes = [unpack(x, *form) for x, form in zip(packed, ctx.forms, strict=True)]
-        tensors = [x.detach().requires_grad_() for x in (*spikes, *others)]
-        with torch.enable_grad(), torch.random.fork_rng(devices=[]), torch.autocast("cpu", dtype, enabled):
-            torch.set_rng_state(ctx.random_state)
-            output = ctx.function(*tensors)
-        return None, None, *torch.autograd.grad(output, tensors, grad_output)
+    def backward(ctx, grad_context: torch.Tensor):
+        *packed, gain, offset, mask = ctx.saved_tensors[:6]
+        kept = ctx.saved_tensors[6:]
+        heads, scaling = ctx.heads, ctx.scaling
+        query, key, value = (unpack(x, *ctx.form) for x in packed)
+        grads: list[tuple[torch.Tensor, ...]] = []
+        for rows, bits in zip(_pieces(query, heads), kept, strict=True):
+            affine = query[rows] * gain + offset
+            q, k, v, grad = _heads((affine, key[rows], value[rows], grad_context[rows].to(value.dtype)), heads)
+            weights = _attention_weights(q, k, mask, rows, scaling)
+            grad_v = ctx.keep.apply(weights, bits).to(v.dtype).transpose(2, 3) @ grad
+            grad_weights = ctx.keep.apply((grad @ v.transpose(2, 3)).to(weights.dtype), bits)
+            inner = (grad_weights * weights).sum(-1, keepdim=True)
+            grad_scores = grad_weights.sub_(inner).mul_(weights).mul_(scaling).to(q.dtype)
+            grads.append((_join(grad_scores @ k), _join(grad_scores.transpose(2, 3) @ q), _join(grad_v)))
+        grad_affine, grad_key, grad_value = (torch.cat(pieces) for pieces in zip(*grads, strict=True))
+        grad_gain = widen(grad_affine * query).sum((0, 1)).to(gain.dtype)
+        grad_offset = widen(grad_affine).sum((0, 1)).to(offset.dtype)
+        return grad_affine.mul_(gain), grad_key, grad_value, grad_gain, grad_offset, *[None] * 5
 
 
-def recompute_from_spikes(
-    function: Callable[..., torch.Tensor], spikes: tuple[torch.Tensor, ...], *others: torch.Tensor
+class KeepBits:
+    """Dropout whose mask is one bit a number, drawn 16 bits at a time.
+
+    Numbers are dropped with the probability `dropout`, rounded to a 65,536th, and what is kept is scaled up by the
+    probability that it really is kept with.
+    """
+
+    def __init__(self, dropout: float) -> None:
+        self.dropped = round(dropout * 65536)
+        self.scale = 65536 / (65536 - self.dropped)
+
+    def draw(self, shape: torch.Size) -> torch.Tensor:
+        """A packed mask for a tensor of that shape."""
+        numbers = shape.numel()
+        bits = torch.empty((numbers + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+        return pack(bits.view(torch.int16)[:numbers] >= self.dropped - 32768, ternary=False)
+
+    def apply(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """`x` with zeros where the mask has none, and scaled up elsewhere."""
+        return unpack(mask, x.numel(), x.dtype)[: x.numel()].view(x.shape).mul_(self.scale).mul_(x)
+
+
+def _pieces(x: torch.Tensor, heads: int) -> Iterator[slice]:
+    """Slices of the batch of `x`, `[batch, seq_len, channels]`, whose attention weights stay in the cache."""
+    batch, length, _ = x.shape
+    size = max(1, ATTENTION_PIECE // (heads * length**2))
+    for first in range(0, batch, size):
+        yield slice(first, first + size)
+
+
+def _heads(tensors: tuple[torch.Tensor, ...], heads: int) -> Iterator[torch.Tensor]:
+    """Each of `[batch, seq_len, channels]` as `[batch, heads, seq_len, head_size]`."""
+    return (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in tensors)
+
+
+def _join(x: torch.Tensor) -> torch.Tensor:
+    """The inverse of `_heads`."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def _attention_weights(
+    q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, rows: slice, scaling: float
 ) -> torch.Tensor:
-    """`function(*spikes, *others)` on the CPU, of which nothing is kept for the backward pass but the inputs, packed.
+    """The softmax of the scores, at least in float32. A query that may see no key at all sees every key."""
+    scores = q @ k.transpose(2, 3)
+    scores = widen(scores).mul_(scaling)
+    if mask is not None:
+        of_rows = mask if len(mask) == 1 else mask[rows]
+        scores.masked_fill_(~of_rows, torch.finfo(scores.dtype).min)
+    return scores.softmax(-1)
 
-    The function runs a second time in the backward pass, with the random numbers of the first.
+
+def attention_on_spikes(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    gain: torch.Tensor,
+    offset: torch.Tensor,
+    mask: torch.Tensor | None,
+    heads: int,
+    scaling: float,
+    dropout: float,
+) -> torch.Tensor:
+    """Softmax attention of `query * gain + offset`, for training on the CPU, where there is no fused one with dropout.
+
+    It keeps one bit of each spike and of each number of the dropout's mask for the backward pass, and none of the
+    attention weights, which are computed again there.
 
     Args:
-        function: returns one tensor, and takes every tensor that needs a gradient as an argument.
-        spikes: tensors with a packed form attached.
-        others: further arguments.
+        query, key, value (`[batch, seq_len, channels]`): spikes with a packed form attached.
+        gain, offset (`[channels]`): of the queries.
+        mask (`[batch or 1, 1 or heads, 1 or seq_len, seq_len]`, bool): True where a query may see a key.
+        heads: divides `channels`.
+        scaling: of the scores.
+        dropout: in (0, 1).
+
+    Returns:
+        `[batch, seq_len, channels]` in the dtype of the spikes, or of autocast.
     """
-    packed = tuple(packed_form(x) for x in spikes)
-    return _RecomputedFromSpikes.apply(function, packed, *spikes, *others)
+    packed = tuple(packed_form(x) for x in (query, key, value))
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+        query, key, value, gain, offset = (x.to(dtype) for x in (query, key, value, gain, offset))
+    return _AttentionOnSpikes.apply(query, key, value, gain, offset, packed, mask, heads, scaling, dropout)
 
 
 @contextmanager

@@ -162,6 +162,14 @@ static void run_products(int level, int64_t tokens, int64_t inputs, int64_t grou
     const int64_t listed = CALL(list_float_spikes, &lists, spikes, threads);
     if (listed != CALL(list_packed_spikes, &lists, packed, threads)) fail("the lists differ in length", listed);
     spikes_seen += listed;
+    struct spike_lists turned = {inputs, rows, rows, 1 + ternary, get(2 * (size_t)((1 + ternary) * inputs * rows)),
+                                  get(4 * (size_t)((1 + ternary) * inputs))};
+    if (listed != CALL(list_packed_columns, &turned, packed, threads)) fail("the columns' lists differ", listed);
+    for (int64_t i = 0; i < inputs; i++)
+        for (int64_t k = 0; k < turned.counts[i]; k++)
+            if (spikes[turned.indices[i * rows + k] * inputs + i] != 1) fail("a column's list is wrong", i);
+    free(turned.indices);
+    free(turned.counts);
     CALL(event_linear, &lists, &q, threads);
     for (int64_t row = 0; row < rows; row++)
         for (int64_t k = 0; k < outputs; k++) {
