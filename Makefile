@@ -45,7 +45,7 @@ lint: $(TESTS_STAMP) $(PACKAGE_STAMP) ## Run ruff and mypy
 
 bench: $(EXAMPLES_STAMP) $(PACKAGE_STAMP) ## Run benchmarks/run.py; tables as JSON go to outputs/benchmarks
 	$(PIP_INSTALL) --no-deps spikingjelly loguru
-	$(BIN)/python benchmarks/run.py $(BENCH_ARGS)
+	$(KEEP_MEMORY) $(BIN)/python benchmarks/run.py $(BENCH_ARGS)
 
 clean: ## Remove the environment, build products and caches
 	rm -rf $(VENV) build dist snn_bert.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

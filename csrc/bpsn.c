@@ -17,7 +17,9 @@
 
 typedef float vector __attribute__((vector_size(4 * LANES)));
 typedef int32_t int_vector __attribute__((vector_size(4 * LANES)));
+#if !defined(__AVX2__)
 typedef uint8_t byte_vector __attribute__((vector_size(LANES)));
+#endif
 
 enum surrogate { ATAN, SIGMOID, TRIANGLE, RECTANGLE };
 
@@ -100,16 +102,20 @@ INLINE vector derivative(vector x, int surrogate, float alpha) {
     return select_or_zero(magnitude < 1.0f / (2.0f * alpha), zero + alpha);
 }
 
-/* Bytes that are 0 or 1 to bits. Byte i times 2^(56 - 7 i) lands on bit 56 + i, and nothing else reaches it. */
+/* The sign bits of the lanes, which are 0 or -1, to bytes of eight channels. */
 INLINE void pack(uint8_t *to, int_vector fired, int narrow) {
-    uint8_t bytes[LANES];
+#if defined(__AVX512F__)
+    const uint16_t bits = (uint16_t)_mm512_movepi32_mask((__m512i)fired);
+#elif defined(__AVX2__)
+    const uint8_t bits = (uint8_t)_mm256_movemask_ps((__m256)fired);
+#else
+    /* Byte i of eight, each 0 or 1, times 2^(56 - 7 i) lands on bit 56 + i, and nothing else reaches it. */
     byte_vector flags = __builtin_convertvector(-fired, byte_vector);
-    memcpy(bytes, &flags, sizeof bytes);
-    for (int k = 0; k < LANES && (!narrow || k < narrow); k += 8) {
-        uint64_t eight;
-        memcpy(&eight, bytes + k, 8);
-        to[k / 8] = (uint8_t)((eight * 0x0102040810204080u) >> 56);
-    }
+    uint64_t eight;
+    memcpy(&eight, &flags, sizeof eight);
+    const uint8_t bits = (uint8_t)((eight * 0x0102040810204080u) >> 56);
+#endif
+    memcpy(to, &bits, narrow ? (size_t)narrow / 8 : sizeof bits);
 }
 
 /* 1 / n[t], the reciprocal of the total weight at each token, and 1 at masked tokens. */

@@ -136,7 +136,7 @@ INLINE i32_vector widen_signed(i16_vector x, int k) {
 /* A block's row is two lines of 64 bytes, of 32 words of 16 bits. Word k of line l is 2^8 hi + lo with hi the weight of
  * column 64 l + 32 + k, signed, and lo that of column 64 l + k plus 128, unsigned. The sum of all words modulo 2^16 and
  * the exact sum of all hi give the sum of all lo: a shift and two additions for two columns. `sums` are 128 columns. */
-INLINE void add_int8(const uint16_t *list, int64_t n, const uint8_t *block, int32_t sign,
+INLINE void add_int8(const uint16_t *list, int64_t n, const uint8_t *block, int negative,
                      i32_vector sums[MAX_COLUMNS / LANES]) {
     for (int64_t first = 0; first < n; first += MAX_16_BIT_INPUTS) {
         const int64_t end = n - first < MAX_16_BIT_INPUTS ? n : first + MAX_16_BIT_INPUTS;
@@ -156,8 +156,9 @@ INLINE void add_int8(const uint16_t *list, int64_t n, const uint8_t *block, int3
             const int word = u * VECTOR_BYTES / 2, at = (word / 32 * 64 + word % 32) / LANES;
             const u16_vector low = both[u] - ((u16_vector)high[u] << 8);
             for (int k = 0; k < 2; k++) {
-                sums[at + k] += sign * (widen_unsigned(low, k) - excess);
-                sums[at + 32 / LANES + k] += sign * widen_signed(high[u], k);
+                const i32_vector lo = widen_unsigned(low, k) - excess, hi = widen_signed(high[u], k);
+                sums[at + k] += negative ? -lo : lo;
+                sums[at + 32 / LANES + k] += negative ? -hi : hi;
             }
         }
     }
@@ -220,7 +221,8 @@ INLINE void row_sums(const struct spike_lists *p, const struct product *q, int64
         const int64_t at = list * p->rows + row;
         const uint16_t *indices = p->indices + at * p->stride;
         const int sign = list ? -1 : 1;
-        if (weight_type == INT8) add_int8(indices, p->counts[at], block, sign, exact);
+        if (weight_type == INT8 && !list) add_int8(indices, p->counts[at], block, 0, exact);
+        else if (weight_type == INT8) add_int8(indices, p->counts[at], block, 1, exact);
         else if (weight_type == BFLOAT16) add_bfloat16(indices, p->counts[at], block, (float)sign, (f32_vector *)sums);
         else add_float32(indices, p->counts[at], block, (float)sign, (f32_vector *)sums);
     }
