@@ -252,8 +252,6 @@ def test_constraints_pin_each_requirement_within_its_range(requirements):
     versions = {canonicalize_name(pin.name): next(iter(pin.specifier)).version for pin in pins}
     for requirement in requirements:
         name = canonicalize_name(requirement.name)
-        if name == "triton":  # comes with torch's own CUDA builds, in the version that torch wants
-            continue
         assert name in versions, f"constraints.txt does not pin {name}"
         assert versions[name] in requirement.specifier
 
