@@ -23,6 +23,18 @@ KERNELS_VERSION = 2
 SURROGATE_INDEX = {"atan": 0, "sigmoid": 1, "triangle": 2, "rectangle": 3}
 
 
+# What each operator from currents to spikes takes and gives, whatever device it is for.
+FORWARD_SCHEMA = (
+    "(Tensor current, Tensor? mask, Tensor v_threshold, Tensor decay_forward, Tensor decay_backward, Tensor reset, "
+    "bool normalize, int reset_iterations, bool ternary) -> (Tensor, Tensor)"
+)
+BACKWARD_SCHEMA = (
+    "(Tensor grad_spikes, Tensor current, Tensor? mask, Tensor v_threshold, Tensor decay_forward, "
+    "Tensor decay_backward, Tensor reset, bool normalize, int reset_iterations, bool ternary, str surrogate, "
+    "float alpha) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
+
 class _Neuron(ctypes.Structure):
     """`struct neuron` of csrc/kernels.h."""
 
@@ -109,14 +121,7 @@ def packed_shape(shape: torch.Size, ternary: bool) -> tuple[int, ...]:
     return (2 if ternary else 1, *shape[:-1], (shape[-1] + 7) // 8)
 
 
-@torch.library.custom_op(
-    "snn_bert::bpsn_forward",
-    mutates_args=(),
-    schema=(
-        "(Tensor current, Tensor? mask, Tensor v_threshold, Tensor decay_forward, Tensor decay_backward, Tensor reset, "
-        "bool normalize, int reset_iterations, bool ternary) -> (Tensor, Tensor)"
-    ),
-)
+@torch.library.custom_op("snn_bert::bpsn_forward", mutates_args=(), schema=FORWARD_SCHEMA)
 def bpsn_forward(
     current, mask, v_threshold, decay_forward, decay_backward, reset, normalize, reset_iterations, ternary
 ):
@@ -141,20 +146,14 @@ def bpsn_forward(
 
 
 @bpsn_forward.register_fake
-def _(current, mask, v_threshold, decay_forward, decay_backward, reset, normalize, reset_iterations, ternary):
+def fake_bpsn_forward(
+    current, mask, v_threshold, decay_forward, decay_backward, reset, normalize, reset_iterations, ternary
+):
     packed = current.new_empty(packed_shape(current.shape, ternary), dtype=torch.uint8)
     return torch.empty_like(current, memory_format=torch.contiguous_format), packed
 
 
-@torch.library.custom_op(
-    "snn_bert::bpsn_backward",
-    mutates_args=(),
-    schema=(
-        "(Tensor grad_spikes, Tensor current, Tensor? mask, Tensor v_threshold, Tensor decay_forward, "
-        "Tensor decay_backward, Tensor reset, bool normalize, int reset_iterations, bool ternary, str surrogate, "
-        "float alpha) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-    ),
-)
+@torch.library.custom_op("snn_bert::bpsn_backward", mutates_args=(), schema=BACKWARD_SCHEMA)
 def bpsn_backward(
     grad_spikes,
     current,
@@ -196,6 +195,6 @@ def bpsn_backward(
 
 
 @bpsn_backward.register_fake
-def _(grad_spikes, current, mask, v_threshold, decay_forward, decay_backward, reset, *settings):
+def fake_bpsn_backward(grad_spikes, current, mask, v_threshold, decay_forward, decay_backward, reset, *settings):
     grad_current = torch.empty_like(current, memory_format=torch.contiguous_format)
     return grad_current, *(torch.empty_like(x) for x in (v_threshold, decay_forward, decay_backward, reset))

@@ -121,9 +121,14 @@ def silence(x: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tenso
     return x if attention_mask is None else x.masked_fill(attention_mask[..., None] == 0, 0)
 
 
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that currents of `dtype` are integrated in: float32 in place of float16 and bfloat16."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
 def widen(x: torch.Tensor) -> torch.Tensor:
-    """`x` in the dtype it is integrated in: float32 in place of float16 and bfloat16."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    """`x` in the dtype it is integrated in."""
+    return x.to(wide_dtype(x.dtype))
 
 
 def check_sequence(current: torch.Tensor, attention_mask: torch.Tensor | None) -> None:

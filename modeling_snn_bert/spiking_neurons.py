@@ -23,8 +23,12 @@ from .leaky_integration import (
     leaky_sum,
     silence,
     total_weight,
+    wide_dtype,
     widen,
 )
+from .leaky_integration_triton import bpsn_backward as triton_backward
+from .leaky_integration_triton import bpsn_forward as triton_forward
+from .leaky_integration_triton import takes as triton_takes
 from .packed_spikes import attach_packed, pack, packed_form
 from .surrogate_gradients import SURROGATES, check_surrogate, heaviside
 
@@ -246,17 +250,16 @@ class BPSN(SpikingNeuron):
         return silence(potential, attention_mask).to(current.dtype)
 
     def spikes(self, current: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        x = widen(current)
-        parameters = [
-            self.v_threshold.to(x.dtype),
-            self.decay_forward.to(x.dtype),
-            self.decay_backward.to(x.dtype),
-            self.reset.to(x.dtype),
-        ]
+        dtype = wide_dtype(current.dtype)
+        parameters = [x.to(dtype) for x in (self.v_threshold, self.decay_forward, self.decay_backward, self.reset)]
         settings = [self.reset_iterations, self.spike_type == "ternary", self.surrogate, self.surrogate_alpha]
-        if self._kernel_takes(x):
-            spikes, packed = BPSNByKernel.apply(current, attention_mask, *parameters, self.normalize, *settings)
+        by_triton = triton_takes(current)
+        if self._may_use_kernels() and (by_triton or self._cpu_kernel_takes(current)):
+            spikes, packed = BPSNByKernel.apply(
+                current, attention_mask, *parameters, by_triton, self.normalize, *settings
+            )
             return attach_packed(spikes, packed)
+        x = widen(current)
         weight = self._total_weight(x, attention_mask)
         if self.implementation in ("auto", "chunked"):
             return BPSNByScans.apply(current, attention_mask, weight, *parameters, *settings)
@@ -267,15 +270,16 @@ class BPSN(SpikingNeuron):
             potential = potential - self.per_channel(parameters[3]) * received
         return silence(self.fire(potential, v_threshold), attention_mask).to(current.dtype)
 
-    def _kernel_takes(self, x: torch.Tensor) -> bool:
-        """Whether the compiled kernel computes this; it packs its spikes, so its channels come in whole bytes."""
+    def _may_use_kernels(self) -> bool:
+        """Whether the choice is ours, and the model is not being written down for a place without our operators."""
+        return self.implementation == "auto" and not torch.jit.is_tracing() and not _is_exporting()
+
+    def _cpu_kernel_takes(self, current: torch.Tensor) -> bool:
+        """Whether the CPU's kernel computes this; it packs group by group, whose channels must come in whole bytes."""
         return (
-            self.implementation == "auto"
-            and x.device.type == "cpu"
-            and x.dtype == torch.float32
+            current.device.type == "cpu"
+            and wide_dtype(current.dtype) == torch.float32
             and (self.num_channels // self.num_groups) % 8 == 0
-            and not torch.jit.is_tracing()
-            and not _is_exporting()
             and kernels_available()
         )
 
@@ -324,9 +328,11 @@ class BPSN(SpikingNeuron):
 
 
 class BPSNByKernel(torch.autograd.Function):
-    """`BPSN` from currents to spikes by the compiled kernel (see `cpu_kernels`); returns them as floats and packed.
+    """`BPSN` from currents to spikes by a kernel; returns them as floats and packed.
 
-    It keeps the current for the backward pass. Arguments are those of `BPSNByScans`, with `normalize` for the weight.
+    The kernel is that of `leaky_integration_triton` if `by_triton`, and otherwise the CPU's (see `cpu_kernels`). It
+    keeps the current for the backward pass. The other arguments are those of `BPSNByScans`, with `normalize` for the
+    weight.
     """
 
     @staticmethod
@@ -337,14 +343,16 @@ class BPSNByKernel(torch.autograd.Function):
         decay_forward: torch.Tensor,
         decay_backward: torch.Tensor,
         reset: torch.Tensor,
+        by_triton: bool,
         normalize: bool,
         reset_iterations: int,
         ternary: bool,
         surrogate: str,
         alpha: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        spikes, packed = bpsn_forward(
-            widen(current),
+        # The GPU's kernel reads half precision itself.
+        spikes, packed = (triton_forward if by_triton else bpsn_forward)(
+            current if by_triton else widen(current),
             attention_mask,
             v_threshold,
             decay_forward,
@@ -359,16 +367,17 @@ class BPSNByKernel(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         ctx.save_for_backward(*inputs[:6])
-        ctx.settings = inputs[6:]
+        ctx.by_triton, *ctx.settings = inputs[6:]
         ctx.mark_non_differentiable(output[1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_spikes: torch.Tensor, grad_packed: None):
         current, *others = ctx.saved_tensors
-        x = widen(current)
-        grad_x, *grads = bpsn_backward(grad_spikes.to(x.dtype), x, *others, *ctx.settings)
-        return grad_x.to(current.dtype), None, *grads, *[None] * len(ctx.settings)
+        x = current if ctx.by_triton else widen(current)
+        backward = triton_backward if ctx.by_triton else bpsn_backward
+        grad_x, *grads = backward(grad_spikes.to(x.dtype), x, *others, *ctx.settings)
+        return grad_x.to(current.dtype), None, *grads, None, *[None] * len(ctx.settings)
 
 
 class BPSNByScans(torch.autograd.Function):
