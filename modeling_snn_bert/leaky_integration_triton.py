@@ -196,7 +196,7 @@ def _place(tokens, channels, group_size, SEGMENT: constexpr, BLOCK: constexpr, O
     item = tl.program_id(0) // blocks
     segment = item % segments
     row = (item // segments).to(tl.int64)
-    start = (segment * SEGMENT).to(tl.int64)
+    start = segment * SEGMENT
     channel = block * BLOCK + tl.arange(0, BLOCK)
     # A block that lies in one group reads one number where another block reads one per channel.
     group = (block * BLOCK) // group_size if ONE_GROUP else tl.minimum(channel, channels - 1) // group_size
@@ -206,9 +206,10 @@ def _place(tokens, channels, group_size, SEGMENT: constexpr, BLOCK: constexpr, O
 @jit
 def _rows(rows, start, end, stride, inside, CHUNK: constexpr):
     """A chunk `[CHUNK][BLOCK]` of `rows`, `stride` apart, in float32; 0 from token `end` on."""
+    first = rows + start.to(tl.int64) * stride
     chunk = ()
     for k in tl.static_range(CHUNK):
-        chunk = chunk + (tl.load(rows + (start + k) * stride, mask=inside & (start + k < end), other=0).to(tl.float32),)
+        chunk = chunk + (tl.load(first + k * stride, mask=inside & (start + k < end), other=0).to(tl.float32),)
     return chunk
 
 
@@ -234,9 +235,12 @@ def _silenced(rows, weights, CHUNK: constexpr):
 
 
 @jit
-def _currents(current, weights, start, end, stride, inside, CHUNK: constexpr):
+def _currents(current, weights, start, end, stride, inside, PADDED: constexpr, CHUNK: constexpr):
     """A chunk of the currents, silenced."""
-    return _silenced(_rows(current, start, end, stride, inside, CHUNK), weights, CHUNK)
+    chunk = _rows(current, start, end, stride, inside, CHUNK)
+    if PADDED:
+        chunk = _silenced(chunk, weights, CHUNK)
+    return chunk
 
 
 @jit
@@ -299,7 +303,19 @@ def _from_others(sums, at, inside, BLOCK: constexpr):
 
 @jit
 def _walk_later(
-    rows, weight, start, end, stride, weight_stride, inside, later, decay, carries, channels, CHUNK: constexpr
+    rows,
+    weight,
+    start,
+    end,
+    stride,
+    weight_stride,
+    inside,
+    later,
+    decay,
+    carries,
+    channels,
+    PADDED: constexpr,
+    CHUNK: constexpr,
 ):
     """Walk 1: store, for each chunk, the sum of `rows` over the tokens after it."""
     chunks = tl.cdiv(end - start, CHUNK)
@@ -308,7 +324,7 @@ def _walk_later(
         token = start + chunk * CHUNK
         tl.store(carries + (token // CHUNK) * channels, later, mask=inside)
         weights = _weights(weight, token, end, weight_stride, CHUNK)
-        x = _currents(rows, weights, token, end, stride, inside, CHUNK)
+        x = _currents(rows, weights, token, end, stride, inside, PADDED, CHUNK)
         _, later = _sum_chunk(x, later, decay, True, CHUNK)
 
 
@@ -336,6 +352,7 @@ def _sum_currents(
     weight_row,
     weight_stride,
     weight_step,
+    PADDED: constexpr,
     CHUNK: constexpr,
     SEGMENT: constexpr,
     BLOCK: constexpr,
@@ -354,7 +371,7 @@ def _sum_currents(
     for chunk in range(0, tl.cdiv(end - start, CHUNK)):
         token = start + chunk * CHUNK
         weights = _weights(weight, token, end, weight_stride, CHUNK)
-        x = _currents(current, weights, token, end, channels, inside, CHUNK)
+        x = _currents(current, weights, token, end, channels, inside, PADDED, CHUNK)
         earlier, later, power = _add_to_sums(x, earlier, later, power, forward, backward, False, CHUNK)
     at = (row * tl.cdiv(tokens, SEGMENT) + segment) * channels + channel
     tl.store(sums_earlier + at, earlier, mask=inside)
@@ -433,7 +450,7 @@ def _store_spikes(
     stride = tl.cdiv(channels, 8)
     for k in tl.static_range(CHUNK):
         mask = (channel < channels) & (token + k < end)
-        tl.store(to + (token + k) * channels, spikes[k].to(to.dtype.element_ty), mask=mask)
+        tl.store(to + token.to(tl.int64) * channels + k * channels, spikes[k].to(to.dtype.element_ty), mask=mask)
     _store_plane(spikes, packed, token, end, stride, channel, channels, BLOCK, CHUNK)
     if TERNARY:
         mirrored = ()
@@ -475,6 +492,7 @@ def _integrate_gradient(
     to_earlier,
     forward,
     backward,
+    PADDED: constexpr,
     CHUNK: constexpr,
 ):
     """Walks 4: from `g` to the gradient to the current, in its place. Returns the gradients to both decays.
@@ -482,7 +500,19 @@ def _integrate_gradient(
     The transpose of a sum over earlier tokens is a sum over later ones, and the reverse.
     """
     _walk_later(
-        grad, None, start, end, channels, weight_stride, inside, to_earlier, forward, carries_grad, channels, CHUNK
+        grad,
+        None,
+        start,
+        end,
+        channels,
+        weight_stride,
+        inside,
+        to_earlier,
+        forward,
+        carries_grad,
+        channels,
+        False,
+        CHUNK,
     )
     tl.debug_barrier()
     grad_forward = tl.zeros_like(earlier)
@@ -490,7 +520,7 @@ def _integrate_gradient(
     for chunk in range(0, tl.cdiv(end - start, CHUNK)):
         token = start + chunk * CHUNK
         weights = _weights(weight, token, end, weight_stride, CHUNK)
-        x = _currents(current, weights, token, end, channels, inside, CHUNK)
+        x = _currents(current, weights, token, end, channels, inside, PADDED, CHUNK)
         g = _rows(grad, token, end, channels, inside, CHUNK)
         laters, _ = _sum_chunk(
             x, tl.load(carries_later + (token // CHUNK) * channels, mask=inside, other=0), backward, True, CHUNK
@@ -506,7 +536,7 @@ def _integrate_gradient(
             to_later = backward * to_later
             total = tl.where(weights[k] > 0, to_later + to_earliers[CHUNK - 1 - k], 0)
             tl.store(
-                grad + (token + k) * channels,
+                grad + token.to(tl.int64) * channels + k * channels,
                 total.to(grad.dtype.element_ty),
                 mask=inside & (token + k < end),
             )
@@ -551,6 +581,7 @@ def _bpsn(
     RESET: constexpr,
     TERNARY: constexpr,
     SURROGATE: constexpr,
+    PADDED: constexpr,
     CHUNK: constexpr,
     SEGMENT: constexpr,
     BLOCK: constexpr,
@@ -575,7 +606,8 @@ def _bpsn(
         weight += row * weight_row + group * weight_step
     forward = tl.load(decay_forward + group)
     backward = tl.load(decay_backward + group)
-    threshold = tl.load(v_threshold + channel, mask=inside, other=0)
+    # What lies beyond the last channel never fires: its bits share a byte with those of real channels.
+    threshold = tl.load(v_threshold + channel, mask=inside, other=float("inf"))
     chunks_in_all = tl.cdiv(tokens, CHUNK)
     plane = batch.to(tl.int64) * chunks_in_all * channels
     carries_later = carries + row * chunks_in_all * channels + channel
@@ -586,7 +618,19 @@ def _bpsn(
 
     later = _from_others(current_later, item, inside, BLOCK)
     _walk_later(
-        current, weight, start, end, channels, weight_stride, inside, later, backward, carries_later, channels, CHUNK
+        current,
+        weight,
+        start,
+        end,
+        channels,
+        weight_stride,
+        inside,
+        later,
+        backward,
+        carries_later,
+        channels,
+        PADDED,
+        CHUNK,
     )
     tl.debug_barrier()
 
@@ -608,7 +652,7 @@ def _bpsn(
     for i in range(0, chunks):
         token = start + i * CHUNK
         weights = _weights(weight, token, end, weight_stride, CHUNK)
-        x = _currents(current, weights, token, end, channels, inside, CHUNK)
+        x = _currents(current, weights, token, end, channels, inside, PADDED, CHUNK)
         if STAGE != "provisional" and (RESET or STAGE == "gradient"):
             tl.store(carries_earlier + (token // CHUNK) * channels, earlier, mask=inside)
         later = tl.load(carries_later + (token // CHUNK) * channels, mask=inside, other=0)
@@ -648,7 +692,7 @@ def _bpsn(
         for i in range(0, chunks):
             token = start + (chunks - 1 - i) * CHUNK
             weights = _weights(weight, token, end, weight_stride, CHUNK)
-            x = _currents(current, weights, token, end, channels, inside, CHUNK)
+            x = _currents(current, weights, token, end, channels, inside, PADDED, CHUNK)
             earlier = tl.load(carries_earlier + (token // CHUNK) * channels, mask=inside, other=0)
             potentials, _, later = _leaky_mean(x, weights, earlier, later, forward, backward, True, CHUNK)
             margins = potentials
@@ -664,7 +708,7 @@ def _bpsn(
                 # What was received before has been read by all threads, if it is to be overwritten.
                 tl.debug_barrier()
                 for k in tl.static_range(CHUNK):
-                    to = received_after + offset + (token + k) * channels
+                    to = received_after + offset + token.to(tl.int64) * channels + k * channels
                     tl.store(to, received[k], mask=inside & (token + k < end))
                 if next_earlier is not None:
                     fired = _fire(margins, weights, threshold, TERNARY, CHUNK)
@@ -691,7 +735,7 @@ def _bpsn(
                         grad_weight = -potentials[k] * g
                         grad_forward += grad_weight * tl.load(slope_forward + at, mask=token + k < end, other=0)
                         grad_backward += grad_weight * tl.load(slope_backward + at, mask=token + k < end, other=0)
-                    to = grad_sum + (token + k) * channels
+                    to = grad_sum + token.to(tl.int64) * channels + k * channels
                     tl.store(to, g.to(grad_sum.dtype.element_ty), mask=inside & (token + k < end))
         if STAGE == "sweep" and next_earlier is not None:
             tl.store(next_earlier + item, far, mask=inside)
@@ -723,6 +767,7 @@ def _bpsn(
                 nothing,
                 forward,
                 backward,
+                PADDED,
                 CHUNK,
             )
             tl.store(grad_parameters + 4 * parameter_plane, grad_forward, mask=inside)
@@ -748,6 +793,7 @@ def _finish_gradient(
     weight_row,
     weight_stride,
     weight_step,
+    PADDED: constexpr,
     CHUNK: constexpr,
     SEGMENT: constexpr,
     BLOCK: constexpr,
@@ -778,6 +824,7 @@ def _finish_gradient(
         tl.load(grad_later + item, mask=inside, other=0),
         tl.load(decay_forward + group),
         tl.load(decay_backward + group),
+        PADDED,
         CHUNK,
     )
     parameter_plane = batch.to(tl.int64) * tl.cdiv(tokens, SEGMENT) * channels
@@ -851,6 +898,7 @@ class _Launches:
             "weight_row": 0 if weight is None or weight.shape[0] == 1 else weight.stride(0),
             "weight_stride": 0 if weight is None else weight.shape[2],
             "weight_step": 0 if weight is None or weight.shape[2] == 1 else 1,
+            "PADDED": mask is not None,
             "CHUNK": CHUNK,
             "SEGMENT": SEGMENT,
             "BLOCK": block,
@@ -933,7 +981,7 @@ class _Launches:
         sums = self.new_sums()
         # The gradient goes the other way round: what a token sent to later ones comes back from them.
         decays = self.decays["decay_backward"], self.decays["decay_forward"]
-        shared = {**self.shared, "current": grad_sum, "weight": None}
+        shared = {**self.shared, "current": grad_sum, "weight": None, "PADDED": False}
         _sum_currents[self.grid](
             **shared, decay_forward=decays[0], decay_backward=decays[1], sums_earlier=sums[0], sums_later=sums[1]
         )

@@ -1,0 +1,343 @@
+"""The kernels for a GPU: in Triton's interpreter on a CPU, and the whole table of shapes where there is a GPU."""
+
+import copy
+import math
+import os
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from modeling_snn_bert import BPSN, SNNBertModel
+from modeling_snn_bert import leaky_integration_triton as kernels
+from modeling_snn_bert.packed_spikes import pack, packed_form, unpack
+from modeling_snn_bert.surrogate_gradients import SURROGATES
+
+ON_GPU = torch.cuda.is_available()
+interpreted = pytest.mark.skipif(
+    ON_GPU or not kernels._AVAILABLE or os.environ.get("TRITON_INTERPRET") != "1",
+    reason="Triton's interpreter is for machines with triton, without a GPU, and with TRITON_INTERPRET=1",
+)
+needs_gpu = pytest.mark.skipif(not (ON_GPU and kernels._AVAILABLE), reason="no CUDA device, or no triton")
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """Neurons take the kernels on a CPU, with chunks and segments so short that few tokens have several of them."""
+    monkeypatch.setattr(kernels, "_DEVICE_TYPES", ("cpu",))
+    monkeypatch.setattr(kernels, "CHUNK", 4)
+    monkeypatch.setattr(kernels, "SEGMENT", 8)
+    monkeypatch.setattr(kernels, "WEIGHT_TILE", 8)
+
+
+def make_neuron(channels, groups, **settings):
+    """A BPSN with its own value for each group and channel."""
+    neuron = BPSN(channels, groups, surrogate_alpha=1.5, **settings)
+    with torch.no_grad():
+        neuron.v_threshold.uniform_(0.1, 0.7)
+        for name, parameter in neuron.named_parameters():
+            if name.endswith("logit"):
+                parameter.uniform_(-2.5, 1.5)
+            elif name == "reset_strength":
+                parameter.uniform_(-0.7, 1.3)
+    return neuron
+
+
+def masks(batch, length):
+    t, row = torch.arange(length).expand(batch, -1), torch.arange(batch)[:, None]
+    return {
+        "none": None,
+        "right": t < length - 3 * (row + 1),
+        "left": t >= 2 + 5 * row,
+        "holes": (t * 5 + row) % 3 != 0,
+        "row-all-masked": (row > 0).expand(-1, length),
+    }
+
+
+def run(neuron, current, mask, weight):
+    """Spikes, their packed form, and the gradients to the current and to each parameter."""
+    current = current.clone().requires_grad_()
+    spikes = neuron(current, mask)
+    inputs = (current, *neuron.parameters())
+    return spikes.detach(), packed_form(spikes), torch.autograd.grad(spikes, inputs, weight.to(spikes.dtype))
+
+
+def reference_of(neuron):
+    """The same neuron by its definition, in float64."""
+    reference = copy.deepcopy(neuron).double()
+    reference.implementation = "naive"
+    return reference
+
+
+def check(neuron, current, mask=None):
+    """The kernels against the definition. The seeds leave no potential within a rounding error of its threshold."""
+    assert kernels.takes(current)
+    weight = torch.randn(current.shape).to(current.dtype)
+    spikes, packed, gradients = run(neuron, current, mask, weight)
+    # In the reference, nothing may come from what stands in the padding.
+    clean = current if mask is None else current.masked_fill(~mask[..., None], 0)
+    wanted, _, wanted_gradients = run(reference_of(neuron), clean.double(), mask, weight.double())
+    valid = wanted if mask is None else wanted[mask]
+    assert 0 < valid.abs().mean() < 1
+    assert spikes.dtype == current.dtype and torch.equal(spikes.double(), wanted)
+    ternary = neuron.spike_type == "ternary"
+    assert not ternary or (wanted.min() == -1 and wanted.max() == 1)
+    assert torch.equal(packed, pack(wanted, ternary))
+    assert torch.equal(unpack(packed, current.shape[-1], current.dtype), spikes)
+    half = current.dtype != torch.float32
+    for got, expected in zip(gradients, wanted_gradients, strict=True):
+        assert expected.abs().sum() > 0
+        scale = expected.abs().max().item()
+        # Half precision rounds the gradient to the current twice.
+        tolerance = 4 * torch.finfo(current.dtype).eps if half else 5e-6
+        torch.testing.assert_close(got.double(), expected, rtol=0, atol=tolerance * scale)
+    return spikes
+
+
+@interpreted
+@pytest.mark.usefixtures("on_cpu")
+class TestInterpreted:
+    @pytest.mark.parametrize("length", [2, 7])
+    def test_one_segment(self, length):
+        neuron = make_neuron(16, 2)
+        check(neuron, torch.randn(2, length, 16) + 0.3)
+
+    def test_one_token(self):
+        neuron = make_neuron(16, 2)
+        current = torch.randn(2, 1, 16) + 0.3
+        spikes, packed, gradients = run(neuron, current, None, torch.ones(2, 1, 16))
+        assert 0 < spikes.mean() < 1
+        # Alone, a token is its own mean and receives no reset.
+        assert torch.equal(spikes, (current >= neuron.v_threshold).float())
+        assert torch.equal(packed, pack(spikes, False))
+        slope = SURROGATES["atan"](current - neuron.v_threshold, 1.5).detach()
+        torch.testing.assert_close(gradients[0], slope)
+        torch.testing.assert_close(gradients[1], -slope.sum((0, 1)))
+        assert all((gradient == 0).all() for gradient in gradients[2:])
+
+    @pytest.mark.parametrize(
+        ("mask", "spike_type"),
+        [
+            ("none", "ternary"),
+            ("right", "binary"),
+            ("left", "ternary"),
+            ("holes", "binary"),
+            ("row-all-masked", "binary"),
+        ],
+    )
+    def test_several_segments(self, mask, spike_type):
+        neuron = make_neuron(16, 2, spike_type=spike_type)
+        current, m = torch.randn(2, 18, 16) + 0.2, masks(2, 18)[mask]
+        if m is not None:
+            # Junk in the padding.
+            current[~m] = math.nan
+        check(neuron, current, m)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("length", [6, 11], ids=["one-segment", "segments"])
+    @pytest.mark.parametrize("reset_iterations", [0, 3], ids=lambda n: f"sweeps={n}")
+    @pytest.mark.parametrize(
+        ("normalize", "bidirectional", "mask"), [(True, True, "none"), (False, True, "right"), (False, False, "none")]
+    )
+    def test_settings(self, length, reset_iterations, normalize, bidirectional, mask):
+        settings = {"reset_iterations": reset_iterations, "normalize": normalize, "bidirectional": bidirectional}
+        neuron = make_neuron(16, 2, spike_type="ternary", **settings)
+        check(neuron, torch.randn(2, length, 16) + 0.1, masks(2, length)[mask])
+
+    @pytest.mark.parametrize("surrogate", sorted(SURROGATES))
+    def test_surrogates(self, surrogate):
+        neuron = make_neuron(16, 2, surrogate=surrogate, spike_type="ternary")
+        check(neuron, torch.randn(1, 6, 16) + 0.1)
+
+    @pytest.mark.parametrize(("channels", "groups"), [(24, 2), (12, 1), (7, 7), (96, 12)], ids=lambda n: str(n))
+    def test_groups_of_any_size(self, channels, groups):
+        neuron = make_neuron(channels, groups)
+        check(neuron, torch.randn(2, 6, channels) + 0.3, masks(2, 6)["holes"])
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    def test_half_precision(self, dtype):
+        neuron = make_neuron(16, 2, reset_iterations=2)
+        check(neuron, (torch.randn(2, 11, 16) + 0.3).to(dtype))
+
+    def test_decays_whose_powers_vanish_and_that_hardly_leak(self):
+        neuron = make_neuron(16, 2)
+        with torch.no_grad():
+            neuron.decay_forward_logit.copy_(torch.tensor([-70.0, 9.0]))
+            neuron.decay_backward_logit.copy_(torch.tensor([9.0, -70.0]))
+        current = torch.randn(1, 20, 16) + 0.3
+        spikes = neuron(current)
+        assert 0 < spikes.mean() < 1
+        assert torch.equal(spikes, reference_of(neuron)(current.double()).float())
+
+    def test_a_current_that_is_not_contiguous(self):
+        neuron = make_neuron(16, 2)
+        check(neuron, (torch.randn(16, 6, 2) + 0.3).transpose(0, 2))
+
+    def test_an_empty_batch(self):
+        neuron = make_neuron(16, 2)
+        current = torch.zeros(0, 6, 16, requires_grad=True)
+        spikes = neuron(current)
+        assert spikes.shape == current.shape
+        gradients = torch.autograd.grad(spikes.sum(), (current, *neuron.parameters()))
+        assert all((gradient == 0).all() for gradient in gradients)
+
+    def test_operators(self):
+        torch.manual_seed(0)
+        current, mask = torch.randn(2, 6, 16) + 0.3, masks(2, 6)["right"]
+        parameters = [torch.rand(16), torch.rand(2), torch.rand(2), torch.rand(2)]
+        torch.library.opcheck(kernels.bpsn_forward, (current, mask, *parameters, True, 1, False))
+        backward = (torch.randn(2, 6, 16), current, None, *parameters, True, 1, True, "atan", 2.0)
+        torch.library.opcheck(kernels.bpsn_backward, backward)
+
+    @pytest.mark.parametrize("way", ["compile", "checkpoint", "autocast"])
+    def test_what_wraps_a_model_sees_the_operator(self, way):
+        neuron, current = make_neuron(16, 2), torch.randn(2, 6, 16) + 0.3
+        weight = torch.randn(2, 6, 16)
+        spikes, _, gradients = run(neuron, current, None, weight)
+        assert 0 < spikes.mean() < 1
+        call = {
+            "compile": torch.compile(neuron, backend="aot_eager", fullgraph=True),
+            "checkpoint": partial(checkpoint, neuron, use_reentrant=False),
+            "autocast": torch.autocast("cpu", torch.bfloat16)(neuron.forward),
+        }[way]
+        current = current.clone().requires_grad_()
+        got = call(current)
+        assert torch.equal(got, spikes)
+        inputs = (current, *neuron.parameters())
+        for one, other in zip(torch.autograd.grad(got, inputs, weight), gradients, strict=True):
+            torch.testing.assert_close(one, other)
+
+    def test_other_currents_and_named_implementations_go_another_way(self, monkeypatch):
+        def refuse(*arguments):
+            raise AssertionError("the kernel was called")
+
+        monkeypatch.setattr("modeling_snn_bert.spiking_neurons.triton_forward", refuse)
+        current = torch.randn(2, 6, 16) + 0.3
+        assert 0 < make_neuron(16, 2)(current.double()).mean() < 1
+        assert 0 < make_neuron(16, 2, implementation="chunked")(current).mean() < 1
+        with pytest.raises(AssertionError, match="the kernel was called"):
+            make_neuron(16, 2)(current)
+
+    @pytest.mark.slow
+    def test_model(self, make_config, assert_spikes_flow, monkeypatch):
+        model = SNNBertModel(make_config(num_hidden_layers=1, hidden_size=16, intermediate_size=16)).train()
+        inputs = {"input_ids": torch.randint(5, 100, (2, 9)), "attention_mask": masks(2, 9)["right"].long()}
+
+        def step():
+            model.zero_grad()
+            outputs = model(**inputs, output_firing_rates=True)
+            outputs.last_hidden_state.square().sum().backward()
+            gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+            return outputs.last_hidden_state.detach(), gradients
+
+        by_triton = step()
+        monkeypatch.setattr(kernels, "_DEVICE_TYPES", ())
+        assert_spikes_flow(model, **inputs)
+        wanted = step()
+        torch.testing.assert_close(by_triton[0], wanted[0])
+        assert by_triton[1].keys() == wanted[1].keys()
+        for name, gradient in wanted[1].items():
+            scale = gradient.abs().max().item()
+            torch.testing.assert_close(by_triton[1][name], gradient, rtol=0, atol=1e-4 * scale + 1e-6, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("environment", "triton", "message"),
+    [
+        ({"SNN_BERT_TRITON_KERNELS": "0"}, kernels.triton, "switched off by SNN_BERT_TRITON_KERNELS=0"),
+        ({}, None, "triton is not installed"),
+        ({}, type("triton", (), {"__version__": "3.1.0"}), "triton 3.1.0 is older than 3.3"),
+    ],
+    ids=["switched-off", "missing", "old"],
+)
+def test_why_there_are_no_kernels_is_logged(environment, triton, message, monkeypatch):
+    messages = []
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(kernels, "triton", triton)
+    monkeypatch.setattr(kernels.logger, "info", messages.append)
+    assert kernels._load() is False
+    assert len(messages) == 1 and message in messages[0]
+
+
+@pytest.mark.slow
+def test_the_package_works_without_triton():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch\n"
+        "from modeling_snn_bert import BPSN, leaky_integration_triton as kernels\n"
+        "assert kernels.triton is None and not kernels.takes(torch.zeros(1))\n"
+        "rate = BPSN(16, 2, v_threshold=0.2)(torch.randn(2, 9, 16)).mean()\n"
+        "assert 0 < rate < 1\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+# Compiles for three generations of GPUs. It needs none, but finds what the interpreter lets pass.
+COMPILE = """
+import inspect, sys
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from modeling_snn_bert import leaky_integration_triton as kernels
+
+arch, stage, dtype = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+numbers = "tokens channels group_size batch weight_row weight_stride weight_step".split()
+pointers = "weight v_threshold decay_forward decay_backward reset carries".split()
+halves = ["current"]
+if stage == "spikes":
+    halves.append("spikes")
+else:
+    halves += ["grad_spikes", "grad_sum"]
+    pointers += "received_before slope_forward slope_backward grad_parameters".split()
+types = {**dict.fromkeys(numbers, "i32"), **dict.fromkeys(pointers, "*fp32"), **dict.fromkeys(halves, f"*{dtype}")}
+types |= {"alpha": "fp32", **({"packed": "*u8"} if stage == "spikes" else {})}
+constants = {"STAGE": stage, "RESET": True, "TERNARY": True, "SURROGATE": "atan", "PADDED": True, "ONE_GROUP": False}
+constants |= {"CHUNK": 4, "SEGMENT": 256, "BLOCK": 64}
+names = list(inspect.signature(kernels._bpsn.fn).parameters)
+signature = {name: types.get(name, "constexpr") for name in names}
+constexprs = {(i,): constants.get(name) for i, name in enumerate(names) if signature[name] == "constexpr"}
+compiled = compile(ASTSource(kernels._bpsn, signature, constexprs), target=GPUTarget("cuda", arch, 32))
+assert compiled.asm["cubin"]
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not kernels._AVAILABLE, reason="triton is not installed")
+@pytest.mark.parametrize(("arch", "stage", "dtype"), [(80, "spikes", "fp16"), (90, "gradient", "bf16")])
+def test_compiles_for_a_gpu(arch, stage, dtype, tmp_path):
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", COMPILE, str(arch), stage, dtype]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
+@pytest.mark.gpu
+@needs_gpu
+class TestOnGPU:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+    @pytest.mark.parametrize("length", [1, 15, 128, 257, 1000, 4096])
+    @pytest.mark.parametrize(("channels", "groups"), [(768, 12), (384, 12), (96, 12), (64, 8), (7, 7)])
+    @pytest.mark.parametrize("reset_iterations", [0, 1, 3], ids=lambda n: f"sweeps={n}")
+    def test_agrees_with_the_scans(self, dtype, length, channels, groups, reset_iterations):
+        neuron = make_neuron(channels, groups, reset_iterations=reset_iterations, spike_type="ternary").cuda()
+        reference = copy.deepcopy(neuron).double()
+        reference.implementation = "chunked"
+        current = (torch.randn(3, length, channels, device="cuda") + 0.1).to(dtype)
+        weight = torch.randn(3, length, channels, device="cuda").to(dtype)
+        for name, mask in masks(3, length).items():
+            mask = None if mask is None else mask.cuda()
+            if mask is not None and not mask.any():
+                continue
+            spikes, packed, gradients = run(neuron, current, mask, weight)
+            wanted, _, wanted_gradients = run(reference, current.double(), mask, weight.double())
+            assert torch.equal(unpack(packed, channels, dtype), spikes), name
+            assert 0 < wanted.abs().mean() < 1 or length == 1
+            # A potential within a rounding error of its threshold may fall on either side.
+            assert (spikes.double() != wanted).double().mean() < 1e-4, name
+            for got, expected in zip(gradients, wanted_gradients, strict=True):
+                tolerance = 1e-3 if dtype == torch.float32 else 2e-2
+                assert (got.double() - expected).norm() <= tolerance * expected.norm() + 1e-6, name
