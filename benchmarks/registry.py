@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from report import Table
 
-MODULES = ("neuron", "training", "inference", "sparsity")
+MODULES = ("neuron", "training", "inference", "sparsity", "gpu")
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,8 @@ class Settings:
     threads: int
     repeats: int
     seed: int
+    # Bytes per second that `gpu` works out its floors with.
+    bandwidth: float = 4.8e12
 
 
 @dataclass(frozen=True)

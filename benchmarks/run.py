@@ -8,6 +8,7 @@ A run writes `<output_dir>/<benchmark>.json`, or `<benchmark>-<sections>.json` f
 """
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -21,7 +22,12 @@ from report import write_json
 
 def parse_args(benchmarks: dict[str, Benchmark]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(benchmarks)} (default: all)")
+    parser.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help=f"of {', '.join(benchmarks)} (default: all; gpu only where there is one)",
+    )
     parser.add_argument("--list", action="store_true", help="list the benchmarks, their sections and subjects")
     parser.add_argument("--sections", nargs="+", default=[], metavar="SECTION", help="only these sections")
     parser.add_argument("--subjects", nargs="+", default=[], metavar="SUBJECT", help="measure only these")
@@ -30,14 +36,23 @@ def parse_args(benchmarks: dict[str, Benchmark]) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--repeats", type=int, help="interleaved rounds (default: as --list says)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--bandwidth",
+        type=float,
+        default=4.8,
+        help="memory bandwidth for the floors of `gpu`, TB/s (default: 4.8, the nominal figure of an H200)",
+    )
     args = parser.parse_args()
     for name in ("threads", "repeats"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be >= 1, got {getattr(args, name)}")
+    if not 0 < args.bandwidth < math.inf:
+        parser.error(f"--bandwidth must be positive and finite, got {args.bandwidth}")
     unknown = [name for name in args.names if name not in benchmarks]
     if unknown:
         parser.error(f"no benchmark is named {', '.join(unknown)}; there are {', '.join(benchmarks)}")
-    args.names = args.names or list(benchmarks)
+    # Not without being asked for, where there is nothing that it could measure.
+    args.names = args.names or [name for name in benchmarks if name != "gpu" or torch.cuda.is_available()]
     for kind in ("sections", "subjects"):
         for name in args.names:
             if getattr(args, kind) and not choose(getattr(args, kind), getattr(benchmarks[name], kind)):
@@ -65,6 +80,7 @@ def run_benchmark(benchmark: Benchmark, args: argparse.Namespace) -> Path:
         threads=args.threads,
         repeats=args.repeats or benchmark.repeats,
         seed=args.seed,
+        bandwidth=1e12 * args.bandwidth,
     )
     started = time.perf_counter()
     tables = []

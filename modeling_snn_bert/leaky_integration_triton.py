@@ -6,7 +6,7 @@ set before the import: Triton then runs the kernels in its interpreter, thousand
 
 A program owns `BLOCK` channels of one row, in one warp, and walks over the tokens in chunks of `CHUNK` that it keeps in
 registers. All arithmetic is in float32. What one chunk hands to the next (the *carries*, a number per channel and
-chunk) waits in a buffer of a 16th of the tokens, so the second direction of a chunk can be computed without keeping
+chunk) wait in buffers of an eighth of the tokens, so the second direction of a chunk can be computed without keeping
 anything per token. The walks over a sequence, with what they touch per token and channel:
 
 1. from the last token to the first: the carries of the currents' sum over later tokens. Reads the current.
@@ -16,7 +16,7 @@ anything per token. The walks over a sequence, with what they touch per token an
 
 Of the three reads of a current only the first has to come from memory: up to `SEGMENT` tokens the block is 32 KB in
 bfloat16, and those of all programs that run at a time can stay in the caches. So the memory sees each current once and
-each spike once. The backward pass (which keeps the current and nothing else) does 1 and 2 again, then
+each spike once, and at worst the carries, 1.5 bytes a current forward. The backward pass (which keeps the current and nothing else) does 1 and 2 again, then
 
 3. the gradient `g` of the leaky sum in place of the spikes. Reads current and gradient, writes `g`.
 4. both sums over `g`, which are the gradient to the current, and the gradients to the decays. Reads `g` twice and the
@@ -53,7 +53,7 @@ except ImportError:
 
 logger = logging.get_logger(__name__)
 
-CHUNK = 16
+CHUNK = 8
 # Powers of two, and the segment a multiple of the chunk.
 SEGMENT = 256
 BLOCK = 64

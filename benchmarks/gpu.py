@@ -1,0 +1,333 @@
+"""The neuron and the model on a GPU, and the floors that memory sets.
+
+Sections that measure need a CUDA device. The section `floors` only calculates, so it runs anywhere.
+
+Bytes that must move are those of the arguments and results of an operator, each once, in bfloat16: forward, the
+current in, the spikes out as floats and as bits; backward, the current and the gradient in, the gradient out. The floor
+is their time at the device's bandwidth.
+"""
+
+import gc
+import statistics
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from measure import check_firing_rate, ratio, spread
+from registry import Settings, benchmark
+from report import Table
+from torch import nn
+from training import LEARNING_RATE, MIB, SUBJECTS, Classifier, Shape
+from transformers import AutoModel
+
+from modeling_snn_bert import BPSN
+
+GROUPS = 12
+HIDDEN = 768
+# Rows times tokens are constant: [batch, tokens] from 256 x 128 to 1 x 32,768.
+LENGTHS = (128, 512, 2048, 8192, 32768)
+TOKENS = 32768
+COPY = "copy"
+COMPILED = " compiled"
+
+
+class NeuronShape(NamedTuple):
+    """Currents `[batch, length, channels]`."""
+
+    batch: int
+    length: int
+    channels: int
+
+    @property
+    def elements(self) -> int:
+        return self.batch * self.length * self.channels
+
+    def forward_bytes(self) -> float:
+        """Bytes that must move from currents to binary spikes, floats and bits."""
+        return self.elements * (2 + 2 + 1 / 8)
+
+    def backward_bytes(self) -> float:
+        """Bytes that must move from the gradient of the spikes to that of the currents."""
+        return self.elements * (2 + 2 + 2)
+
+
+def neuron_shapes(settings: Settings) -> list[NeuronShape]:
+    """The shapes of the tables: one batch size a length, at a constant number of tokens."""
+    if settings.quick:
+        return [NeuronShape(2, 16, 48), NeuronShape(1, 32, 48)]
+    return [NeuronShape(TOKENS // length, length, channels) for length in LENGTHS for channels in (HIDDEN, 4 * HIDDEN)]
+
+
+def floors(settings: Settings) -> Iterator[Table]:
+    """The time that memory allows the neuron, at a nominal bandwidth; nothing is measured."""
+    table = Table(
+        "floors",
+        f"Floors of one neuron layer, bfloat16, at {settings.bandwidth / 1e12:g} TB/s",
+        {
+            "shape": "[batch, tokens, channels]",
+            "forward_megabytes": "forward, MB",
+            "forward_microseconds": "us",
+            "backward_megabytes": "backward, MB",
+            "backward_microseconds": "us",
+        },
+        notes=["Calculated, not measured. The bandwidth is nominal (`--bandwidth`); no copy reaches it."],
+    )
+    for shape in neuron_shapes(settings):
+        forward, backward = shape.forward_bytes(), shape.backward_bytes()
+        table.rows.append(
+            {
+                "shape": list(shape),
+                "forward_megabytes": forward / 1e6,
+                "forward_microseconds": 1e6 * forward / settings.bandwidth,
+                "backward_megabytes": backward / 1e6,
+                "backward_microseconds": 1e6 * backward / settings.bandwidth,
+            }
+        )
+    yield table
+
+
+def check_cuda(section: str) -> None:
+    """End the program with one line unless there is a GPU."""
+    if not torch.cuda.is_available():
+        raise SystemExit(
+            f"the section `{section}` of the benchmark `gpu` needs a CUDA device, and torch sees none; "
+            "`--sections floors` runs anywhere"
+        )
+
+
+def gpu_seconds(subjects: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds per call on the GPU's own clock, in rounds in which each subject is measured once.
+
+    A sample is several calls in a row, so that the time to launch one hides behind the one before, as in a model.
+    """
+    calls = {}
+    for name, call in subjects.items():
+        for _ in range(3):
+            call()
+        calls[name] = max(1, round(0.01 / max(_gpu_sample(call, 3), 1e-6)))
+    samples: dict[str, list[float]] = {name: [] for name in subjects}
+    names = list(subjects)
+    for round_number in range(repeats):
+        shift = round_number % len(names)
+        for name in names[shift:] + names[:shift]:
+            samples[name].append(_gpu_sample(subjects[name], calls[name]))
+    return samples
+
+
+def _gpu_sample(call: Callable[[], object], times: int) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(times):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / times
+
+
+def neuron(settings: Settings) -> Iterator[Table]:
+    """The neuron's bandwidth against a copy's, kernels and scans."""
+    check_cuda("neuron")
+    for shape in neuron_shapes(settings):
+        torch.manual_seed(settings.seed)
+        current = torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        gradient, target = torch.randn_like(current), torch.empty_like(current)
+        layers = {name: BPSN(shape.channels, GROUPS, implementation=name).cuda() for name in ("auto", "chunked")}
+
+        @torch.no_grad()
+        def forward(layer, current=current):
+            return layer(current)
+
+        def both(layer, current=current, gradient=gradient):
+            torch.autograd.grad(layer(current), [current, *layer.parameters()], gradient)
+
+        calls = {COPY: lambda target=target, current=current: target.copy_(current.detach())}
+        calls |= {f"{name} forward": lambda layer=layer: forward(layer) for name, layer in layers.items()}
+        calls |= {f"{name} forward + backward": lambda layer=layer: both(layer) for name, layer in layers.items()}
+        samples = gpu_seconds(calls, settings.repeats)
+        copied = 4 * shape.elements
+        table = Table(
+            "neuron",
+            f"One neuron layer, bfloat16, {list(shape)}, on {torch.cuda.get_device_name()}",
+            {
+                "subject": "subject",
+                "microseconds": "us",
+                "gigabytes_per_second": "bytes that must move, GB/s",
+                "share_of_copy": "share of the copy's bandwidth",
+                "firing_rate": "firing rate",
+            },
+            notes=["`auto` is the Triton kernel where triton is there, `chunked` the same by torch's operations."],
+        )
+        for name, times in samples.items():
+            moved = copied
+            if name != COPY:
+                moved = shape.forward_bytes() + (shape.backward_bytes() if "backward" in name else 0)
+            copy_share = [moved / t / (copied / c) for t, c in zip(times, samples[COPY], strict=True)]
+            rate = None
+            if name != COPY:
+                spikes = forward(layers[name.split()[0]])
+                rate = check_firing_rate(name, spikes.count_nonzero().item() / spikes.numel())
+            table.rows.append(
+                {
+                    "subject": name,
+                    "shape": list(shape),
+                    "microseconds": spread(times, 1e6),
+                    "gigabytes_per_second": moved / statistics.median(times) / 1e9,
+                    "share_of_copy": spread(copy_share),
+                    "firing_rate": rate,
+                }
+            )
+        yield table
+
+
+def model_config(subject: str, shape: Shape):
+    """The configuration of a subject at a shape."""
+    return SUBJECTS[subject](
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        intermediate_size=shape.intermediate_size,
+        max_position_embeddings=max(512, shape.length),
+    )
+
+
+class GPUStep:
+    """A call is a training step of `subject` in bfloat16 autocast: forward, loss, backward, fused AdamW."""
+
+    def __init__(self, subject: str, shape: Shape, seed: int) -> None:
+        torch.manual_seed(seed)
+        self.classifier = Classifier(model_config(subject.removesuffix(COMPILED), shape)).cuda().train()
+        self.model: nn.Module = self.classifier
+        if subject.endswith(COMPILED):
+            torch.compiler.reset()
+            self.model = torch.compile(self.classifier)
+        self.optimizer = torch.optim.AdamW(self.classifier.parameters(), lr=LEARNING_RATE, fused=True)
+        self.input_ids = torch.randint(shape.vocab_size, (shape.batch_size, shape.length), device="cuda")
+        self.labels = torch.randint(2, (shape.batch_size,), device="cuda")
+
+    def __call__(self) -> None:
+        self.optimizer.zero_grad(set_to_none=False)
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = self.model(self.input_ids, self.labels)
+        loss.backward()
+        self.optimizer.step()
+
+    def peak_bytes(self) -> int:
+        """The most that a step holds above what it starts from: weights, gradients and optimiser state."""
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        self()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+
+def training_shapes(settings: Settings) -> list[Shape]:
+    """The shape that the targets are for, and longer sequences of as many tokens."""
+    if settings.quick:
+        return [Shape(2, 48, 96, 4, 2, 16, 200)]
+    return [Shape(12, HIDDEN, 4 * HIDDEN, 12, TOKENS // length, length) for length in LENGTHS]
+
+
+def measure_apart(subjects: tuple[str, ...], build: Callable[[str], Callable], repeats: int, peak: bool):
+    """Times, and peaks of memory or `None`, of subjects that are on the GPU one at a time; who has no room is left out.
+
+    Subjects so large do not fit side by side, so their rounds are not interleaved.
+    """
+    times, peaks = {}, {}
+    for name in subjects:
+        try:
+            call = build(name)
+            times[name] = gpu_seconds({name: call}, repeats)[name]
+            peaks[name] = call.peak_bytes() if peak else None
+        except torch.cuda.OutOfMemoryError:
+            times.pop(name, None)
+        call = None
+        gc.collect()
+        torch.cuda.empty_cache()
+    return times, peaks
+
+
+def model_table(section: str, title: str, subjects: tuple[str, ...], times: dict, peaks: dict) -> Table:
+    """Times and peaks of all subjects, and the ratios of the first one's to theirs."""
+    reference = subjects[0]
+    table = Table(
+        section,
+        f"{title}, on {torch.cuda.get_device_name()}",
+        {
+            "subject": "model",
+            "milliseconds": "ms",
+            "reference_over_subject": f"{reference} / model",
+            "mebibytes": "peak above state, MiB",
+            "memory_reference_over_subject": f"memory, {reference} / model",
+        },
+        notes=["A dash stands for what did not fit into the GPU's memory, or was not measured."],
+    )
+    for name in subjects:
+        row: dict = {"subject": name}
+        if name in times:
+            row["milliseconds"] = spread(times[name], 1e3)
+            if peaks[name] is not None:
+                row["mebibytes"] = peaks[name] / MIB
+            if reference in times:
+                row["reference_over_subject"] = ratio(times, reference, name)
+                if peaks[name]:
+                    row["memory_reference_over_subject"] = peaks[reference] / peaks[name]
+        table.rows.append(row)
+    return table
+
+
+def training(settings: Settings) -> Iterator[Table]:
+    """Time and peak memory of a training step, compiled and not."""
+    check_cuda("training")
+    for shape in training_shapes(settings):
+        times, peaks = measure_apart(
+            settings.subjects, lambda name, shape=shape: GPUStep(name, shape, settings.seed), settings.repeats, True
+        )
+        yield model_table("training", f"Training step, bfloat16 autocast, {shape}", settings.subjects, times, peaks)
+
+
+class GPUInference:
+    """A call is a forward pass of the encoder in bfloat16."""
+
+    def __init__(self, subject: str, shape: Shape, seed: int) -> None:
+        torch.manual_seed(seed)
+        config = model_config(subject.removesuffix(COMPILED), shape)
+        model = AutoModel.from_config(config, attn_implementation="sdpa", add_pooling_layer=False)
+        self.model = model.to("cuda", torch.bfloat16).eval()
+        if subject.endswith(COMPILED):
+            torch.compiler.reset()
+            self.model = torch.compile(self.model)
+        self.input_ids = torch.randint(shape.vocab_size, (shape.batch_size, shape.length), device="cuda")
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        self.model(input_ids=self.input_ids)
+
+
+def inference(settings: Settings) -> Iterator[Table]:
+    """Time of a forward pass, compiled and not."""
+    check_cuda("inference")
+    for shape in training_shapes(settings):
+        times, peaks = measure_apart(
+            settings.subjects,
+            lambda name, shape=shape: GPUInference(name, shape, settings.seed),
+            settings.repeats,
+            False,
+        )
+        yield model_table("inference", f"Forward pass, bfloat16, {shape}", settings.subjects, times, peaks)
+
+
+SECTIONS = {"floors": floors, "neuron": neuron, "training": training, "inference": inference}
+MODELS = ("snn_bert", "snn_bert compiled", "lif_repeat4", "bert", "bert compiled")
+
+
+@benchmark("gpu", sections=tuple(SECTIONS), subjects=MODELS, repeats=15)
+def gpu(settings: Settings) -> Iterator[Table]:
+    """The neuron and the model on a GPU, and the floors that memory sets."""
+    for section in settings.sections:
+        if section != "floors":
+            check_cuda(section)
+    for section in settings.sections:
+        yield from SECTIONS[section](settings)
