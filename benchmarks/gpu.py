@@ -10,6 +10,7 @@ is their time at the device's bandwidth.
 import gc
 import statistics
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -125,6 +126,17 @@ def _gpu_sample(call: Callable[[], object], times: int) -> float:
     return start.elapsed_time(end) / 1e3 / times
 
 
+@torch.no_grad()
+def run_forward(layer: nn.Module, current: torch.Tensor) -> torch.Tensor:
+    """The spikes, with nothing kept for a backward pass."""
+    return layer(current)
+
+
+def run_both(layer: nn.Module, current: torch.Tensor, gradient: torch.Tensor) -> None:
+    """Forward and backward, to the currents and to every parameter."""
+    torch.autograd.grad(layer(current), [current, *layer.parameters()], gradient)
+
+
 def neuron(settings: Settings) -> Iterator[Table]:
     """The neuron's bandwidth against a copy's, kernels and scans."""
     check_cuda("neuron")
@@ -134,18 +146,12 @@ def neuron(settings: Settings) -> Iterator[Table]:
         gradient, target = torch.randn_like(current), torch.empty_like(current)
         layers = {name: BPSN(shape.channels, GROUPS, implementation=name).cuda() for name in ("auto", "chunked")}
 
-        @torch.no_grad()
-        def forward(layer, current=current):
-            return layer(current)
-
-        def both(layer, current=current, gradient=gradient):
-            torch.autograd.grad(layer(current), [current, *layer.parameters()], gradient)
-
-        calls = {COPY: lambda target=target, current=current: target.copy_(current.detach())}
-        calls |= {f"{name} forward": lambda layer=layer: forward(layer) for name, layer in layers.items()}
-        calls |= {f"{name} forward + backward": lambda layer=layer: both(layer) for name, layer in layers.items()}
+        calls: dict[str, Callable[[], object]] = {COPY: partial(target.copy_, current.detach())}
+        for name, layer in layers.items():
+            calls[f"{name} forward"] = partial(run_forward, layer, current)
+            calls[f"{name} forward + backward"] = partial(run_both, layer, current, gradient)
         samples = gpu_seconds(calls, settings.repeats)
-        copied = 4 * shape.elements
+        copied = 4.0 * shape.elements
         table = Table(
             "neuron",
             f"One neuron layer, bfloat16, {list(shape)}, on {torch.cuda.get_device_name()}",
@@ -165,7 +171,7 @@ def neuron(settings: Settings) -> Iterator[Table]:
             copy_share = [moved / t / (copied / c) for t, c in zip(times, samples[COPY], strict=True)]
             rate = None
             if name != COPY:
-                spikes = forward(layers[name.split()[0]])
+                spikes = run_forward(layers[name.split()[0]], current)
                 rate = check_firing_rate(name, spikes.count_nonzero().item() / spikes.numel())
             table.rows.append(
                 {
@@ -198,7 +204,7 @@ class GPUStep:
     def __init__(self, subject: str, shape: Shape, seed: int) -> None:
         torch.manual_seed(seed)
         self.classifier = Classifier(model_config(subject.removesuffix(COMPILED), shape)).cuda().train()
-        self.model: nn.Module = self.classifier
+        self.model: Callable[..., torch.Tensor] = self.classifier
         if subject.endswith(COMPILED):
             torch.compiler.reset()
             self.model = torch.compile(self.classifier)
@@ -230,23 +236,34 @@ def training_shapes(settings: Settings) -> list[Shape]:
     return [Shape(12, HIDDEN, 4 * HIDDEN, 12, TOKENS // length, length) for length in LENGTHS]
 
 
-def measure_apart(subjects: tuple[str, ...], build: Callable[[str], Callable], repeats: int, peak: bool):
+def measure_apart(
+    kind: "type[GPUStep | GPUInference]", shape: Shape, settings: Settings
+) -> tuple[dict[str, list[float]], dict[str, int | None]]:
     """Times, and peaks of memory or `None`, of subjects that are on the GPU one at a time; who has no room is left out.
 
     Subjects so large do not fit side by side, so their rounds are not interleaved.
     """
-    times, peaks = {}, {}
-    for name in subjects:
+    times: dict[str, list[float]] = {}
+    peaks: dict[str, int | None] = {}
+    for name in settings.subjects:
         try:
-            call = build(name)
-            times[name] = gpu_seconds({name: call}, repeats)[name]
-            peaks[name] = call.peak_bytes() if peak else None
+            measured = measure_one(kind, name, shape, settings)
         except torch.cuda.OutOfMemoryError:
-            times.pop(name, None)
-        call = None
+            measured = None
+        # What did not fit is let go of here, outside the handler that holds on to it.
         gc.collect()
         torch.cuda.empty_cache()
+        if measured is not None:
+            times[name], peaks[name] = measured
     return times, peaks
+
+
+def measure_one(
+    kind: "type[GPUStep | GPUInference]", name: str, shape: Shape, settings: Settings
+) -> tuple[list[float], int | None]:
+    """Times and peak of one subject, which is gone from the GPU afterwards."""
+    call = kind(name, shape, settings.seed)
+    return gpu_seconds({name: call}, settings.repeats)[name], call.peak_bytes()
 
 
 def model_table(section: str, title: str, subjects: tuple[str, ...], times: dict, peaks: dict) -> Table:
@@ -282,9 +299,7 @@ def training(settings: Settings) -> Iterator[Table]:
     """Time and peak memory of a training step, compiled and not."""
     check_cuda("training")
     for shape in training_shapes(settings):
-        times, peaks = measure_apart(
-            settings.subjects, lambda name, shape=shape: GPUStep(name, shape, settings.seed), settings.repeats, True
-        )
+        times, peaks = measure_apart(GPUStep, shape, settings)
         yield model_table("training", f"Training step, bfloat16 autocast, {shape}", settings.subjects, times, peaks)
 
 
@@ -295,11 +310,15 @@ class GPUInference:
         torch.manual_seed(seed)
         config = model_config(subject.removesuffix(COMPILED), shape)
         model = AutoModel.from_config(config, attn_implementation="sdpa", add_pooling_layer=False)
-        self.model = model.to("cuda", torch.bfloat16).eval()
+        self.model: Callable[..., object] = model.to("cuda", torch.bfloat16).eval()
         if subject.endswith(COMPILED):
             torch.compiler.reset()
             self.model = torch.compile(self.model)
         self.input_ids = torch.randint(shape.vocab_size, (shape.batch_size, shape.length), device="cuda")
+
+    def peak_bytes(self) -> None:
+        """`None`: the memory of a forward pass is not measured."""
+        return None
 
     @torch.no_grad()
     def __call__(self) -> None:
@@ -310,12 +329,7 @@ def inference(settings: Settings) -> Iterator[Table]:
     """Time of a forward pass, compiled and not."""
     check_cuda("inference")
     for shape in training_shapes(settings):
-        times, peaks = measure_apart(
-            settings.subjects,
-            lambda name, shape=shape: GPUInference(name, shape, settings.seed),
-            settings.repeats,
-            False,
-        )
+        times, peaks = measure_apart(GPUInference, shape, settings)
         yield model_table("inference", f"Forward pass, bfloat16, {shape}", settings.subjects, times, peaks)
 
 

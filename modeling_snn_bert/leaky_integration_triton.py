@@ -16,7 +16,8 @@ anything per token. The walks over a sequence, with what they touch per token an
 
 Of the three reads of a current only the first has to come from memory: up to `SEGMENT` tokens the block is 32 KB in
 bfloat16, and those of all programs that run at a time can stay in the caches. So the memory sees each current once and
-each spike once, and at worst the carries, 1.5 bytes a current forward. The backward pass (which keeps the current and nothing else) does 1 and 2 again, then
+each spike once, and at worst the carries, 1.5 bytes a current forward. The backward pass (which keeps the current and
+nothing else) does 1 and 2 again, then
 
 3. the gradient `g` of the leaky sum in place of the spikes. Reads current and gradient, writes `g`.
 4. both sums over `g`, which are the gradient to the current, and the gradients to the decays. Reads `g` twice and the
@@ -24,7 +25,8 @@ each spike once, and at worst the carries, 1.5 bytes a current forward. The back
 
 Longer sequences are cut into segments with a program each, so that few rows fill a GPU too. A segment needs what the
 others send it before it can go on, so each thing that is summed over tokens (the currents, the spikes of each sweep,
-`g`) ends a launch: forward with one sweep of the reset the currents come from memory three times, backward five times.
+`g`) ends a launch: with one sweep of the reset the currents come from memory three times forward and four times
+backward, and `g` twice.
 Every further sweep of the reset is a launch of its own at any length, and keeps the reset received in a float32 buffer
 `[batch, seq_len, channels]` in the meantime. Time and memory are linear in the length.
 """
