@@ -1066,7 +1066,10 @@ def bpsn_backward(
             launches.finish_gradient(grad_current, parameters)
     of_channel = parameters.sum((1, 2))
     of_group = of_channel.unflatten(1, (decay_forward.shape[0], -1)).sum(-1)
-    return grad_current, of_channel[0], of_group[2] + of_group[4], of_group[3] + of_group[5], of_group[1]
+    # An operator returns tensors of their own, not views of one.
+    of_weight_and_sums = of_group[2:4] + of_group[4:6]
+    grad_forward, grad_backward = of_weight_and_sums.unbind()
+    return grad_current, *(grad.clone() for grad in (of_channel[0], grad_forward, grad_backward, of_group[1]))
 
 
 bpsn_forward.register_fake(fake_bpsn_forward)
