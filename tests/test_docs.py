@@ -1,0 +1,68 @@
+"""The guides in docs/: their snippets run, their links lead somewhere."""
+
+import pytest
+from snippets import FENCE, ROOT, python_blocks, relative_links, run_page, write_bert
+
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.glob("*.md"))
+LINKED = [*PAGES, *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md") if (ROOT / name).exists())]
+LANGUAGES = {"python", "bash", "text", "json", "yaml", ""}
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("bert")
+    write_bert(folder, tokenizer)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=lambda page: page.stem)
+def test_snippets_run(page, bert, tmp_path):
+    run_page(page, bert, tmp_path)
+
+
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: page.stem)
+def test_relative_links_lead_to_files(page):
+    missing = [target for target in relative_links(page) if not (page.parent / target).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_fences_are_of_a_known_kind(page):
+    # A block marked `py` or `python3` would be shown like the others, and never run.
+    languages = {match["language"].strip() for match in FENCE.finditer(page.read_text(encoding="utf-8"))}
+    assert languages <= LANGUAGES
+
+
+def test_every_guide_is_in_the_index():
+    missing = {page.name for page in PAGES} - {"index.md"} - set(relative_links(DOCS / "index.md"))
+    assert not missing
+
+
+@pytest.mark.slow
+class TestTheRunner:
+    """A check of snippets that cannot fail is worth nothing."""
+
+    def page(self, folder, *blocks):
+        path = folder / "page.md"
+        path.write_text("# Title\n\n" + "\n".join(f"```python\n{block}\n```\n" for block in blocks), encoding="utf-8")
+        return path
+
+    def test_blocks_share_their_names(self, bert, tmp_path):
+        page = self.page(tmp_path, "count = len(texts)", "print(count, dataset.column_names)")
+        assert "16 ['sentence', 'label']" in run_page(page, bert, tmp_path)
+
+    def test_a_failing_block_is_named(self, bert, tmp_path):
+        page = self.page(tmp_path, "print(1)", "undefined_name")
+        with pytest.raises(AssertionError, match=r"(?s)page\.md.*line 8.*NameError.*the block at line 8"):
+            run_page(page, bert, tmp_path)
+
+    def test_leaving_early_is_no_success(self, bert, tmp_path):
+        with pytest.raises(AssertionError, match="SystemExit"):
+            run_page(self.page(tmp_path, "raise SystemExit(0)"), bert, tmp_path)
+
+    def test_a_broken_link_is_seen(self, tmp_path):
+        path = tmp_path / "page.md"
+        path.write_text("[a](missing.md#part) [b](https://example.org) [c](#part) ![d](missing.png)", encoding="utf-8")
+        assert relative_links(path) == ["missing.md", "missing.png"]
