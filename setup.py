@@ -61,13 +61,18 @@ EXAMPLES = [
     "scipy",
     "tqdm",
 ]
+SPACE = ["gradio>=6", "matplotlib"]
+DOCS = ["pdoc"]
 TESTS = [
     "hypothesis",
     "mypy",
+    "optuna",
     "parameterized",
     "pytest",
     "pytest-xdist",
     "ruff",
+    "sentence-transformers",
+    "tensorboard",
     TRITON,  # runs the GPU's kernels in its interpreter where there is no GPU
 ]
 
@@ -96,13 +101,17 @@ setup(
         "torch>=2.6",
         # 5.4 made configurations strict dataclasses; tests/test_packaging.py runs the package on the lower bound.
         "transformers>=5.4.0,<6",
+        "typer",  # the command line; transformers asks for it too
     ],
+    entry_points={"console_scripts": ["snn-bert = modeling_snn_bert.cli:main"]},
     extras_require={
         # Only benchmarks/neuron.py uses it. It asks for torchvision and torchaudio but works without them:
         # `pip install --no-deps spikingjelly loguru` leaves the installed torch alone.
         "benchmarks": ["loguru", "spikingjelly>=2; python_version >= '3.11'"],
+        "docs": DOCS,
         "examples": EXAMPLES,
         "gpu": [TRITON],
-        "tests": EXAMPLES + TESTS,
+        "space": SPACE,
+        "tests": EXAMPLES + SPACE + DOCS + TESTS,
     },
 )

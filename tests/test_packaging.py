@@ -207,7 +207,10 @@ def test_tests_run_on_the_installed_package():
 def test_wheel_holds_exactly_the_package(wheel, metadata):
     info = f"snn_bert-{metadata['Version']}.dist-info"
     expected = {f"{PACKAGE.name}/{path.name}" for path in [*PACKAGE.glob("*.py"), PACKAGE / "py.typed"]}
-    expected |= {f"{info}/{name}" for name in ("METADATA", "RECORD", "WHEEL", "top_level.txt", "licenses/LICENSE")}
+    expected |= {
+        f"{info}/{name}"
+        for name in ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "top_level.txt", "licenses/LICENSE")
+    }
     if has_compiler():
         expected.add(f"{PACKAGE.name}/{FILENAME}")
     with zipfile.ZipFile(wheel) as archive:
@@ -237,9 +240,9 @@ def test_metadata(metadata, requirements):
     assert metadata["Version"] == modeling_snn_bert.__version__
     assert metadata["Requires-Python"] == ">=3.10"
     assert "Apache-2.0" in (metadata["License-Expression"], metadata["License"])
-    assert set(metadata.get_all("Provides-Extra")) == {"benchmarks", "examples", "gpu", "tests"}
+    assert set(metadata.get_all("Provides-Extra")) == {"benchmarks", "docs", "examples", "gpu", "space", "tests"}
     always = {canonicalize_name(requirement.name) for requirement in requirements if requirement.marker is None}
-    assert always == {"torch", "transformers", "huggingface-hub"}
+    assert always == {"torch", "transformers", "huggingface-hub", "typer"}
     readme = ROOT / "README.md"
     if readme.exists():
         assert metadata.get_payload().strip() == readme.read_text(encoding="utf-8").strip()
