@@ -391,7 +391,7 @@ def write_report(results: dict, energy: EnergyReport) -> str:
     lines += [
         f"The matrix products take {spiking / 1e6:.2f} uJ, all additions; the same BERT's take {bert / 1e6:.2f} uJ, "
         "all multiplications with addition. Convention: float32 at 45 nm, 0.9 pJ an addition, 3.7 pJ a multiplication; "
-        "arithmetic only, no memory traffic. `python -m modeling_snn_bert.energy` writes the full report.",
+        "arithmetic only, no memory traffic. `snn-bert energy` writes the full report.",
         "",
         "## Firing rates",
         "",

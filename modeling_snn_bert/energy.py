@@ -1,21 +1,19 @@
 """What an SNN-BERT costs on real text: a report on operations, energy, memory traffic, firing rates and run lengths.
 
-    python -m modeling_snn_bert.energy --model_name_or_path outputs/quickstart/model --data_file sentences.tsv
+    snn-bert energy outputs/quickstart/model --data_file sentences.tsv
 
 writes report.md, report.json and three pictures. The conventions are in `operation_counts`.
 """
 
-import argparse
 import csv
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from .configuration_snn_bert import SNNBertConfig
-from .energy_plots import import_pyplot
 from .energy_tables import EnergyReport
 from .modeling_snn_bert import SNNBertForMultipleChoice, SNNBertPreTrainedModel
 from .operation_counts import neuron_costs, rival_costs, spiking_cost
@@ -106,24 +104,28 @@ def read_texts(path: Path, text_column: str) -> list[str]:
     return texts
 
 
-def load_model(model_name_or_path: str) -> SNNBertPreTrainedModel:
+def load_model(model_name_or_path: str, revision: str | None = None) -> SNNBertPreTrainedModel:
     """The SNN-BERT of a checkpoint with the head that it was saved with.
+
+    Args:
+        model_name_or_path: a folder or a Hub id.
+        revision: branch, tag or commit on the Hub.
 
     Raises:
         ValueError: if it is another kind of model.
         OSError: if there is no such checkpoint.
     """
-    config = PreTrainedConfig.get_config_dict(model_name_or_path)[0]
+    config = PreTrainedConfig.get_config_dict(model_name_or_path, revision=revision)[0]
     if config.get("model_type") != SNNBertConfig.model_type:
         raise ValueError(
             f"{model_name_or_path} must be an SNN-BERT checkpoint, its model_type is {config.get('model_type')!r}: "
-            "convert a BERT with `modeling_snn_bert.conversion.convert_bert` first"
+            "convert a BERT with `snn-bert convert` first"
         )
     name = (config.get("architectures") or ["SNNBertModel"])[0]
     classes = {model_class.__name__: model_class for model_class in SNNBertPreTrainedModel.__subclasses__()}
     if name not in classes:
         raise ValueError(f"{model_name_or_path} names the architecture {name!r}, which is none of {sorted(classes)}")
-    return classes[name].from_pretrained(model_name_or_path)
+    return classes[name].from_pretrained(model_name_or_path, revision=revision or "main")
 
 
 def tokenized_batches(
@@ -154,44 +156,3 @@ def tokenized_batches(
             tensors = {name: x[:, None] for name, x in tensors.items()}
         batches.append(tensors)
     return batches
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line. Bad arguments and files end it with a message and exit code 2."""
-    parser = argparse.ArgumentParser(
-        prog="python -m modeling_snn_bert.energy",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--model_name_or_path", required=True, help="an SNN-BERT checkpoint: folder or Hub id")
-    parser.add_argument("--data_file", type=Path, required=True, help=".csv, .tsv, .json, .jsonl or .txt with texts")
-    parser.add_argument("--text_column", default="sentence", help="name of the column of texts (default: sentence)")
-    parser.add_argument("--baseline_name_or_path", help="an SNN-BERT with repeat coding to measure on the same texts")
-    parser.add_argument("--max_samples", type=int, default=256, help="use only the first so many texts (default: 256)")
-    parser.add_argument("--max_length", type=int, help="longer texts are truncated (default: what the model takes)")
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/energy"))
-    parser.add_argument("--no_plots", action="store_true", help="write report.md and report.json only")
-    args = parser.parse_args(arguments)
-    for name in ("max_samples", "max_length", "batch_size"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name} must be >= 1, got {getattr(args, name)}")
-    try:
-        if not args.no_plots:
-            import_pyplot()
-        texts = read_texts(args.data_file, args.text_column)[: args.max_samples]
-        model = load_model(args.model_name_or_path)
-        tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
-        baseline = load_model(args.baseline_name_or_path) if args.baseline_name_or_path else None
-        batches = tokenized_batches(model, tokenizer, texts, args.batch_size, args.max_length)
-        report = energy_report(model, batches, baseline=baseline)
-        tokens = tokenizer.convert_ids_to_tokens(report.statistics.example_ids)
-        files = report.save(args.output_dir, tokens=tokens, plots=not args.no_plots)
-    except (ImportError, OSError, ValueError) as error:
-        parser.error(str(error))
-    print(report.to_markdown())
-    print(f"written to {args.output_dir}: {', '.join(file.name for file in files)}")
-
-
-if __name__ == "__main__":
-    main()

@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import subprocess
 import sys
 
 import neurobench_wheels
@@ -23,7 +22,6 @@ from modeling_snn_bert import (
     SNNBertForTokenClassification,
     SNNBertModel,
 )
-from modeling_snn_bert import energy as energy_module
 from modeling_snn_bert.energy import energy_report, load_model, read_texts, tokenized_batches
 from modeling_snn_bert.energy_plots import plot_firing_rates, plot_spikes, short_name
 from modeling_snn_bert.operation_counts import (
@@ -546,51 +544,6 @@ def test_bad_texts(tmp_path, name):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=re.escape(message)):
         read_texts(tmp_path / name, "sentence")
-
-
-@pytest.fixture
-def checkpoint(make, tmp_path, tokenizer):
-    model, _ = make()
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    (tmp_path / "data.txt").write_text("the old clock stopped at noon\nit rained all night\na fox\n")
-    return tmp_path
-
-
-def test_command_line(checkpoint):
-    """In a fresh process, as a user runs it."""
-    command = [sys.executable, "-m", "modeling_snn_bert.energy", "--model_name_or_path", checkpoint / "model"]
-    command += ["--data_file", checkpoint / "data.txt", "--output_dir", checkpoint / "out", "--max_samples", "2"]
-    result = subprocess.run([*map(str, command)], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    numbers = json.loads((checkpoint / "out" / "report.json").read_text())
-    assert numbers["sequences"] == 2 and numbers["model"] == "SNNBertForSequenceClassification"
-    assert (checkpoint / "out" / "report.md").read_text().strip() in result.stdout
-    assert {path.name for path in (checkpoint / "out").iterdir()} == set(
-        "report.md report.json energy.png firing_rates.png spikes.png".split()
-    )
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"--data_file": "missing.txt"}, "No such file"),
-        ({"--model_name_or_path": "bert"}, "must be an SNN-BERT checkpoint, its model_type is 'bert'"),
-        ({"--baseline_name_or_path": "model"}, "`baseline` must have `coding='repeat'`"),
-        ({"--max_samples": "0"}, "--max_samples must be >= 1, got 0"),
-        ({"--text_column": "text", "--data_file": "rows.csv"}, "no column 'text'"),
-    ],
-)
-def test_command_line_refuses(checkpoint, capsys, monkeypatch, change, message):
-    monkeypatch.chdir(checkpoint)
-    BertConfig().save_pretrained(checkpoint / "bert")
-    (checkpoint / "rows.csv").write_text("sentence\nthe fox\n")
-    options = {"--model_name_or_path": "model", "--data_file": "data.txt", "--output_dir": "out", **change}
-    with pytest.raises(SystemExit) as stop:
-        energy_module.main([word for option in options.items() for word in option])
-    assert stop.value.code == 2
-    assert message in capsys.readouterr().err
-    assert not (checkpoint / "out").exists()
 
 
 @pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)

@@ -1,0 +1,470 @@
+"""The command `snn-bert`: convert a BERT, and look at what an SNN-BERT is, does and costs.
+
+Exit codes: 0 if all went well, 2 for a command line that makes no sense, 1 for anything that fails later, such as a
+checkpoint that cannot be read. Errors are one message on stderr; SNN_BERT_TRACEBACK=1 shows where they come from.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import sys
+import tempfile
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import transformers
+import typer
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, BertPreTrainedModel, PreTrainedConfig, PreTrainedTokenizerBase
+
+from . import __version__
+from .configuration_snn_bert import SNNBertConfig
+from .conversion import SPIKING_CLASSES, convert_bert, initialize_from_bert, is_neuron_parameter
+from .energy import energy_report, load_model, read_texts, tokenized_batches
+from .energy_plots import import_pyplot, plot_spikes, short_name
+from .energy_tables import RASTER_TOKENS, raster_panels
+from .modeling_snn_bert import SNNBertForSequenceClassification, SNNBertForTokenClassification, SNNBertPreTrainedModel
+from .operation_counts import NEURON_PLACES
+from .spike_statistics import measure_spikes
+from .spiking_neurons import SpikingNeuron
+
+# What bad files, settings and checkpoints raise. Anything else is a bug here, and deserves its traceback.
+FAILURES = (ImportError, OSError, RuntimeError, TypeError, ValueError, SafetensorError, StrictDataclassError)
+HEADS = {
+    model_class.__name__.removeprefix("BertFor").removeprefix("Bert"): model_class for model_class in SPIKING_CLASSES
+}
+TOKEN_WIDTH = 16
+
+app = typer.Typer(
+    help="Convert a BERT to an SNN-BERT, and look at what an SNN-BERT is, does and costs.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _at_least_one(value: int | None) -> int | None:
+    if value is not None and value < 1:
+        raise typer.BadParameter(f"must be >= 1, got {value}")
+    return value
+
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="An SNN-BERT checkpoint: a folder or a Hub id.", show_default=False)
+]
+Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit, for a checkpoint on the Hub.")]
+DataFile = Annotated[
+    Path,
+    typer.Option(
+        "--data_file",
+        help="Texts of the task: .txt (a line each), .csv or .tsv with a header, .json or .jsonl.",
+        exists=True,
+        dir_okay=False,
+        readable=True,
+        show_default=False,
+    ),
+]
+TextColumn = Annotated[str, typer.Option("--text_column", help="Name of the column of texts.")]
+MaxLength = Annotated[
+    int | None,
+    typer.Option(
+        "--max_length", callback=_at_least_one, help="Cut texts at so many tokens (default: what the model takes)."
+    ),
+]
+BatchSize = Annotated[int, typer.Option("--batch_size", callback=_at_least_one, help="Texts that run at once.")]
+
+
+def main() -> None:
+    """The console script. Ends the process with an exit code."""
+    app(prog_name="snn-bert")
+
+
+@contextlib.contextmanager
+def reported() -> Iterator[None]:
+    """Turns a failure into a message and exit code 1."""
+    try:
+        yield
+    except FAILURES as error:
+        if os.environ.get("SNN_BERT_TRACEBACK"):
+            raise
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"snn-bert {__version__} (torch {torch.__version__}, transformers {transformers.__version__})")
+        raise typer.Exit
+
+
+@app.callback(epilog="snn-bert COMMAND --help has examples. SNN_BERT_TRACEBACK=1 shows where an error comes from.")
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the versions and exit.")
+    ] = False,
+) -> None:
+    # The bars of a checkpoint that loads in a second would only stand between the lines of the output.
+    transformers.utils.logging.disable_progress_bar()
+
+
+@app.command(
+    epilog="Example: snn-bert convert my-bert my-snn-bert --data_file train.tsv --firing_rate 0.15 "
+    "--setting spike_type=ternary"
+)
+def convert(
+    bert: Annotated[
+        str, typer.Argument(metavar="BERT", help="A BERT checkpoint: a folder or a Hub id.", show_default=False)
+    ],
+    output_dir: Annotated[
+        Path, typer.Argument(metavar="OUTPUT_DIR", help="The folder to write, whole or not at all.", show_default=False)
+    ],
+    data_file: DataFile,
+    text_column: TextColumn = "sentence",
+    firing_rate: Annotated[
+        float, typer.Option("--firing_rate", help="Spikes per token that each neuron is calibrated to, in (0, 1).")
+    ] = 0.2,
+    head: Annotated[
+        str | None, typer.Option("--head", help=f"One of {', '.join(HEADS)} (default: the checkpoint's own).")
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--setting", metavar="NAME=VALUE", help="A setting of SNNBertConfig; may be given several times."),
+    ] = None,
+    max_samples: Annotated[
+        int, typer.Option("--max_samples", callback=_at_least_one, help="Use only the first so many texts.")
+    ] = 512,
+    max_length: MaxLength = None,
+    batch_size: BatchSize = 16,
+    revision: Revision = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint in the folder.")] = False,
+) -> None:
+    """Convert a BERT to an SNN-BERT, calibrated on your text.
+
+    Thresholds are set for the wanted firing rate, and the weights are fitted to spikes, layer by layer. Some 10,000
+    tokens are enough. Fine-tune or distil the result to win back accuracy.
+    """
+    if not 0 < firing_rate < 1:
+        raise typer.BadParameter(f"must lie in (0, 1), got {firing_rate}", param_hint="--firing_rate")
+    if head is not None and head not in HEADS:
+        raise typer.BadParameter(f"must be one of {', '.join(HEADS)}, got {head!r}", param_hint="--head")
+    if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
+        if not (output_dir / "config.json").is_file():
+            raise typer.BadParameter(
+                f"{output_dir} exists and is no checkpoint: name a new folder", param_hint="OUTPUT_DIR"
+            )
+        if not overwrite:
+            raise typer.BadParameter(
+                f"{output_dir} exists: name a new folder, or give --overwrite", param_hint="OUTPUT_DIR"
+            )
+    settings = parse_settings(setting or [])
+    with reported():
+        texts = read_texts(data_file, text_column)[:max_samples]
+        model = load_bert(bert, head, revision)
+        tokenizer = AutoTokenizer.from_pretrained(bert, revision=revision or "main")
+        # An uncalibrated copy knows what batches the spiking model takes, and refuses bad settings before the work.
+        batches = tokenized_batches(initialize_from_bert(model, **settings), tokenizer, texts, batch_size, max_length)
+        tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+        typer.echo(f"calibrating on {len(texts):,} texts, {tokens:,} tokens")
+        if tokens < 5000:
+            typer.echo("Warning: some 10,000 tokens give a better calibration", err=True)
+        spiking = convert_bert(model, batches, firing_rate, **settings)
+        rates = measure_spikes(spiking, batches[: math.ceil(128 / batch_size)]).rates
+        with folder_written_whole(output_dir) as temporary:
+            spiking.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+    means = [rate.mean().item() for rate in rates]
+    typer.echo(f"firing rate {sum(means) / len(means):.3f} (neuron layers from {min(means):.3f} to {max(means):.3f})")
+    typer.echo(f"{type(spiking).__name__} written to {output_dir}")
+
+
+@app.command(epilog="Example: snn-bert energy my-snn-bert --data_file validation.tsv --output_dir outputs/energy")
+def energy(
+    model: Model,
+    data_file: DataFile,
+    text_column: TextColumn = "sentence",
+    baseline: Annotated[
+        str | None, typer.Option("--baseline", help="An SNN-BERT with repeat coding to measure on the same texts.")
+    ] = None,
+    max_samples: Annotated[
+        int, typer.Option("--max_samples", callback=_at_least_one, help="Use only the first so many texts.")
+    ] = 256,
+    max_length: MaxLength = None,
+    batch_size: BatchSize = 16,
+    output_dir: Annotated[Path, typer.Option("--output_dir", help="Where the report goes.")] = Path("outputs/energy"),
+    plots: Annotated[bool, typer.Option("--plots/--no_plots", help="Draw the pictures (needs matplotlib).")] = True,
+    revision: Revision = None,
+) -> None:
+    """Count operations and energy on real text, beside a BERT's.
+
+    Writes report.md, report.json and pictures of energy, firing rates and spikes, and prints the report.
+    """
+    with reported():
+        if plots:
+            import_pyplot()
+        texts = read_texts(data_file, text_column)[:max_samples]
+        snn_bert, tokenizer = load(model, revision)
+        rival = load_model(baseline) if baseline else None
+        batches = tokenized_batches(snn_bert, tokenizer, texts, batch_size, max_length)
+        report = energy_report(snn_bert, batches, baseline=rival)
+        tokens = tokenizer.convert_ids_to_tokens(report.statistics.example_ids)
+        files = report.save(output_dir, tokens=tokens, plots=plots)
+    typer.echo(report.to_markdown())
+    typer.echo(f"written to {output_dir}: {', '.join(file.name for file in files)}")
+
+
+@app.command(
+    epilog='Examples: snn-bert spikes my-snn-bert "a joy from start to end" --layer 0; '
+    'snn-bert spikes my-snn-bert "a joy" --output_file spikes.png'
+)
+def spikes(
+    model: Model,
+    sentence: Annotated[str, typer.Argument(metavar="SENTENCE", help="The sentence.", show_default=False)],
+    layer: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--layer", help="Show all neuron layers of this encoder layer, the first is 0; may be given several times."
+        ),
+    ] = None,
+    channels: Annotated[
+        int, typer.Option("--channels", callback=_at_least_one, help="Neurons of each neuron layer to show.")
+    ] = 96,
+    output_file: Annotated[
+        Path | None, typer.Option("--output_file", help="A picture to write, such as spikes.png, in place of text.")
+    ] = None,
+    revision: Revision = None,
+) -> None:
+    """Show where the neurons fire in a sentence: in the terminal, or as a picture.
+
+    A token is a time-step: each line of the raster is a token and each column a neuron. By default it shows a neuron
+    layer near the input, one in the middle and one near the output.
+    """
+    if not sentence.strip():
+        raise typer.BadParameter("must hold at least one word", param_hint="SENTENCE")
+    if output_file is not None and output_file.suffix not in (".png", ".svg", ".pdf"):
+        raise typer.BadParameter(f"must end in .png, .svg or .pdf, got {output_file}", param_hint="--output_file")
+    with reported():
+        if output_file is not None:
+            import_pyplot()
+        snn_bert, tokenizer = load(model, revision)
+        names = snn_bert.neuron_names()
+        panels = chosen_panels(names, layer)
+        (batch,) = tokenized_batches(snn_bert, tokenizer, [sentence], 1)
+        statistics = measure_spikes(snn_bert, [batch])
+        tokens = tokenizer.convert_ids_to_tokens(statistics.example_ids)
+        prediction = predicted_label(snn_bert, batch)
+        rasters = [statistics.example_spikes[i] for i in panels]
+        if output_file is not None:
+            output_file.parent.mkdir(parents=True, exist_ok=True)
+            shown = [raster[:RASTER_TOKENS] for raster in rasters]
+            titles = [names[i] for i in panels]
+            plot_spikes(shown, titles, tokens[:RASTER_TOKENS], output_file, channels=channels)
+    if prediction is not None:
+        typer.echo(prediction)
+    if output_file is not None:
+        cut = f" (the first {RASTER_TOKENS} of {len(tokens)} tokens)" if len(tokens) > RASTER_TOKENS else ""
+        typer.echo(f"written to {output_file}{cut}")
+        return
+    for raster, index in zip(rasters, panels, strict=True):
+        rate = raster.abs().float().mean().item()
+        typer.echo(f"\n{short_name(names[index])}: {rate:.3f} spikes per token, {raster.shape[1]} neurons")
+        for line in raster_lines(raster[:, :channels], tokens):
+            typer.echo(line)
+
+
+@app.command(epilog="Example: snn-bert info my-snn-bert --json")
+def info(
+    model: Model,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+    revision: Revision = None,
+) -> None:
+    """Show what a checkpoint holds: head, sizes, parameters, neurons and their settings."""
+    with reported():
+        snn_bert = load_model(model, revision)
+        facts = checkpoint_facts(snn_bert)
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    for section, values in facts.items():
+        typer.echo(section)
+        width = max(map(len, values))
+        for name, value in values.items():
+            typer.echo(f"  {name:<{width}}  {fact_text(value)}")
+
+
+def parse_settings(words: Sequence[str]) -> dict[str, Any]:
+    """`["spike_type=ternary", "decay=0.1"]` as a dictionary of settings of `SNNBertConfig`.
+
+    Raises:
+        typer.BadParameter: for a word without `=`, and for a name that is no setting.
+    """
+    known = {field.name for field in dataclasses.fields(SNNBertConfig)}
+    own = sorted(known & set(SNNBertConfig.__annotations__))
+    settings: dict[str, Any] = {}
+    for word in words:
+        name, separator, text = word.partition("=")
+        if not separator:
+            raise typer.BadParameter(f"must have the form NAME=VALUE, got {word!r}", param_hint="--setting")
+        if name not in known:
+            raise typer.BadParameter(f"{name!r} is none of the settings {', '.join(own)}", param_hint="--setting")
+        try:
+            settings[name] = json.loads(text)
+        except json.JSONDecodeError:
+            # A word is itself; Python's spelling of the constants is taken too.
+            settings[name] = {"True": True, "False": False, "None": None}.get(text, text)
+    return settings
+
+
+def load(model_name_or_path: str, revision: str | None) -> tuple[SNNBertPreTrainedModel, PreTrainedTokenizerBase]:
+    """An SNN-BERT and its tokenizer."""
+    model = load_model(model_name_or_path, revision)
+    return model.eval(), AutoTokenizer.from_pretrained(model_name_or_path, revision=revision or "main")
+
+
+def load_bert(model_name_or_path: str, head: str | None, revision: str | None) -> BertPreTrainedModel:
+    """The BERT of a checkpoint, with `head` (a key of `HEADS`) or the head that it was saved with.
+
+    Raises:
+        ValueError: if it is not a BERT, or has a head that SNN-BERT lacks.
+        OSError: if there is no such checkpoint.
+    """
+    config = PreTrainedConfig.get_config_dict(model_name_or_path, revision=revision)[0]
+    if config.get("model_type") != "bert":
+        raise ValueError(f"{model_name_or_path} must be a BERT, its model_type is {config.get('model_type')!r}")
+    own = (config.get("architectures") or ["BertModel"])[0].removeprefix("BertFor").removeprefix("Bert")
+    if head is None and own not in HEADS:
+        raise ValueError(
+            f"{model_name_or_path} has the head {own!r}, which SNN-BERT lacks: give --head with one of "
+            f"{', '.join(HEADS)}"
+        )
+    model, loading = HEADS[head or own].from_pretrained(
+        model_name_or_path, revision=revision or "main", output_loading_info=True
+    )
+    new = sorted(name for name in loading["missing_keys"] if not is_neuron_parameter(name))
+    if any(".encoder." in f".{name}" for name in new):
+        raise ValueError(f"{model_name_or_path} lacks weights of the encoder: {', '.join(new[:5])}")
+    if new:
+        typer.echo(f"Warning: not in the checkpoint, and so random until trained: {', '.join(new)}", err=True)
+    return model.eval()
+
+
+@contextlib.contextmanager
+def folder_written_whole(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path` that takes its place if the block succeeds and vanishes if it does not."""
+    path = path.absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as outer:
+        new, old = Path(outer, "new"), Path(outer, "old")
+        new.mkdir()
+        yield new
+        if path.exists():
+            os.replace(path, old)
+        try:
+            os.replace(new, path)
+        except OSError:
+            if old.exists():
+                os.replace(old, path)
+            raise
+
+
+def chosen_panels(names: Sequence[str], layers: Sequence[int] | None) -> list[int]:
+    """Indices of the neuron layers to show: all of the given encoder layers, or three by default.
+
+    Raises:
+        ValueError: for an encoder layer that the model does not have.
+    """
+    if not layers:
+        return raster_panels(names)
+    places = len(NEURON_PLACES)
+    for layer in layers:
+        if not 0 <= layer < len(names) // places:
+            raise ValueError(f"--layer must lie in [0, {len(names) // places}), the layers of the model, got {layer}")
+    return [layer * places + i for layer in layers for i in range(places)]
+
+
+@torch.no_grad()
+def predicted_label(model: SNNBertPreTrainedModel, batch: dict[str, torch.Tensor]) -> str | None:
+    """What a sequence classifier says to a batch of one, or None for another head."""
+    if not isinstance(model, SNNBertForSequenceClassification):
+        return None
+    logits = model(**batch).logits[0]
+    if model.config.problem_type == "regression" or len(logits) == 1:
+        return "value: " + ", ".join(f"{value:.3f}" for value in logits.tolist())
+    if model.config.problem_type == "multi_label_classification":
+        scores = logits.sigmoid().tolist()
+        return "labels: " + ", ".join(f"{model.config.id2label[i]} ({score:.3f})" for i, score in enumerate(scores))
+    score, index = logits.softmax(-1).max(-1)
+    return f"label: {model.config.id2label[index.item()]} ({score.item():.3f})"
+
+
+def raster_lines(spikes: torch.Tensor, tokens: Sequence[str]) -> list[str]:
+    """A line for each token: its name, then a mark for each spike and a dot for each neuron that is silent.
+
+    Args:
+        spikes (`[tokens, channels]`): a spike of -1 is shown by `-`.
+        tokens: the names.
+    """
+    try:
+        "█·…".encode(sys.stdout.encoding or "ascii")
+        marks = {0: "·", 1: "█", -1: "-"}
+    except UnicodeEncodeError:
+        marks = {0: ".", 1: "#", -1: "-"}
+    lines = []
+    for token, row in zip(tokens, spikes.tolist(), strict=True):
+        # Control characters would move the cursor; wide characters take two columns.
+        name = "".join(c if c.isprintable() else "?" for c in token)[:TOKEN_WIDTH]
+        width = sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in name)
+        lines.append(name + " " * (TOKEN_WIDTH - width + 1) + "".join(marks[int(value)] for value in row))
+    return lines
+
+
+def fact_text(value: Any) -> str:
+    """A value of `checkpoint_facts` for a reader."""
+    if isinstance(value, dict):
+        return "{mean:.4g} on average, from {min:.4g} to {max:.4g}".format(**value)
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def checkpoint_facts(model: SNNBertPreTrainedModel) -> dict[str, dict[str, Any]]:
+    """What `info` shows, by section."""
+    config = model.config
+    neurons = {name: module for name, module in model.named_modules() if isinstance(module, SpikingNeuron)}
+    parameters = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    of_neurons = sum(count for name, count in parameters.items() if is_neuron_parameter(name))
+    settings = "hidden_size num_hidden_layers num_attention_heads intermediate_size max_position_embeddings vocab_size"
+    firing = (
+        "neuron_type coding num_timesteps psn_length attention_type spike_type reset_iterations normalize "
+        "bidirectional surrogate surrogate_alpha firing_rate_target firing_rate_weight"
+    )
+    facts: dict[str, dict[str, Any]] = {
+        "model": {
+            "class": type(model).__name__,
+            "parameters": sum(parameters.values()),
+            "parameters of neurons": of_neurons,
+            "dtype": str(model.dtype).removeprefix("torch."),
+        },
+        "sizes": {name: getattr(config, name) for name in settings.split()},
+        "firing settings": {name: getattr(config, name) for name in firing.split()},
+        "neurons": {
+            "neuron layers": len(neurons),
+            "neurons": sum(neuron.num_channels for neuron in neurons.values()),
+            "kinds": [f"{count} {kind}" for kind, count in Counter(type(n).__name__ for n in neurons.values()).items()],
+        },
+    }
+    for attribute in ("v_threshold", "decay", "decay_forward", "decay_backward", "reset"):
+        values = [getattr(n, attribute).detach().float().flatten() for n in neurons.values() if hasattr(n, attribute)]
+        if values:
+            x = torch.cat(values)
+            facts["neurons"][attribute] = {"mean": x.mean().item(), "min": x.min().item(), "max": x.max().item()}
+    if isinstance(model, (SNNBertForSequenceClassification, SNNBertForTokenClassification)):
+        facts["model"]["labels"] = list(config.id2label.values())
+    return facts
