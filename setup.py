@@ -68,6 +68,7 @@ TESTS = [
     "mypy",
     "optuna",
     "parameterized",
+    "playwright",  # drives a Chromium that is installed already; without one that test is skipped
     "pytest",
     "pytest-xdist",
     "ruff",

@@ -1,0 +1,275 @@
+"""A demonstration of SNN-BERT for the browser: the label, the spikes, the firing rates and the energy of a sentence.
+
+    python examples/space/app.py outputs/quickstart/model
+
+or, as on a Hugging Face Space, `python app.py` with the checkpoint (a folder or a Hub id) in SNN_BERT_MODEL. Visitors
+may name other checkpoints on the Hub; these run on the package's own code and never on code from their repository.
+"""
+
+import argparse
+import functools
+import os
+import tempfile
+from pathlib import Path
+
+# Before gradio is imported: it would report home otherwise.
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+import gradio as gr
+import pandas as pd
+import torch
+import transformers
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from huggingface_hub.utils import validate_repo_id
+from PIL import Image
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+
+from modeling_snn_bert import SNNBertConfig, SNNBertPreTrainedModel
+from modeling_snn_bert.configuration_snn_bert import AUTO_MAP
+from modeling_snn_bert.energy import energy_report, tokenized_batches
+from modeling_snn_bert.energy_plots import plot_spikes
+from modeling_snn_bert.energy_tables import RASTER_TOKENS, EnergyReport, markdown_table, raster_panels
+from modeling_snn_bert.operation_counts import NEURON_PLACES
+
+EXAMPLES = [
+    "A gripping, beautifully acted film that stays with you for days.",
+    "Two hours of clumsy jokes and not one of them lands.",
+    "The plot is thin, but the music and the two leads make it a pleasure.",
+]
+MAX_CHARACTERS = 2000
+OVERVIEW = "near the input, in the middle, near the output"
+# The Auto class of each architecture that a checkpoint may name.
+AUTO_CLASSES = {path.split(".")[-1]: getattr(transformers, name) for name, path in AUTO_MAP.items()}
+CSS = """
+.gradio-container {max-width: 1180px !important; margin: auto}
+#headline {font-size: 1.05rem}
+#raster img {object-fit: contain; background: white}
+"""
+
+
+def build(default: str) -> gr.Blocks:
+    """The page; `default` is the checkpoint that it starts with, a folder or a Hub id, or empty."""
+
+    def analyse(sentence: str, checkpoint: str, shown: str) -> tuple:
+        checkpoint = checkpoint.strip() or default
+        check_request(sentence, checkpoint, default)
+        try:
+            model, tokenizer = load(checkpoint)
+            (batch,) = tokenized_batches(model, tokenizer, [sentence], 1)
+            report = energy_report(model, [batch], run_lengths=False)
+            label = predicted(model, batch)
+        except (OSError, RuntimeError, ValueError, SafetensorError, StrictDataclassError) as error:
+            raise gr.Error(f"{Path(checkpoint).name if checkpoint == default else checkpoint}: {error}") from error
+        tokens = tokenizer.convert_ids_to_tokens(report.statistics.example_ids)
+        choices = [OVERVIEW, *(f"all neuron layers of layer {i}" for i in range(model.config.num_hidden_layers))]
+        # Another checkpoint may have fewer layers than the one before.
+        shown = shown if shown in choices else OVERVIEW
+        raster = draw_raster(report, tokens, choices.index(shown) - 1)
+        return (
+            gr.Label(label, visible=label is not None),
+            headline(report, len(tokens), checkpoint),
+            gr.Dropdown(choices=choices, value=shown),
+            raster,
+            firing_rate_frame(report),
+            energy_plot(report),
+            energy_table(report),
+        )
+
+    with gr.Blocks(title="SNN-BERT", analytics_enabled=False) as page:
+        gr.Markdown(
+            "# SNN-BERT\nA BERT whose matrix products run on binary spikes: type a sentence and see where its neurons "
+            "fire, and what that costs beside a BERT of the same shape."
+        )
+        with gr.Row():
+            with gr.Column(scale=3):
+                sentence = gr.Textbox(label="Sentence", value=EXAMPLES[0], lines=2, max_length=MAX_CHARACTERS)
+                checkpoint = gr.Textbox(
+                    label="Checkpoint",
+                    info="An SNN-BERT on the Hugging Face Hub, such as owner/name; empty for this demo's own.",
+                    placeholder=Path(default).name or "owner/name",
+                )
+                button = gr.Button("Show the spikes", variant="primary")
+                gr.Examples(EXAMPLES, sentence, label="Try one of these")
+            with gr.Column(scale=2):
+                label = gr.Label(label="What the model says", num_top_classes=5)
+                summary = gr.Markdown(elem_id="headline")
+        shown = gr.Dropdown([OVERVIEW], value=OVERVIEW, label="Neuron layers to show", interactive=True)
+        raster = gr.Image(
+            label="Raster of the spikes", show_label=False, format="png", interactive=False, elem_id="raster",
+            buttons=["download", "fullscreen"],
+        )  # fmt: skip
+        with gr.Row():
+            rates = gr.BarPlot(
+                x="layer", y="spikes per token", title="Firing rate of each encoder layer", height=320,
+                x_title="encoder layer", y_lim=[0, None],
+            )  # fmt: skip
+            energies = gr.BarPlot(
+                x="model", y="uJ", color="part", title="Energy of this sentence", height=320,
+                y_title="uJ (45 nm, arithmetic)", x_title="", x_label_angle=-25,
+                color_map={"matrix products": "#1f4e8c", "all other arithmetic": "#b9c3cf"},
+            )  # fmt: skip
+        with gr.Accordion("The figures, and what is counted", open=False):
+            table = gr.Markdown()
+        request = {
+            "fn": analyse,
+            "inputs": [sentence, checkpoint, shown],
+            "outputs": [label, summary, shown, raster, rates, energies, table],
+        }
+        button.click(**request, api_name="analyse")
+        sentence.submit(**request, api_visibility="private")
+        shown.input(**request, api_visibility="private")
+    return page
+
+
+def check_request(sentence: str, checkpoint: str, default: str) -> None:
+    """Refuse what cannot work, and what a visitor has no business with.
+
+    Raises:
+        gr.Error: for an empty or an overlong sentence, for no checkpoint, and for a checkpoint that is neither the
+            demo's own nor a Hub id.
+    """
+    if not sentence.strip():
+        raise gr.Error("Type a sentence first.", title="No sentence")
+    if len(sentence) > MAX_CHARACTERS:
+        raise gr.Error(f"At most {MAX_CHARACTERS:,} characters, this has {len(sentence):,}.", title="Too long")
+    if not checkpoint:
+        raise gr.Error("Name a checkpoint on the Hub, such as owner/name.", title="No checkpoint")
+    if checkpoint == default:
+        return
+    try:
+        validate_repo_id(checkpoint)
+    except HFValidationError as error:
+        raise gr.Error(f"{checkpoint!r} is no Hub id, which looks like owner/name.", title="Checkpoint") from error
+    # A visitor must not look around in the folders of the server.
+    if checkpoint.count("/") != 1 or Path(checkpoint).exists():
+        raise gr.Error(f"{checkpoint!r} is no Hub id, which looks like owner/name.", title="Checkpoint")
+
+
+@functools.lru_cache(maxsize=2)
+def load(checkpoint: str) -> tuple[SNNBertPreTrainedModel, PreTrainedTokenizerBase]:
+    """Model, with the head that it was saved with, and tokenizer, through the Auto classes.
+
+    `trust_remote_code` stays off: the package is installed and its classes are registered, so code from the
+    checkpoint's repository is not needed, and a visitor may name any repository.
+
+    Raises:
+        ValueError: if it is another kind of model.
+        OSError: if there is no such checkpoint.
+    """
+    config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+    if config.model_type != SNNBertConfig.model_type:
+        raise ValueError(f"{checkpoint} must be an SNN-BERT, its model_type is {config.model_type!r}")
+    architecture = (config.architectures or ["SNNBertModel"])[0]
+    if architecture not in AUTO_CLASSES:
+        raise ValueError(f"{checkpoint} names the architecture {architecture!r}, which is none of {list(AUTO_CLASSES)}")
+    model = AUTO_CLASSES[architecture].from_pretrained(checkpoint, trust_remote_code=False)
+    return model.eval(), AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
+
+
+@torch.no_grad()
+def predicted(model: SNNBertPreTrainedModel, batch: dict[str, torch.Tensor]) -> dict[str, float] | str | None:
+    """The labels' probabilities, a regression's value, or None for another head than a sequence classifier's."""
+    if type(model).__name__ != "SNNBertForSequenceClassification":
+        return None
+    logits = model(**batch).logits[0]
+    if model.config.problem_type == "regression" or len(logits) == 1:
+        return ", ".join(f"{value:.3f}" for value in logits.tolist())
+    multi_label = model.config.problem_type == "multi_label_classification"
+    scores = logits.sigmoid() if multi_label else logits.softmax(-1)
+    return {model.config.id2label[i]: score for i, score in enumerate(scores.tolist())}
+
+
+def draw_raster(report: EnergyReport, tokens: list[str], layer: int) -> Image.Image:
+    """The picture of the spikes in all neuron layers of an encoder layer, or in three of the whole model (-1)."""
+    names, spikes = report.statistics.names, report.statistics.example_spikes
+    places = len(NEURON_PLACES)
+    panels = raster_panels(names) if layer < 0 else list(range(layer * places, (layer + 1) * places))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "spikes.png")
+        shown = [spikes[i][:RASTER_TOKENS] for i in panels]
+        plot_spikes(shown, [names[i] for i in panels], tokens[:RASTER_TOKENS], path)
+        with Image.open(path) as image:
+            return image.convert("RGB")
+
+
+def headline(report: EnergyReport, tokens: int, checkpoint: str) -> str:
+    """The result in two sentences."""
+    own, bert = report.cost, report.bert
+    int8 = next(cost for cost in report.costs if cost.name == "BERT, int8")
+    rates = list(report.firing_rates().values())
+    lines = [
+        f"**{own.picojoules / 1e6:,.2f} uJ** for this sentence, where a float32 BERT of the same shape takes "
+        f"{bert.picojoules / 1e6:,.2f} uJ: **{bert.picojoules / own.picojoules:.1f} times less**. An int8 BERT "
+        f"takes {int8.picojoules / 1e6:,.2f} uJ. Counted are all arithmetic operations, neurons and softmax included, "
+        "at a published price each; memory traffic is not.",
+        f"A neuron fires at **{sum(rates) / len(rates):.1%}** of the tokens on average.",
+        f"<small>{report.model}, {Path(checkpoint).name}, {tokens} tokens</small>",
+    ]
+    if tokens > RASTER_TOKENS:
+        lines.append(f"The picture shows the first {RASTER_TOKENS} tokens.")
+    return "\n\n".join(lines)
+
+
+def firing_rate_frame(report: EnergyReport) -> pd.DataFrame:
+    """A row for each encoder layer: the mean over its neuron layers."""
+    rates = list(report.firing_rates().values())
+    places = len(NEURON_PLACES)
+    layers = [rates[index : index + places] for index in range(0, len(rates), places)]
+    rows = [(str(index), sum(layer) / places) for index, layer in enumerate(layers)]
+    return pd.DataFrame(rows, columns=["layer", "spikes per token"])
+
+
+def energy_plot(report: EnergyReport) -> gr.BarPlot:
+    """A bar for each model, in the order of the report and with names that fit below it."""
+    rows, names = [], []
+    for cost in report.costs:
+        names.append(cost.name.replace("BERT with 1-bit activations", "1-bit"))
+        products = cost.matrix_product_picojoules / 1e6
+        rows.append((names[-1], "matrix products", products))
+        rows.append((names[-1], "all other arithmetic", cost.picojoules / 1e6 - products))
+    return gr.BarPlot(pd.DataFrame(rows, columns=["model", "part", "uJ"]), sort=names)
+
+
+def energy_table(report: EnergyReport) -> str:
+    """The energies as a table, with what is assumed."""
+    rows = [
+        (cost.name, f"{cost.matrix_product_picojoules / 1e6:,.2f}", f"{cost.picojoules / 1e6:,.2f}", cost.note)
+        for cost in report.costs
+    ]
+    lines = markdown_table(("model", "matrix products, uJ", "all arithmetic, uJ", "what is assumed"), rows)
+    lines += [
+        "Each operation at the energy that Horowitz (ISSCC 2014) gives for 45 nm: a float32 addition 0.9 pJ, a "
+        "multiply-accumulate 4.6 pJ. These are counts, not measurements of a device; `snn-bert energy` writes the full "
+        "report.",
+        "",
+        "Mean firing rate of each neuron layer, in spikes per token:",
+        "",
+        *report.firing_rate_table(),
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "model_name_or_path", nargs="?", default=os.environ.get("SNN_BERT_MODEL", ""),
+        help="an SNN-BERT: folder or Hub id (default: SNN_BERT_MODEL)",
+    )  # fmt: skip
+    parser.add_argument("--server_port", type=int, help="default: the first free one from 7860")
+    args = parser.parse_args()
+    if args.model_name_or_path:
+        try:
+            load(args.model_name_or_path)
+        except (OSError, RuntimeError, ValueError, SafetensorError, StrictDataclassError) as error:
+            parser.error(str(error))
+    # No fonts from elsewhere: the page must not tell another server who looks at it.
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    build(args.model_name_or_path).launch(
+        server_port=args.server_port, theme=gr.themes.Soft(**fonts), css=CSS, ssr_mode=False, show_error=True
+    )
+
+
+if __name__ == "__main__":
+    main()
