@@ -20,7 +20,7 @@ REMOVE_BUILD := rm -rf build dist snn_bert.egg-info
 .DEFAULT_GOAL := help
 # pip installs must not run side by side in one environment.
 .NOTPARALLEL:
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench docs clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ lint: $(TESTS_STAMP) $(PACKAGE_STAMP) ## Run ruff and mypy
 bench: $(EXAMPLES_STAMP) $(PACKAGE_STAMP) ## Run benchmarks/run.py; tables as JSON go to outputs/benchmarks
 	$(PIP_INSTALL) --no-deps spikingjelly loguru
 	$(KEEP_MEMORY) $(BIN)/python benchmarks/run.py $(BENCH_ARGS)
+
+docs: $(TESTS_STAMP) $(PACKAGE_STAMP) ## Write the API reference, from the docstrings, to outputs/docs
+	$(BIN)/python docs/build_reference.py outputs/docs
 
 clean: ## Remove the environment, build products and caches
 	rm -rf $(VENV) build dist snn_bert.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

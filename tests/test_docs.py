@@ -1,7 +1,14 @@
 """The guides in docs/: their snippets run, their links lead somewhere."""
 
+import os
+import pkgutil
+import subprocess
+import sys
+
 import pytest
 from snippets import FENCE, ROOT, python_blocks, relative_links, run_page, write_bert
+
+import modeling_snn_bert
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
@@ -38,6 +45,29 @@ def test_fences_are_of_a_known_kind(page):
 def test_every_guide_is_in_the_index():
     missing = {page.name for page in PAGES} - {"index.md"} - set(relative_links(DOCS / "index.md"))
     assert not missing
+
+
+@pytest.mark.slow
+def test_first_steps(tmp_path):
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    command = [sys.executable, str(DOCS / "first_steps.py")]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "fires {0.0, 1.0}" in result.stdout and "logits differ by 0.0" in result.stdout
+    assert "BERT, float32" in result.stdout
+
+
+@pytest.mark.slow
+def test_reference(tmp_path):
+    """It builds, and every public name of every module is in it."""
+    command = [sys.executable, str(DOCS / "build_reference.py"), str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    package = (tmp_path / "modeling_snn_bert.html").read_text(encoding="utf-8")
+    assert not [name for name in modeling_snn_bert.__all__ if f'id="{name}"' not in package]
+    modules = [module.name for module in pkgutil.iter_modules(modeling_snn_bert.__path__)]
+    pages = {path.stem for path in (tmp_path / "modeling_snn_bert").glob("*.html")}
+    assert pages == {name for name in modules if not name.startswith("_")}
 
 
 @pytest.mark.slow
