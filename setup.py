@@ -63,6 +63,12 @@ EXAMPLES = [
 ]
 SPACE = ["gradio>=6", "matplotlib"]
 DOCS = ["pdoc"]
+EXPORT = [
+    "nir",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+]
 TESTS = [
     "hypothesis",
     "mypy",
@@ -111,8 +117,9 @@ setup(
         "benchmarks": ["loguru", "spikingjelly>=2; python_version >= '3.11'"],
         "docs": DOCS,
         "examples": EXAMPLES,
+        "export": EXPORT,
         "gpu": [TRITON],
         "space": SPACE,
-        "tests": EXAMPLES + SPACE + DOCS + TESTS,
+        "tests": EXAMPLES + EXPORT + SPACE + DOCS + TESTS,
     },
 )
