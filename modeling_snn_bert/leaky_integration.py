@@ -162,6 +162,11 @@ def _decay_matrix(decay_forward: torch.Tensor, decay_backward: torch.Tensor, len
     exponents = torch.arange(length, device=decay_forward.device, dtype=decay_forward.dtype)
     earlier = _powers(decay_forward, exponents)
     later = _powers(decay_backward, exponents)
+    if torch.compiler.is_compiling():
+        # A window of a length that is left open, as below, cannot be written down in a graph; indices can.
+        tokens = torch.arange(length, device=decay_forward.device)
+        lag = tokens[:, None] - tokens
+        return torch.where(lag >= 0, earlier[:, lag.clamp(min=0)], later[:, (-lag).clamp(min=0)])
     # Row t of `a` reads the diagonals from lag t down to lag t - (length - 1): a window on one vector of all lags.
     diagonals = torch.cat((earlier.flip(-1), later[:, 1:]), dim=-1)
     return diagonals.unfold(-1, length, 1).flip(-2)

@@ -495,7 +495,8 @@ class SNNBertPooler(nn.Module):
             first = hidden_states[:, 0]
         else:
             index = (token_mask != 0).long().argmax(dim=1)
-            first = hidden_states[torch.arange(len(index), device=index.device), index]
+            # Not `len(index)`, which an exported graph would take for a constant.
+            first = hidden_states[torch.arange(index.shape[0], device=index.device), index]
         return self.activation(self.dense(first))
 
 

@@ -249,6 +249,11 @@ class BPSN(SpikingNeuron):
         potential = self._leaky_mean(x, attention_mask, self._total_weight(x, attention_mask))
         return silence(potential, attention_mask).to(current.dtype)
 
+    @property
+    def _integration(self) -> str:
+        """The implementation in use: in an exported graph, whose length is open, the one of a fixed number of steps."""
+        return "toeplitz" if self.implementation == "auto" and _is_exporting() else self.implementation
+
     def spikes(self, current: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         dtype = wide_dtype(current.dtype)
         parameters = [x.to(dtype) for x in (self.v_threshold, self.decay_forward, self.decay_backward, self.reset)]
@@ -261,7 +266,7 @@ class BPSN(SpikingNeuron):
             return attach_packed(spikes, packed)
         x = widen(current)
         weight = self._total_weight(x, attention_mask)
-        if self.implementation in ("auto", "chunked"):
+        if self._integration in ("auto", "chunked"):
             return BPSNByScans.apply(current, attention_mask, weight, *parameters, *settings)
         potential = self._leaky_mean(x, attention_mask, weight)
         v_threshold = parameters[0]
@@ -287,7 +292,7 @@ class BPSN(SpikingNeuron):
         if not self.normalize:
             return None
         return total_weight(
-            x, self.decay_forward.to(x.dtype), self.decay_backward.to(x.dtype), attention_mask, self.implementation
+            x, self.decay_forward.to(x.dtype), self.decay_backward.to(x.dtype), attention_mask, self._integration
         )
 
     def _leaky_mean(
@@ -299,7 +304,7 @@ class BPSN(SpikingNeuron):
     ) -> torch.Tensor:
         """`sum_j a[t, j] m[j] x[j] / n[t]`, over all `j` or over `j != t`."""
         x = silence(x, attention_mask)
-        total = leaky_sum(x, self.decay_forward.to(x.dtype), self.decay_backward.to(x.dtype), self.implementation)
+        total = leaky_sum(x, self.decay_forward.to(x.dtype), self.decay_backward.to(x.dtype), self._integration)
         total = total - x if without_self else total
         return total if weight is None else divide_by_group(total, weight)
 
