@@ -570,7 +570,9 @@ class SNNBertPreTrainedModel(PreTrainedModel):
 
     def neuron_names(self) -> list[str]:
         """Names of the neuron layers, in the order of `firing_rates` and `spikes` in the outputs."""
-        return [name for name, module in self.named_modules() if isinstance(module, SpikingNeuron)]
+        neurons = [name for name, module in self.named_modules() if isinstance(module, SpikingNeuron)]
+        # A neuron that PEFT trains stands twice in the model, as it was and as it is trained; one of the two runs.
+        return [name.removesuffix(".original_module") for name in neurons if ".modules_to_save." not in name]
 
     def to_event_driven(self, weight_dtype: str = "float32", *, dense_above: float | None = None):
         """Turn this model into its event-driven form, in place, and return it; see `event_driven.event_driven`.
