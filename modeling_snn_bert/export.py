@@ -57,7 +57,7 @@ def export_program(model: PreTrainedModel, input_names: Iterable[str] = INPUT_NA
         model: an SNN-BERT with any head, or a BERT, in evaluation mode and not event-driven.
         input_names: what the program takes, by position: `"input_ids"` first, and of `"attention_mask"` and
             `"token_type_ids"` those that are wanted. All are int64 and `[batch, seq_len]`, `[batch, choices, seq_len]`
-            for multiple choice.
+            for multiple choice, of at least two choices.
 
     Returns:
         The program. It returns a tuple of those of `OUTPUT_NAMES` that the model has, in that order. The length ends
@@ -294,7 +294,7 @@ def _exportable(
     module.eval()
     dimensions: dict[int, Any] = {0: torch.export.Dim("batch", min=1, max=MAX_BATCH_SIZE)}
     if is_choice:
-        dimensions[1] = torch.export.Dim("choices", min=1, max=MAX_BATCH_SIZE)
+        dimensions[1] = torch.export.Dim("choices", min=2, max=MAX_BATCH_SIZE)
     if neuron_type != "psn":
         longest = config.max_position_embeddings
         dimensions[inputs[0].dim() - 1] = torch.export.Dim("length", min=1, max=longest)

@@ -263,7 +263,8 @@ def spiking_attention(
     independent of the length. With `output_weights` the `[batch, heads, seq_len, seq_len]` weights `q k^T` are
     formed, at quadratic cost, and returned.
     """
-    tokens: float | torch.Tensor = float(key.shape[2])
+    # Not `float(length)`, which an exported graph would take for a constant.
+    tokens: int | torch.Tensor = key.shape[2]
     if token_mask is not None:
         tokens = token_mask.sum(-1).clamp(min=1).to(query.dtype)[:, None, None, None]
     if output_weights:
@@ -898,7 +899,7 @@ class SNNBertForMultipleChoice(SNNBertPreTrainedModel):
             for x in (input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         ]
         outputs = self.bert(*flat, return_dict=True, **kwargs)
-        logits = self.classifier(self.dropout(outputs.pooler_output)).view(-1, num_choices)
+        logits = self.classifier(self.dropout(outputs.pooler_output)).view(given.shape[0], num_choices)
         loss = None
         if labels is not None:
             check_labels(labels, logits.shape[:1], num_choices)
