@@ -6,12 +6,15 @@ in front of every matrix product: the module named `neuron` beside a `dense` is 
 """
 
 import math
+import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -31,6 +34,7 @@ from transformers.utils import TransformersKwargs, auto_docstring
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .checksums import CONFIG_NAME, check_checksums, check_finite, write_checksums
 from .configuration_snn_bert import SNNBertConfig
 from .packed_spikes import SpikingLinear, attention_on_spikes, keep_packed, packed_form
 from .sparsity import FiringRateRecorder, firing_rate_penalty
@@ -568,6 +572,43 @@ class SNNBertPreTrainedModel(PreTrainedModel):
             init.zeros_(module.query_offset)
         elif isinstance(module, SNNBertLMPredictionHead):
             init.zeros_(module.bias)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """`PreTrainedModel.from_pretrained`, and damaged weights are refused (see `checksums`).
+
+        Raises:
+            ValueError: if the weights are not those that were saved, or hold NaN or infinite values.
+        """
+        source = pretrained_model_name_or_path
+        is_folder = source is not None and os.path.isdir(source)
+        subfolder = kwargs.get("subfolder") or ""
+        if is_folder:
+            # First, so that there is one error for all kinds of damage.
+            check_checksums(Path(source, subfolder))
+        cache = {name: kwargs[name] for name in ("cache_dir", "revision") if kwargs.get(name) is not None}
+        loaded = super().from_pretrained(source, *model_args, **kwargs)
+        if source is not None and not is_folder:
+            # The files lie in the cache now, those of one revision in one folder.
+            config = try_to_load_from_cache(str(source), os.path.join(subfolder, CONFIG_NAME), **cache)
+            if isinstance(config, str):
+                check_checksums(Path(config).parent)
+        check_finite(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """`PreTrainedModel.save_pretrained`, and the weights are saved with their checksum (see `checksums`)."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        is_main_process = args[0] if args else kwargs.get("is_main_process", True)
+        if hasattr(self, "should_save_on_this_rank"):  # the lowest transformers that setup.py allows has no such method
+            is_main_process = self.should_save_on_this_rank(is_main_process)
+        if is_main_process:
+            write_checksums(save_directory)
+
+    def _upload_modified_files(self, working_dir, *args, **kwargs):
+        # `save_pretrained(push_to_hub=True)` uploads before it returns.
+        write_checksums(working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     def neuron_names(self) -> list[str]:
         """Names of the neuron layers, in the order of `firing_rates` and `spikes` in the outputs."""

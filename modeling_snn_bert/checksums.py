@@ -1,0 +1,165 @@
+"""Checksums of a checkpoint's weights, so that damage on a disk or on the way is an error and not another model.
+
+safetensors checks the layout of a file but not the weights in it: where a bit has flipped, another number is loaded.
+So `save_pretrained` writes a SHA-256 of each file of weights into the file's own metadata, where every other program
+ignores it, and those of the JSON files beside it; `from_pretrained` compares them. This finds accidents. It does not
+find malice, because who writes other weights can write other sums: only a pinned `revision` holds both in place.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+CONFIG_NAME = "config.json"
+# Names the file of each tensor where the weights are cut into several.
+INDEX_NAME = "model.safetensors.index.json"
+# Keys of the metadata of a file of weights: its own sum, and the sum of the sums of all files that were saved together.
+# Those of the JSON files are the first one, a colon and their names.
+SUM_KEY = "sha256"
+SHARDS_KEY = "sha256:shards"
+# The name of one of several files of weights.
+SHARD_NAME = re.compile(r"model-\d+-of-\d+\.safetensors")
+# A header holds the names and shapes of the tensors; the format allows no more.
+MAX_HEADER_BYTES = 100_000_000
+
+
+def weight_files(folder: str | Path) -> list[Path]:
+    """The files of weights of a model (not of an adapter) in `folder`."""
+    return sorted(Path(folder).glob("model*.safetensors"))
+
+
+def write_checksums(folder: str | Path) -> None:
+    """Put the sums into the files of weights in `folder` that have none yet. Each file is replaced whole."""
+    folder = Path(folder)
+    common = {f"{SUM_KEY}:{path.name}": _sha256_of_file(path) for path in _json_files(folder)}
+    sums: dict[Path, str] = {}
+    for path in weight_files(folder):
+        with open(path, "rb") as file:
+            header = _read_header(file)
+            metadata = header.setdefault("__metadata__", {})
+            if SUM_KEY not in metadata:
+                metadata.update(common)
+                sums[path] = _sha256_of_weights(header, file)
+    together = _sha256_of_sums(sums.values())
+    for path, own in sums.items():
+        temporary = path.with_name(f".{os.getpid()}.{path.name}")
+        try:
+            with open(path, "rb") as file, open(temporary, "wb") as copy:
+                header = _read_header(file)
+                header.setdefault("__metadata__", {}).update({**common, SUM_KEY: own, SHARDS_KEY: together})
+                text = json.dumps(header, separators=(",", ":")).encode()
+                # The tensors start at a multiple of 8 bytes.
+                text += b" " * (-len(text) % 8)
+                copy.write(len(text).to_bytes(8, "little") + text)
+                shutil.copyfileobj(file, copy, 1 << 20)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def check_checksums(folder: str | Path) -> bool:
+    """Compare the files of weights in `folder`, and its `config.json`, with the sums that were saved with them.
+
+    To edit a configuration after the weights were saved is usual, so a changed one only logs a warning.
+
+    Returns:
+        Whether there was a sum for every file of weights; another program's files have none and pass unchecked.
+
+    Raises:
+        ValueError: if a file of weights, or the index that names them, is not what was saved, or if weights that are
+            cut into several files come from different saves.
+    """
+    folder, all_have_sums = Path(folder), True
+    stated: dict[str, str] = {}
+    shards: dict[str, list[str]] = {}
+    for path in weight_files(folder):
+        with open(path, "rb") as file:
+            header = _read_header(file)
+            metadata = header.get("__metadata__", {})
+            if SUM_KEY not in metadata:
+                all_have_sums = False
+                continue
+            if _sha256_of_weights(header, file) != metadata[SUM_KEY]:
+                raise ValueError(
+                    f"{path} is damaged: its weights are not those that were saved, by the SHA-256 in its metadata. "
+                    "Fetch or save it again."
+                )
+        stated.update(metadata)
+        if SHARD_NAME.fullmatch(path.name):
+            shards.setdefault(metadata.get(SHARDS_KEY, ""), []).append(metadata[SUM_KEY])
+    if any(_sha256_of_sums(sums) != together for together, sums in shards.items()):
+        raise ValueError(f"the files of weights in {folder} do not belong together: they come from different saves")
+    for path in _json_files(folder):
+        if stated.get(f"{SUM_KEY}:{path.name}") in (None, _sha256_of_file(path)):
+            continue
+        if path.name == INDEX_NAME:
+            raise ValueError(f"{path} is damaged: it is not what was saved with the weights beside it")
+        logger.warning(
+            f"{path} has changed since the weights beside it were saved. If nobody has edited it, it is damaged."
+        )
+    return all_have_sums
+
+
+def check_finite(model: nn.Module) -> None:
+    """Refuse weights that are not numbers: a neuron whose threshold is NaN never fires, and says nothing about it.
+
+    Raises:
+        ValueError: if a parameter of `model` holds NaN or an infinite value.
+    """
+    broken = [
+        name
+        for name, parameter in model.named_parameters()
+        # Types of 8 bits belong to quantised models; torch has no such check for them.
+        if parameter.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+        and not parameter.is_meta
+        and not bool(parameter.isfinite().all())
+    ]
+    if broken:
+        more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+        raise ValueError(f"the weights hold NaN or infinite values in {', '.join(broken[:3])}{more}")
+
+
+def _read_header(file: BinaryIO) -> dict[str, Any]:
+    """The header of a safetensors file, which is read up to the end of it."""
+    length = int.from_bytes(file.read(8), "little")
+    try:
+        if length > MAX_HEADER_BYTES:
+            raise ValueError(f"its header would be {length} bytes long")
+        header = json.loads(file.read(length).decode("utf-8"))
+        if not isinstance(header, dict) or not isinstance(header.get("__metadata__", {}), dict):
+            raise ValueError("its header is not a dictionary")
+    except ValueError as error:
+        raise ValueError(f"{file.name} is damaged or no safetensors file: {error}") from error
+    return header
+
+
+def _sha256_of_weights(header: dict[str, Any], file: BinaryIO) -> str:
+    """The sum of the header but for the sums of files of weights, and of what is left of `file`: the tensors."""
+    metadata = {key: value for key, value in header["__metadata__"].items() if key not in (SUM_KEY, SHARDS_KEY)}
+    digest = hashlib.sha256(json.dumps({**header, "__metadata__": metadata}, sort_keys=True).encode())
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _sha256_of_sums(sums: Iterable[str]) -> str:
+    return hashlib.sha256("".join(sorted(sums)).encode()).hexdigest()
+
+
+def _json_files(folder: Path) -> list[Path]:
+    return [folder / name for name in (CONFIG_NAME, INDEX_NAME) if (folder / name).is_file()]
+
+
+def _sha256_of_file(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
