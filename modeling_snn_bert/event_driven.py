@@ -230,18 +230,20 @@ class EventDrivenProduct:
         self.dense_above = dense_above
         self.shared = shared
         self.dense_class = dense_class
-        self._made_for: tuple = ()
-        self._layouts: dict[str, Any] = {}
+        # What the parameters were, and the layouts that were made of them. Both change at once, for other threads.
+        self._layouts: tuple[tuple, dict[str, Any]] = (), {}
 
     def _layout(self, name: str, linear: nn.Linear, make: Callable[[torch.Tensor, torch.Tensor | None], Any]) -> Any:
         made_for = stamp(linear.weight, linear.bias)
-        if made_for != self._made_for:
-            self._layouts, self._made_for = {}, made_for
-        if name not in self._layouts:
+        known_for, layouts = self._layouts
+        if made_for != known_for:
+            layouts = {}
+            self._layouts = made_for, layouts
+        if name not in layouts:
             # Weights that are made in inference mode could not be used outside it.
             with torch.inference_mode(False), torch.no_grad():
-                self._layouts[name] = make(*round_weights(linear.weight, self.weight_dtype))
-        return self._layouts[name]
+                layouts[name] = make(*round_weights(linear.weight, self.weight_dtype))
+        return layouts[name]
 
     def blocked(self, linear: nn.Linear) -> BlockedWeights:
         """The weights for the compiled kernels."""
