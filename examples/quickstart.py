@@ -15,6 +15,7 @@ import csv
 import hashlib
 import json
 import math
+import shlex
 import subprocess
 import sys
 import time
@@ -43,6 +44,7 @@ from modeling_snn_bert.distillation import hidden_state_loss, logit_loss, parame
 from modeling_snn_bert.energy import energy_report
 from modeling_snn_bert.energy_plots import plot_firing_rates, plot_spikes
 from modeling_snn_bert.energy_tables import EnergyReport, markdown_table, operations_table, raster_panels
+from modeling_snn_bert.model_card import card_from_report
 
 HERE = Path(__file__).resolve().parent
 EXAMPLE_SENTENCES = [
@@ -137,6 +139,9 @@ def main() -> None:
         predictions = check_saved_model(snn_bert, tokenizer, args.output_dir)
     seconds["all"] = time.perf_counter() - started
     results = {
+        "command": shlex.join(["python", *sys.argv]),
+        "base_model": base_model(args),
+        "dataset": {"name": dataset_name(args), "split": "validation"},
         "accuracy": accuracies,
         "training_sentences": len(data["train"]),
         "validation_sentences": len(data["validation"]),
@@ -150,10 +155,27 @@ def main() -> None:
         "predictions": predictions,
     }
     (args.output_dir / "report.json").write_text(json.dumps(results, indent=2))
+    card_from_report(snn_bert.config, results).save(args.output_dir / "model" / "README.md")
     report = write_report(results, energy)
     (args.output_dir / "report.md").write_text(report)
     print(report)
     print(f"written to {args.output_dir}: report.md, report.json, firing_rates.png, spikes.png, model/")
+
+
+def base_model(args: argparse.Namespace) -> str | None:
+    """The Hub id of the BERT; `None` for a folder, whose BERT nobody else can look up."""
+    if args.model_name_or_path is None:
+        return "sentence-transformers/all-MiniLM-L6-v2"
+    return None if Path(args.model_name_or_path).exists() else args.model_name_or_path
+
+
+def dataset_name(args: argparse.Namespace) -> str:
+    """What a reader of the results should know the data by."""
+    if args.train_file:
+        return f"{Path(args.train_file).name}, {Path(args.validation_file).name}"
+    if args.dataset_name:
+        return " ".join(filter(None, (args.dataset_name, args.dataset_config_name)))
+    return "film reviews rated by Hutto and Gilbert (VADER, ICWSM 2014)"
 
 
 def load_data(args: argparse.Namespace) -> tuple[DatasetDict, list[str]]:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 from transformers import BertConfig, BertModel
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -74,18 +75,23 @@ def test_quickstart(tmp_path, bert, kind):
         assert (output / picture).read_bytes().startswith(b"\x89PNG")
     names = {path.name for path in (output / "model").iterdir()}
     assert {"config.json", "model.safetensors", "modeling_snn_bert.py", "spiking_neurons.py", "tokenizer.json"} <= names
+    card = ModelCard.load(output / "model" / "README.md")
+    (score,) = card.data.eval_results
+    assert score.metric_value == report["accuracy"]["SNN-BERT"] and score.dataset_name == report["dataset"]["name"]
+    assert card.data.base_model is None
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        pytest.param(["--train_file", "x.csv"], "must be given together", id="one-file"),
-        pytest.param(["--train_file", "x.txt", "--validation_file", "y.txt"], "must both be .csv", id="suffix"),
-        pytest.param(
-            ["--train_file", "x.csv", "--validation_file", "y.csv", "--dataset_name", "z"], "either", id="both"
-        ),
-    ],
-)
+BAD_ARGUMENTS = {
+    "one-file": (["--train_file", "x.csv"], "--train_file and --validation_file must be given together"),
+    "suffix": (["--train_file", "x.txt", "--validation_file", "y.txt"], "must both be .csv, .tsv, .json or .jsonl"),
+    "both": (
+        ["--train_file", "x.csv", "--validation_file", "y.csv", "--dataset_name", "z"],
+        "give either --dataset_name or --train_file and --validation_file",
+    ),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS)
 def test_quickstart_refuses(bert, arguments, message):
     result = run("quickstart.py", "--model_name_or_path", bert, *arguments, check=False)
     assert result.returncode and message in result.stderr
