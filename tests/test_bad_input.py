@@ -1,12 +1,16 @@
 """Bad input gives an error that names what is wrong; it never gives a wrong number or a crash."""
 
+import importlib.util
 import json
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from modeling_snn_bert import (
     BPSN,
@@ -339,72 +343,311 @@ def test_what_stands_at_masked_tokens_may_be_anything(make_config, name):
     torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-5, atol=1e-5)
 
 
+def change_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def cut(folder, name, size):
+    (folder / name).write_bytes((folder / name).read_bytes()[:size])
+
+
+def set_byte(folder, position):
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[position] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+
+
+def save_with_nan(folder):
+    model = SNNBertForSequenceClassification.from_pretrained(folder)
+    model.bert.encoder.layer[1].output.neuron.v_threshold.data[0] = torch.nan
+    model.save_pretrained(folder)
+
+
+# What is done to a good checkpoint, what `from_pretrained` is given besides, and the error.
+NO_JSON = "not a valid JSON"
+BAD_CHECKPOINTS = {
+    "no_weights": (lambda folder: (folder / "model.safetensors").unlink(), {}, OSError, "model.safetensors"),
+    "weights_empty": (
+        lambda folder: cut(folder, "model.safetensors", 0),
+        {},
+        ValueError,
+        "is damaged or no safetensors",
+    ),
+    "weights_of_4_bytes": (lambda folder: cut(folder, "model.safetensors", 4), {}, ValueError, "is damaged or no safe"),
+    "weights_cut_in_the_header": (
+        lambda folder: cut(folder, "model.safetensors", 100),
+        {},
+        ValueError,
+        "is damaged or",
+    ),
+    "weights_cut": (
+        lambda folder: cut(folder, "model.safetensors", 40_000),
+        {},
+        ValueError,
+        "is damaged: its weights are not those that were saved, by the SHA-256 in its metadata",
+    ),
+    "weights_with_a_flipped_bit": (
+        lambda folder: set_byte(folder, -1000),
+        {},
+        ValueError,
+        "is damaged: its weights are not those that were saved, by the SHA-256 in its metadata",
+    ),
+    "weights_header_with_a_flipped_bit": (lambda folder: set_byte(folder, 600), {}, ValueError, "is damaged"),
+    "weights_of_text": (
+        lambda folder: (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1"),
+        {},
+        ValueError,
+        "model.safetensors is damaged or no safetensors file",
+    ),
+    "weights_with_NaN": (
+        save_with_nan,
+        {},
+        ValueError,
+        "the weights hold NaN or infinite values in bert.encoder.layer.1.output.neuron.v_threshold",
+    ),
+    "weights_of_another_size": (lambda folder: change_config(folder, intermediate_size=64), {}, RuntimeError, "size"),
+    "weights_of_another_vocabulary": (lambda folder: change_config(folder, vocab_size=130), {}, RuntimeError, "size"),
+    "weights_of_fewer_labels": (lambda folder: None, {"num_labels": 5}, RuntimeError, "size"),
+    "config_cut": (lambda folder: cut(folder, "config.json", 50), {}, OSError, NO_JSON),
+    "config_empty": (lambda folder: cut(folder, "config.json", 0), {}, OSError, NO_JSON),
+    "config_with_a_wrong_type": (
+        lambda folder: change_config(folder, reset_iterations="one"),
+        {},
+        StrictDataclassError,
+        "Field 'reset_iterations' expected int, got str (value: 'one')",
+    ),
+    "config_with_an_impossible_setting": (
+        lambda folder: change_config(folder, num_timesteps=4),
+        {},
+        StrictDataclassError,
+        "`num_timesteps` must be 1",
+    ),
+    "attention_that_does_not_exist": (
+        lambda folder: None,
+        {"attn_implementation": "no_such_attention"},
+        ValueError,
+        "no_such_attention",
+    ),
+    "a_pickle_only": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
+        {"use_safetensors": True},
+        OSError,
+        "model.safetensors",
+    ),
+}
+
+
+@pytest.fixture
+def checkpoint(make_config, tmp_path):
+    SNNBertForSequenceClassification(make_config(num_labels=3)).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize(("change", "settings", "error", "message"), BAD_CHECKPOINTS.values(), ids=BAD_CHECKPOINTS)
+def test_bad_checkpoints(checkpoint, change, settings, error, message):
+    change(checkpoint)
+    with pytest.raises(error, match=re.escape(message)):
+        SNNBertForSequenceClassification.from_pretrained(checkpoint, **settings)
+
+
 class TestCheckpointFiles:
-    @pytest.fixture
-    def folder(self, make_config, tmp_path):
-        SNNBertForSequenceClassification(make_config(num_labels=3)).save_pretrained(tmp_path)
-        return tmp_path
-
-    def change_config(self, folder, **changes):
-        path = folder / "config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-    def load(self, folder, **kwargs):
-        return SNNBertForSequenceClassification.from_pretrained(folder, **kwargs)
-
     def test_no_such_folder(self, tmp_path):
         with pytest.raises(OSError, match="no_such_folder"):
-            self.load(tmp_path / "no_such_folder")
+            SNNBertForSequenceClassification.from_pretrained(tmp_path / "no_such_folder")
 
-    def test_weights_missing(self, folder):
-        (folder / "model.safetensors").unlink()
-        with pytest.raises(OSError, match=r"model\.safetensors"):
-            self.load(folder)
-
-    @pytest.mark.parametrize("size", [0, 4, 100, 20_000])
-    def test_weights_truncated(self, folder, size):
-        weights = folder / "model.safetensors"
-        weights.write_bytes(weights.read_bytes()[:size])
-        with pytest.raises(Exception, match=r"(?i)header|safetensors|invalid|incomplete|small"):
-            self.load(folder)
-
-    def test_config_missing(self, folder):
-        (folder / "config.json").unlink()
+    def test_config_missing(self, checkpoint):
+        (checkpoint / "config.json").unlink()
         with pytest.raises((OSError, ValueError), match=r"config\.json"):
-            AutoModelForSequenceClassification.from_pretrained(folder)
+            AutoModelForSequenceClassification.from_pretrained(checkpoint)
 
-    def test_config_truncated(self, folder):
-        path = folder / "config.json"
-        path.write_text(path.read_text()[:50])
-        with pytest.raises(OSError, match=r"not a valid JSON"):
-            self.load(folder)
+    def test_another_number_of_labels_on_purpose(self, checkpoint):
+        settings = {"num_labels": 5, "ignore_mismatched_sizes": True}
+        loaded = SNNBertForSequenceClassification.from_pretrained(checkpoint, **settings)
+        assert loaded.classifier.out_features == 5
 
-    def test_config_with_a_wrong_type(self, folder):
-        self.change_config(folder, reset_iterations="one")
-        with pytest.raises(StrictDataclassError, match="reset_iterations"):
-            self.load(folder)
-
-    def test_config_with_an_impossible_setting(self, folder):
-        self.change_config(folder, num_timesteps=4)
-        with pytest.raises((ValueError, StrictDataclassError), match="`num_timesteps` must be 1"):
-            self.load(folder)
-
-    def test_weights_of_another_size(self, folder):
-        self.change_config(folder, intermediate_size=64)
-        with pytest.raises(RuntimeError, match=r"size|mismatch"):
-            self.load(folder)
-
-    def test_another_number_of_labels(self, folder):
-        with pytest.raises(RuntimeError, match=r"size|mismatch"):
-            self.load(folder, num_labels=5)
-        assert self.load(folder, num_labels=5, ignore_mismatched_sizes=True).classifier.out_features == 5
-
-    def test_weights_of_another_neuron_are_reported(self, folder):
-        self.change_config(folder, neuron_type="lif")
-        _, info = self.load(folder, output_loading_info=True)
+    def test_weights_of_another_neuron_are_reported(self, checkpoint):
+        change_config(checkpoint, neuron_type="lif")
+        _, info = SNNBertForSequenceClassification.from_pretrained(checkpoint, output_loading_info=True)
         assert any(name.endswith("decay_logit") for name in info["missing_keys"])
         assert any(name.endswith("decay_forward_logit") for name in info["unexpected_keys"])
 
-    def test_unknown_attention(self, folder):
-        with pytest.raises(ValueError, match="no_such_attention"):
-            self.load(folder, attn_implementation="no_such_attention")
+
+def trained_tokenizer(folder):
+    """A tokenizer of more tokens than the model of `checkpoint` has embeddings."""
+    words = [" ".join(f"{a}{b}{c}" for c in "abcdefghij") for a in "klmnopq" for b in "rstuvwxyz"]
+    return AutoTokenizer.from_pretrained(folder).train_new_from_iterator(words, 400)
+
+
+# What is done to the folder of a model that could be sent, the options, the exit code, and what the script says.
+BAD_PUSHES = {
+    "no_repository": (lambda folder: None, [], 2, "--repo_id is required, except with --dry_run"),
+    "a_licence_without_a_card": (
+        lambda folder: None,
+        ["--dry_run", "--license", "mit"],
+        2,
+        "--license goes into the card that --report writes",
+    ),
+    "an_empty_message": (
+        lambda folder: None,
+        ["--dry_run", "--commit_message", " "],
+        2,
+        "--commit_message must not be empty",
+    ),
+    "no_folder": (shutil.rmtree, ["--dry_run"], 1, "must be a folder that save_pretrained wrote"),
+    "a_report_that_is_missing": (
+        lambda folder: None,
+        ["--dry_run", "--report", "no_such_report.json"],
+        1,
+        "No such file or directory: 'no_such_report.json'",
+    ),
+    "a_report_of_something_else": (
+        lambda folder: (folder.parent / "report.json").write_text('{"loss": 1}'),
+        ["--dry_run", "--report", "report.json"],
+        1,
+        "`report` must be the report.json of examples/quickstart.py or of",
+    ),
+    "a_report_that_is_no_JSON": (
+        lambda folder: (folder.parent / "report.json").write_text("{"),
+        ["--dry_run", "--report", "report.json"],
+        1,
+        "--report report.json is not JSON",
+    ),
+    "no_config": (lambda folder: (folder / "config.json").unlink(), ["--dry_run"], 1, "config.json"),
+    "another_kind_of_model": (
+        lambda folder: change_config(folder, model_type="bert"),
+        ["--dry_run"],
+        1,
+        "config.json must be an SNN-BERT's, with the model_type 'snn_bert'",
+    ),
+    "another_class": (
+        lambda folder: change_config(folder, architectures=["BertModel"]),
+        ["--dry_run"],
+        1,
+        "must name one of SNN-BERT's classes in `architectures`, got 'BertModel'",
+    ),
+    "an_incomplete_auto_map": (
+        lambda folder: change_config(folder, auto_map={"AutoModel": "modeling_snn_bert.SNNBertModel"}),
+        ["--dry_run"],
+        1,
+        "`auto_map` in config.json lacks AutoConfig",
+    ),
+    "no_safetensors": (
+        lambda folder: (folder / "model.safetensors").unlink(),
+        ["--dry_run"],
+        1,
+        "there is no model.safetensors: weights are sent as safetensors only",
+    ),
+    "damaged_weights": (lambda folder: set_byte(folder, -1000), ["--dry_run"], 1, "is damaged"),
+    "weights_with_NaN": (save_with_nan, ["--dry_run"], 1, "the weights hold NaN or infinite values"),
+    "weights_of_another_neuron": (
+        lambda folder: change_config(folder, neuron_type="lif"),
+        ["--dry_run"],
+        1,
+        "parameters are not in the weights: bert.encoder.layer.0.attention.output.neuron.decay_logit",
+    ),
+    "a_pickle": (
+        lambda folder: (folder / "pytorch_model.bin").write_bytes(b""),
+        ["--dry_run"],
+        1,
+        "pytorch_model.bin is or may be a pickle, which can run code where it is opened: delete it",
+    ),
+    "a_pickle_in_a_subfolder": (
+        lambda folder: (folder / "more").mkdir() or (folder / "more" / "x.PKL").write_bytes(b""),
+        ["--dry_run"],
+        1,
+        "more/x.PKL is or may be a pickle",
+    ),
+    "a_link_out_of_the_folder": (
+        lambda folder: (folder / "notes.txt").symlink_to("/etc/hostname"),
+        ["--dry_run"],
+        1,
+        "notes.txt is a link to a file outside the folder",
+    ),
+    "no_tokenizer": (
+        lambda folder: (folder / "tokenizer.json").unlink(),
+        ["--dry_run"],
+        1,
+        "there is no tokenizer: `tokenizer.save_pretrained(folder)` puts it beside the model",
+    ),
+    "a_tokenizer_of_more_tokens": (
+        lambda folder: trained_tokenizer(folder).save_pretrained(folder),
+        ["--dry_run"],
+        1,
+        "tokens, but the model only 120 embeddings",
+    ),
+    "a_module_missing": (
+        lambda folder: (folder / "surrogate_gradients.py").unlink(),
+        ["--dry_run"],
+        1,
+        "the code lacks surrogate_gradients.py: save the model again",
+    ),
+    "no_code": (
+        lambda folder: (folder / "modeling_snn_bert.py").unlink(),
+        ["--dry_run"],
+        1,
+        "the code lacks modeling_snn_bert.py: save the model again",
+    ),
+    "no_card": (
+        lambda folder: (folder / "README.md").unlink(),
+        ["--dry_run"],
+        1,
+        "there is no model card (README.md): --report writes one",
+    ),
+    "a_card_without_metadata": (
+        lambda folder: (folder / "README.md").write_text("# A model"),
+        ["--dry_run"],
+        1,
+        "README.md has no metadata between lines of ---",
+    ),
+    "a_card_to_be_filled_in": (
+        lambda folder: (folder / "README.md").write_text("---\nlicense: mit\n---\nTO BE FILLED IN"),
+        ["--dry_run"],
+        1,
+        "README.md still says TO BE FILLED IN",
+    ),
+    "an_adapter": (
+        lambda folder: (folder / "adapter_config.json").write_text("{}"),
+        ["--dry_run"],
+        1,
+        "this is a PEFT adapter, not a model",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def push_to_hub():
+    """The module examples/push_to_hub.py."""
+    path = Path(__file__).resolve().parents[1] / "examples" / "push_to_hub.py"
+    spec = importlib.util.spec_from_file_location("push_to_hub", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def ready(checkpoint, tokenizer):
+    """A folder that could be sent."""
+    tokenizer.save_pretrained(checkpoint)
+    card_data = ModelCardData(library_name="transformers", license="apache-2.0")
+    ModelCard.from_template(card_data, template_str="---\n{{ card_data }}\n---\n# A model\n").save(
+        checkpoint / "README.md"
+    )
+    return checkpoint
+
+
+def test_a_folder_that_could_be_sent(ready, push_to_hub, capsys):
+    assert push_to_hub.main(["--model_name_or_path", str(ready), "--dry_run"]) == 0
+    assert "nothing was sent (--dry_run)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("change", "options", "code", "message"), BAD_PUSHES.values(), ids=BAD_PUSHES)
+def test_bad_pushes(ready, push_to_hub, capsys, monkeypatch, change, options, code, message):
+    change(ready)
+    monkeypatch.chdir(ready.parent)
+    try:
+        returned = push_to_hub.main(["--model_name_or_path", str(ready), *options])
+    except SystemExit as stop:
+        returned = stop.code
+    assert returned == code
+    assert message in capsys.readouterr().err

@@ -1,0 +1,87 @@
+"""docs/errors.md, made of the tables that the tests run: `python tests/errors_page.py` writes it again."""
+
+import os
+import sys
+from pathlib import Path
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "errors.md"
+INTRODUCTION = """\
+# What is refused, and how
+
+Bad input gets an error that names the argument, what was given and what is wanted, before work is lost. Each row below
+is a test: the input is given, and the error must be of this kind and say this (`...` stands for what is left out here).
+`tests/errors_page.py` writes this page from the tables of the tests; a test compares the two.
+
+Shapes and types are checked everywhere, values on the CPU only: on a GPU a look at them would stall it. What damage to
+a checkpoint is seen, and what is not, is in [SECURITY.md](../SECURITY.md).
+"""
+
+
+def rows():
+    """The sections of the page: their titles, and rows of what is given, the errors and what they say."""
+    import test_bad_input as bad
+    import test_configuration_snn_bert as configuration
+    import test_energy as energy
+    import test_examples as examples
+    from huggingface_hub.errors import StrictDataclassError
+
+    sections = {
+        "Configuration: settings that are impossible": [
+            (code(settings), StrictDataclassError, message) for settings, message in configuration.IMPOSSIBLE.values()
+        ],
+        "Configuration: wrong types": [
+            (code({name: value}), StrictDataclassError, f"... '{name}' ...")
+            for name, value in configuration.WRONG_TYPES.items()
+        ],
+        "Inputs of a model": [(words(name), *case[-2:]) for name, case in bad.BAD_INPUTS.items()],
+        "Labels": [(f"{words(name)} ({case[0].__name__})", *case[-2:]) for name, case in bad.BAD_LABELS.items()],
+        "Sequences of another length than a PSN takes": [
+            (f"{length} tokens", ValueError, message) for length, message in bad.BAD_LENGTHS.values()
+        ],
+        "Input currents of a neuron": [(words(name), *case[-2:]) for name, case in bad.BAD_CURRENTS.items()],
+        "Arguments of a neuron": [(words(name), ValueError, case[-1]) for name, case in bad.BAD_NEURONS.items()],
+        "Checkpoints: `from_pretrained`": [(words(name), *case[-2:]) for name, case in bad.BAD_CHECKPOINTS.items()],
+        "Files of texts: `python -m modeling_snn_bert.energy --data_file`": [
+            (f"`{name}` with `{content!r}`", ValueError, message)
+            for name, (content, message) in energy.BAD_FILES.items()
+        ],
+        "Command line: `python -m modeling_snn_bert.energy`": [
+            (code(change), "exit code 2", message) for change, message in energy.BAD_OPTIONS
+        ],
+        "Command line: `examples/quickstart.py`": [
+            (f"`{' '.join(arguments)}`", "exit code not 0", message)
+            for arguments, message in examples.BAD_ARGUMENTS.values()
+        ],
+        "Command line: `examples/push_to_hub.py`": [
+            (words(name), f"exit code {case[-2]}", case[-1]) for name, case in bad.BAD_PUSHES.items()
+        ],
+    }
+    return {title: [(given, name_of(error), message) for given, error, message in r] for title, r in sections.items()}
+
+
+def words(name):
+    return name.replace("_", " ")
+
+
+def code(settings):
+    return "`" + ", ".join(f"{name}={value!r}" for name, value in settings.items()) + "`"
+
+
+def name_of(error):
+    return error if isinstance(error, str) else error.__name__
+
+
+def page():
+    """The text of docs/errors.md."""
+    lines = INTRODUCTION.splitlines()
+    for title, section in rows().items():
+        lines += ["", f"## {title}", "", "| given | error | it says |", "|---|---|---|"]
+        lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in section]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))
+    temporary = PAGE.with_name(f".{os.getpid()}.{PAGE.name}")
+    temporary.write_text(page(), encoding="utf-8")
+    os.replace(temporary, PAGE)

@@ -1,0 +1,15 @@
+"""docs/errors.md lists what the tests of bad input run, all of it and nothing else."""
+
+import errors_page
+
+
+def test_page_is_that_of_the_tables():
+    message = "run `python tests/errors_page.py`"
+    assert errors_page.PAGE.read_text(encoding="utf-8") == errors_page.page(), message
+
+
+def test_table_is_long_and_says_something_in_each_row():
+    rows = [row for section in errors_page.rows().values() for row in section]
+    assert len(rows) >= 60
+    assert all(given.strip("` ") and error and message for given, error, message in rows)
+    assert len({(given, error, message) for given, error, message in rows}) == len(rows)
