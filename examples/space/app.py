@@ -11,6 +11,7 @@ import functools
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 # Before gradio is imported: it would report home otherwise.
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -112,7 +113,7 @@ def build(default: str) -> gr.Blocks:
             )  # fmt: skip
         with gr.Accordion("The figures, and what is counted", open=False):
             table = gr.Markdown()
-        request = {
+        request: dict[str, Any] = {
             "fn": analyse,
             "inputs": [sentence, checkpoint, shown],
             "outputs": [label, summary, shown, raster, rates, energies, table],
@@ -265,7 +266,7 @@ def main() -> None:
         except (OSError, RuntimeError, ValueError, SafetensorError, StrictDataclassError) as error:
             parser.error(str(error))
     # No fonts from elsewhere: the page must not tell another server who looks at it.
-    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    fonts: dict[str, Any] = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     build(args.model_name_or_path).launch(
         server_port=args.server_port, theme=gr.themes.Soft(**fonts), css=CSS, ssr_mode=False, show_error=True
     )
