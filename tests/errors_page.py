@@ -20,6 +20,7 @@ a checkpoint is seen, and what is not, is in [SECURITY.md](../SECURITY.md).
 def rows():
     """The sections of the page: their titles, and rows of what is given, the errors and what they say."""
     import test_bad_input as bad
+    import test_cli as cli
     import test_configuration_snn_bert as configuration
     import test_energy as energy
     import test_examples as examples
@@ -41,12 +42,13 @@ def rows():
         "Input currents of a neuron": [(words(name), *case[-2:]) for name, case in bad.BAD_CURRENTS.items()],
         "Arguments of a neuron": [(words(name), ValueError, case[-1]) for name, case in bad.BAD_NEURONS.items()],
         "Checkpoints: `from_pretrained`": [(words(name), *case[-2:]) for name, case in bad.BAD_CHECKPOINTS.items()],
-        "Files of texts: `python -m modeling_snn_bert.energy --data_file`": [
+        "Files of texts: `snn-bert energy`": [
             (f"`{name}` with `{content!r}`", ValueError, message)
             for name, (content, message) in energy.BAD_FILES.items()
         ],
-        "Command line: `python -m modeling_snn_bert.energy`": [
-            (code(change), "exit code 2", message) for change, message in energy.BAD_OPTIONS
+        "Command line: `snn-bert`": [
+            (f"`{' '.join(arguments)}`", f"exit code {exit_code}", message)
+            for exit_code, arguments, message in cli.BAD_COMMANDS.values()
         ],
         "Command line: `examples/quickstart.py`": [
             (f"`{' '.join(arguments)}`", "exit code not 0", message)
