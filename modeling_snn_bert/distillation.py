@@ -34,8 +34,7 @@ def hidden_state_loss(
         )
     losses = []
     for student, teacher in zip(student_states[1:], teacher_states[1:], strict=True):
-        if student.shape[0] != teacher.shape[0] and student.shape[0] % teacher.shape[0] == 0:
-            student = student.unflatten(0, (-1, teacher.shape[0])).mean(0)
+        student = _average_timesteps(student, teacher)
         if student.shape != teacher.shape:
             raise ValueError(
                 f"student and teacher states must agree in shape, got {list(student.shape)} and {list(teacher.shape)}"
@@ -46,6 +45,56 @@ def hidden_state_loss(
         student, teacher = student.float().flatten(0, -2), teacher.float().flatten(0, -2)
         variance = (teacher - teacher.mean(0)).square().mean()
         losses.append((student - teacher).square().mean() / variance.clamp(min=1e-6))
+    return torch.stack(losses).mean()
+
+
+def _average_timesteps(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """`student`, `[num_timesteps * batch, ...]` with repeat coding, averaged to the teacher's `[batch, ...]`."""
+    if student.shape[0] != teacher.shape[0] and student.shape[0] % teacher.shape[0] == 0:
+        student = student.unflatten(0, (-1, teacher.shape[0])).mean(0)
+    return student
+
+
+def attention_loss(
+    student_attentions: Sequence[torch.Tensor],
+    teacher_attentions: Sequence[torch.Tensor],
+    attention_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Kullback-Leibler divergence of the student's attention weights from the teacher's, per valid query and head.
+
+    Args:
+        student_attentions, teacher_attentions: one `[batch, heads, seq_len, seq_len]` tensor per layer, as from
+            `output_attentions=True` with `attn_implementation="eager"`; each row sums to 1. With repeat coding the
+            student's, `[num_timesteps * batch, ...]`, are averaged over the time-steps first.
+        attention_mask (`[batch, seq_len]`): 1 at valid tokens, 0 at padding.
+
+    Returns:
+        A scalar in nats, the mean over layers.
+
+    Raises:
+        ValueError: if the two have different numbers of layers or shapes, or hold no weights at all.
+    """
+    if not student_attentions or len(student_attentions) != len(teacher_attentions or ()):
+        raise ValueError(
+            "student and teacher must have as many attention weights, at least one layer's, got "
+            f"{len(student_attentions or ())} and {len(teacher_attentions or ())}: load both with "
+            "`attn_implementation='eager'`"
+        )
+    losses = []
+    for student, teacher in zip(student_attentions, teacher_attentions, strict=True):
+        student = _average_timesteps(student, teacher)
+        if student.shape != teacher.shape:
+            raise ValueError(
+                f"student and teacher attentions must agree in shape, got {list(student.shape)} and "
+                f"{list(teacher.shape)}"
+            )
+        student, teacher = student.float().transpose(1, 2), teacher.float().transpose(1, 2)
+        if attention_mask is not None:
+            valid = attention_mask != 0
+            student, teacher = student[valid], teacher[valid]
+        # Weights of 0, at padding, are the teacher's as well and must not become -inf times 0.
+        logarithm = student.clamp(min=1e-9).log()
+        losses.append((torch.xlogy(teacher, teacher) - teacher * logarithm).sum(-1).mean())
     return torch.stack(losses).mean()
 
 

@@ -1,0 +1,200 @@
+"""Distil a BERT into an SNN-BERT on unlabelled text.
+
+    python examples/distill_bert.py --train_file reviews.txt news.txt.xz --output_dir outputs/distilled
+    accelerate launch examples/distill_bert.py --dataset_name wikimedia/wikipedia ...
+
+The BERT (`--model_name_or_path`, by default all-MiniLM-L6-v2 from the Python package index) is converted by calibration
+on the first blocks of text and then taught the BERT's hidden states. Writes a Hub-ready folder with tokenizer, and
+distillation_results.json, to `--output_dir`: `SNNBertFor....from_pretrained` and the other scripts start from there.
+"""
+
+import argparse
+import json
+import time
+
+import torch
+from accelerate.utils import set_seed
+from accelerate_loop import (
+    TrainingLoop,
+    add_loop_arguments,
+    check_loop_arguments,
+    environment,
+    flags_of,
+    make_accelerator,
+    write_json,
+)
+from fetch_inputs import minilm_folder
+from text_blocks import TextBlocks, add_text_arguments, check_text_arguments, token_file
+from transformers import AutoConfig, AutoTokenizer, BertModel, PreTrainedModel
+
+from modeling_snn_bert import SNNBertConfig, SNNBertModel
+from modeling_snn_bert.conversion import convert_bert
+from modeling_snn_bert.distillation import attention_loss, hidden_state_loss
+
+RESULTS_FILE = "distillation_results.json"
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name_or_path", help="the BERT: folder or Hub id (default: all-MiniLM-L6-v2)")
+    parser.add_argument("--student_name_or_path", help="an SNN-BERT to go on from, in place of a calibrated one")
+    parser.add_argument("--firing_rate", type=float, default=0.2, help="firing rate at calibration (default: 0.2)")
+    parser.add_argument("--calibration_tokens", type=int, default=10_000, help="default: 10,000")
+    parser.add_argument("--attention_weight", type=float, default=0.0, help="weight of the loss on attention maps")
+    parser.add_argument("--freeze_embeddings", action="store_true", help="keep the BERT's embeddings as they are")
+    parser.add_argument(
+        "--config_overrides",
+        type=json.loads,
+        default={},
+        help='settings as JSON, such as \'{"spike_type": "ternary"}\'',
+    )
+    add_text_arguments(parser)
+    add_loop_arguments(parser, learning_rate=5e-4, max_train_steps=1000)
+    args = parser.parse_args()
+    check_text_arguments(parser, args)
+    check_loop_arguments(parser, args)
+    if not 0 < args.firing_rate < 1:
+        parser.error(f"--firing_rate must lie in (0, 1), got {args.firing_rate}")
+    if args.attention_weight < 0:
+        parser.error(f"--attention_weight must be >= 0, got {args.attention_weight}")
+    if args.calibration_tokens < 1:
+        parser.error(f"--calibration_tokens must be >= 1, got {args.calibration_tokens}")
+    if args.student_name_or_path and args.config_overrides:
+        parser.error("--config_overrides is for a new student, not for --student_name_or_path")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    accelerator = make_accelerator(args)
+    set_seed(args.seed)
+    teacher_path = args.model_name_or_path or str(minilm_folder())
+    tokenizer = AutoTokenizer.from_pretrained(teacher_path)
+    teacher = load_teacher(args, teacher_path)
+    with accelerator.main_process_first():
+        tokens = token_file(args, tokenizer, args.output_dir)
+    blocks = TextBlocks(
+        tokens,
+        tokenizer,
+        args.max_seq_length,
+        validation_blocks=args.validation_blocks,
+        pair_probability=args.pair_probability,
+        seed=args.seed,
+    )
+    teacher.to(accelerator.device)
+    started = time.perf_counter()
+    student = make_student(args, teacher, blocks)
+    calibration_seconds = time.perf_counter() - started
+    check_match(student.config, teacher)
+    if args.freeze_embeddings:
+        student.embeddings.requires_grad_(False)
+    # Dropout off in both: the student is to hit the teacher's states, and noise in either only blurs them.
+    student.eval()
+
+    def states_of(model: torch.nn.Module, batch: dict) -> tuple:
+        outputs = model(**batch, output_hidden_states=True, output_attentions=args.attention_weight > 0)
+        return outputs.hidden_states, outputs.attentions
+
+    def loss_of(model: torch.nn.Module, batch: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        with torch.no_grad():
+            wanted, wanted_attentions = states_of(teacher, batch)
+        states, attentions = states_of(model, batch)
+        loss = hidden_state_loss(states, wanted)
+        figures = {"hidden_state_loss": loss}
+        if args.attention_weight:
+            figures["attention_loss"] = attention_loss(attentions, wanted_attentions)
+            loss = loss + args.attention_weight * figures["attention_loss"]
+        return loss, figures
+
+    def evaluate(model: torch.nn.Module) -> dict[str, float]:
+        return evaluate_states(accelerator, model, teacher, blocks, args.per_device_eval_batch_size)
+
+    loop = TrainingLoop(accelerator, student, args, loss_of, evaluate, "distill_bert")
+    if not loop.log:
+        accelerator.print("after calibration:", loop.evaluate_now())
+    batch_size, part, parts = args.per_device_train_batch_size, accelerator.process_index, accelerator.num_processes
+    loop.run(lambda number: blocks.batch(number, batch_size, part, parts), "distil")
+    student = loop.finish()
+    if not accelerator.is_main_process:
+        return
+    student.embeddings.requires_grad_(True)
+    student.save_pretrained(args.output_dir)
+    tokenizer.save_pretrained(args.output_dir)
+    results = {
+        "teacher": teacher_path,
+        "parameters": student.num_parameters(),
+        "text_tokens": int(blocks.blocks.size),
+        "training_tokens": loop.tokens,
+        "steps": loop.step,
+        "evaluation": {k: v for k, v in loop.log[-1].items() if k.startswith("eval_")},
+        "seconds": {"calibration": round(calibration_seconds, 1), "training": round(loop.seconds, 1)},
+        "arguments": flags_of(args),
+        "environment": environment(accelerator.device),
+        "log": loop.log,
+    }
+    write_json(args.output_dir / RESULTS_FILE, results)
+    print(f"written to {args.output_dir}: model, tokenizer, {RESULTS_FILE}")
+    if args.push_to_hub:
+        repository = args.hub_model_id or args.output_dir.resolve().name
+        student.push_to_hub(repository, token=args.hub_token)
+        tokenizer.push_to_hub(repository, token=args.hub_token)
+
+
+def load_teacher(args: argparse.Namespace, path: str) -> BertModel:
+    """The BERT, frozen; anything else ends the program with a message."""
+    config = AutoConfig.from_pretrained(path)
+    if config.model_type != "bert":
+        raise SystemExit(f"--model_name_or_path must be a BERT, {path} is of the type {config.model_type!r}")
+    if args.max_seq_length > config.max_position_embeddings:
+        raise SystemExit(
+            f"--max_seq_length must be at most {config.max_position_embeddings}, the positions that {path} has; "
+            f"got {args.max_seq_length}"
+        )
+    # Only the eager attention can return its weights.
+    attention = "eager" if args.attention_weight else "sdpa"
+    return BertModel.from_pretrained(path, attn_implementation=attention).eval().requires_grad_(False)
+
+
+def make_student(args: argparse.Namespace, teacher: BertModel, blocks: TextBlocks) -> PreTrainedModel:
+    """The SNN-BERT that training starts from; a checkpoint to resume from brings the weights later."""
+    if args.student_name_or_path:
+        attention = teacher.config._attn_implementation
+        return SNNBertModel.from_pretrained(args.student_name_or_path, attn_implementation=attention).to(teacher.device)
+    batch_size = max(1, 1024 // args.max_seq_length)
+    # The same batches on every process, so all of them start from one student.
+    count = max(1, args.calibration_tokens // (batch_size * args.max_seq_length))
+    if args.resume_from_checkpoint is not None:
+        count = 1
+    batches = [blocks.batch(number, batch_size) for number in range(count)]
+    return convert_bert(teacher, batches, args.firing_rate, **args.config_overrides)
+
+
+def check_match(config: SNNBertConfig, teacher: BertModel) -> None:
+    """End the program unless student and teacher have hidden states of the same number and width."""
+    for name in ("hidden_size", "num_hidden_layers", "vocab_size"):
+        if getattr(config, name) != getattr(teacher.config, name):
+            raise SystemExit(
+                f"the student must have the {name} of its BERT, {getattr(teacher.config, name)}; "
+                f"it has {getattr(config, name)}"
+            )
+
+
+def evaluate_states(
+    accelerator, model: torch.nn.Module, teacher: BertModel, blocks: TextBlocks, batch_size: int
+) -> dict[str, float]:
+    """Loss on the held-out blocks, over all layers and of the last one, and the mean firing rate."""
+    totals = torch.zeros(4, device=accelerator.device)
+    for batch in blocks.validation(batch_size, accelerator.process_index, accelerator.num_processes):
+        batch = {name: x.to(accelerator.device) for name, x in batch.items()}
+        wanted = teacher(**batch, output_hidden_states=True).hidden_states
+        outputs = model(**batch, output_hidden_states=True, output_firing_rates=True)
+        states, rows = outputs.hidden_states, len(batch["input_ids"])
+        rate = torch.stack([rate.mean() for rate in outputs.firing_rates]).mean()
+        figures = [hidden_state_loss(states, wanted), hidden_state_loss(states[-2:], wanted[-2:]), rate]
+        totals += rows * torch.stack([*figures, torch.ones_like(rate)])
+    loss, last_layer_loss, rate, rows = accelerator.reduce(totals, reduction="sum").tolist()
+    return {"loss": loss / rows, "last_layer_loss": last_layer_loss / rows, "firing_rate": rate / rows}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,347 @@
+"""What the two GLUE scripts share: their flags, the model that is fine-tuned, its teacher, and what is written."""
+
+import dataclasses
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from datasets import Dataset, DatasetDict
+from glue_tasks import METRICS_FROM, Task, load_task
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BertForSequenceClassification,
+    DataCollatorWithPadding,
+    HfArgumentParser,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.hf_argparser import HfArg
+
+from modeling_snn_bert import SNNBertConfig, SNNBertForSequenceClassification
+from modeling_snn_bert.conversion import convert_bert
+from modeling_snn_bert.distillation import hidden_state_loss, logit_loss
+from modeling_snn_bert.energy import energy_report
+
+SETTINGS = "neuron_type coding num_timesteps psn_length spike_type attention_type".split()
+CALIBRATION_TOKENS = 10_000
+
+
+@dataclasses.dataclass
+class ModelArguments:
+    """The model, and the teacher if there is one."""
+
+    model_name_or_path: str = dataclasses.field(metadata={"help": "an SNN-BERT or a BERT: folder or Hub id"})
+    tokenizer_name: str | None = dataclasses.field(default=None, metadata={"help": "default: the model's"})
+    revision: str = dataclasses.field(default="main", metadata={"help": "revision of the model on the Hub"})
+    convert: bool = dataclasses.field(
+        default=False, metadata={"help": "convert the BERT to an SNN-BERT by calibration on the training sentences"}
+    )
+    firing_rate: float = dataclasses.field(default=0.2, metadata={"help": "firing rate at calibration"})
+    neuron_type: Literal["bpsn", "lif", "psn"] | None = None
+    coding: Literal["individual", "repeat"] | None = None
+    num_timesteps: int | None = dataclasses.field(default=None, metadata={"help": "of --coding repeat"})
+    psn_length: int | None = dataclasses.field(default=None, metadata={"help": "of --neuron_type psn"})
+    spike_type: Literal["binary", "ternary"] | None = None
+    attention_type: Literal["softmax", "spiking"] | None = None
+    config_overrides: str | None = dataclasses.field(
+        default=None, metadata={"help": "further settings of SNNBertConfig: decay=0.1,reset_iterations=0"}
+    )
+    teacher_name_or_path: str | None = dataclasses.field(
+        default=None, metadata={"help": "a BERT fine-tuned on the task, whose logits are taught beside the labels"}
+    )
+    logit_weight: float = dataclasses.field(default=0.5, metadata={"help": "share of the teacher's logits in the loss"})
+    hidden_weight: float = dataclasses.field(
+        default=0.0, metadata={"help": "weight of the loss on the teacher's hidden states, added to the others"}
+    )
+    temperature: float = dataclasses.field(default=2.0, metadata={"help": "temperature of the logits' loss"})
+
+    def settings(self) -> dict[str, Any]:
+        """The settings of `SNNBertConfig` that the flags change.
+
+        Raises:
+            ValueError: for an override of no setting.
+        """
+        settings = {name: getattr(self, name) for name in SETTINGS if getattr(self, name) is not None}
+        return {**settings, **parse_overrides(self.config_overrides)}
+
+
+@dataclasses.dataclass
+class DataArguments:
+    """The task and its data."""
+
+    task_name: str | None = dataclasses.field(default=None, metadata={"help": "cola, sst2, mrpc, stsb, qqp, mnli, ..."})
+    data_dir: str | None = dataclasses.field(default=None, metadata={"help": "GLUE's folder in its standard layout"})
+    dataset_name: str | None = dataclasses.field(default=None, metadata={"help": "a dataset on the Hub"})
+    dataset_config_name: str | None = None
+    train_file: str | None = dataclasses.field(default=None, metadata={"help": ".csv, .tsv, .json or .jsonl"})
+    validation_file: str | None = None
+    text_column: str | None = dataclasses.field(default=None, metadata={"help": "column of the (first) text"})
+    text_pair_column: str | None = dataclasses.field(default=None, metadata={"help": "column of the second text"})
+    label_column: str = "label"
+    max_seq_length: int = HfArg(default=128, aliases=["--max_length"], help="longer inputs are truncated")
+    pad_to_max_length: bool = dataclasses.field(default=False, metadata={"help": "pad all inputs to that length"})
+    max_train_samples: int | None = dataclasses.field(default=None, metadata={"help": "the same rows for every seed"})
+    max_eval_samples: int | None = None
+    seeds: list[int] | None = dataclasses.field(
+        default=None, metadata={"help": "a run for each seed, and mean and spread of their figures (default: --seed)"}
+    )
+    energy_samples: int = dataclasses.field(
+        default=256, metadata={"help": "dev rows on which firing rates and energy are measured; 0 measures nothing"}
+    )
+
+
+def check_arguments(parser: HfArgumentParser, model_args: ModelArguments, data_args: DataArguments) -> None:
+    """End the program with a clear message if flags are outside their range or exclude each other."""
+    try:
+        settings = model_args.settings()
+    except ValueError as error:
+        parser.error(str(error))
+    if not 0 < model_args.firing_rate < 1:
+        parser.error(f"--firing_rate must lie in (0, 1), got {model_args.firing_rate}")
+    if not 0 <= model_args.logit_weight <= 1:
+        parser.error(f"--logit_weight must lie in [0, 1], got {model_args.logit_weight}")
+    if model_args.hidden_weight < 0:
+        parser.error(f"--hidden_weight must be >= 0, got {model_args.hidden_weight}")
+    if not model_args.temperature > 0:
+        parser.error(f"--temperature must be positive, got {model_args.temperature}")
+    if settings.get("psn_length") not in (None, data_args.max_seq_length):
+        parser.error("--psn_length must be --max_seq_length")
+    if settings.get("psn_length") is not None and not data_args.pad_to_max_length:
+        parser.error("--neuron_type psn takes one length only: give --pad_to_max_length")
+    for name in ("max_train_samples", "max_eval_samples"):
+        if getattr(data_args, name) is not None and getattr(data_args, name) < 1:
+            parser.error(f"--{name} must be >= 1, got {getattr(data_args, name)}")
+    if data_args.max_seq_length < 4:
+        parser.error(f"--max_seq_length must be >= 4, got {data_args.max_seq_length}")
+    if data_args.energy_samples < 0:
+        parser.error(f"--energy_samples must be >= 0, got {data_args.energy_samples}")
+    if data_args.seeds is not None and len(set(data_args.seeds)) != len(data_args.seeds):
+        parser.error(f"--seeds must differ from each other, got {data_args.seeds}")
+    if data_args.text_pair_column and not data_args.text_column:
+        parser.error("--text_pair_column needs --text_column")
+
+
+def parse_overrides(text: str | None) -> dict[str, Any]:
+    """The settings in `name=value,name=value`, with the types that `SNNBertConfig` gives them.
+
+    Raises:
+        ValueError: if a name is none of its settings or a value is not of its type.
+    """
+    if not text:
+        return {}
+    pairs = [pair.partition("=")[::2] for pair in text.split(",")]
+    known = {field.name for field in dataclasses.fields(SNNBertConfig)}
+    for name, value in pairs:
+        if name not in known or not value:
+            raise ValueError(f"--config_overrides must be name=value,... of settings of SNNBertConfig, got {text!r}")
+    config = SNNBertConfig()
+    try:
+        config.update_from_string(text)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"--config_overrides: {error}") from error
+    return {name: getattr(config, name) for name, _ in pairs}
+
+
+def load_data(args: DataArguments) -> tuple[Task, DatasetDict]:
+    """The task and its rows, cut to the wanted number; training rows are drawn once, whatever the seed.
+
+    Raises:
+        ValueError, FileNotFoundError: as `load_task`.
+    """
+    columns = None
+    if args.text_column:
+        columns = (args.text_column, args.text_pair_column) if args.text_pair_column else (args.text_column,)
+    task, data = load_task(
+        task_name=args.task_name,
+        data_dir=args.data_dir,
+        dataset_name=args.dataset_name,
+        dataset_config_name=args.dataset_config_name,
+        train_file=args.train_file,
+        validation_file=args.validation_file,
+        text_columns=columns,
+        label_column=args.label_column,
+    )
+    for split, rows in data.items():
+        limit = args.max_train_samples if split == "train" else args.max_eval_samples
+        if limit is not None and limit < len(rows):
+            data[split] = rows.shuffle(seed=0).select(range(limit)) if split == "train" else rows.select(range(limit))
+    return task, data
+
+
+def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
+    """The model's tokenizer.
+
+    Raises:
+        ValueError: if the teacher's gives other token ids.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name or args.model_name_or_path, revision=args.revision)
+    if args.teacher_name_or_path:
+        teacher = AutoTokenizer.from_pretrained(args.teacher_name_or_path)
+        if teacher.get_vocab() != tokenizer.get_vocab():
+            raise ValueError("the teacher must have the vocabulary of the model, their tokenizers differ")
+    return tokenizer
+
+
+def tokenize(data: DatasetDict, task: Task, tokenizer: PreTrainedTokenizerBase, args: DataArguments) -> DatasetDict:
+    """Token ids and `labels`, nothing else."""
+    padding = "max_length" if args.pad_to_max_length else False
+
+    def encode(rows: dict) -> dict:
+        texts = [rows[column] for column in task.columns]
+        inputs = tokenizer(*texts, truncation=True, max_length=args.max_seq_length, padding=padding)
+        return {**inputs, "labels": rows["label"]}
+
+    return data.map(encode, batched=True, remove_columns=data["train"].column_names, load_from_cache_file=False)
+
+
+def load_model(
+    args: ModelArguments, task: Task, train: Dataset, tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> PreTrainedModel:
+    """The model that is fine-tuned: an SNN-BERT, a BERT, or a BERT that is converted on `train`.
+
+    The head is new unless the checkpoint has one; seed the random numbers first.
+
+    Raises:
+        ValueError: if the checkpoint is of another kind, or the settings do not fit it.
+    """
+    config = AutoConfig.from_pretrained(args.model_name_or_path, revision=args.revision)
+    settings = args.settings()
+    head = {
+        "num_labels": len(task.labels) or 1,
+        "id2label": dict(enumerate(task.labels)) if task.labels else {0: "score"},
+        "label2id": {name: index for index, name in enumerate(task.labels or ("score",))},
+        "problem_type": "regression" if task.is_regression else "single_label_classification",
+    }
+    if config.model_type == SNNBertConfig.model_type:
+        if args.convert:
+            raise ValueError(f"--convert is for a BERT, {args.model_name_or_path} is an SNN-BERT already")
+        return SNNBertForSequenceClassification.from_pretrained(
+            args.model_name_or_path, revision=args.revision, **head, **settings
+        ).to(device)
+    if config.model_type != "bert":
+        raise ValueError(
+            f"--model_name_or_path must be an SNN-BERT or a BERT, {args.model_name_or_path} is of the type "
+            f"{config.model_type!r}"
+        )
+    if settings and not args.convert:
+        raise ValueError(f"{sorted(settings)} are settings of an SNN-BERT: give --convert to make one of the BERT")
+    bert = BertForSequenceClassification.from_pretrained(args.model_name_or_path, revision=args.revision, **head)
+    bert.to(device)
+    if not args.convert:
+        return bert
+    return convert_bert(bert, calibration_batches(train, tokenizer), args.firing_rate, **settings).train()
+
+
+def calibration_batches(train: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, torch.Tensor]]:
+    """Batches of some 10,000 tokens from the first rows of `train`, without labels."""
+    collate = DataCollatorWithPadding(tokenizer)
+    batches, tokens = [], 0
+    for start in range(0, len(train), 32):
+        rows = train.select(range(start, min(start + 32, len(train)))).remove_columns("labels")
+        batches.append(dict(collate(list(rows))))
+        tokens += int(batches[-1]["attention_mask"].sum())
+        if tokens >= CALIBRATION_TOKENS:
+            break
+    return batches
+
+
+class Teacher:
+    """A fine-tuned BERT whose logits, and hidden states if wanted, enter the loss.
+
+    Args:
+        args: the flags.
+        task: the task that it must have been fine-tuned on.
+        device: where it runs.
+
+    Raises:
+        ValueError: if it has another number of labels than the task.
+    """
+
+    def __init__(self, args: ModelArguments, task: Task, device: torch.device) -> None:
+        assert args.teacher_name_or_path is not None
+        model = BertForSequenceClassification.from_pretrained(args.teacher_name_or_path)
+        if model.config.num_labels != (len(task.labels) or 1):
+            raise ValueError(
+                f"--teacher_name_or_path must have been fine-tuned on {task.name}, with {len(task.labels) or 1} "
+                f"labels; it has {model.config.num_labels}"
+            )
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.logit_weight, self.hidden_weight = args.logit_weight, args.hidden_weight
+        self.temperature = args.temperature
+
+    def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, Any]:
+        """The mixed loss of `model` on a batch with labels, and its outputs."""
+        inputs = {name: x for name, x in batch.items() if name != "labels"}
+        hidden = self.hidden_weight > 0
+        outputs = model(**batch, output_hidden_states=hidden)
+        with torch.no_grad():
+            wanted = self.model(**inputs, output_hidden_states=hidden)
+        loss = (1 - self.logit_weight) * outputs.loss
+        loss = loss + self.logit_weight * logit_loss(outputs.logits, wanted.logits, self.temperature)
+        if hidden:
+            states = hidden_state_loss(outputs.hidden_states, wanted.hidden_states, batch.get("attention_mask"))
+            loss = loss + self.hidden_weight * states
+        return loss, outputs
+
+
+def measure_energy(
+    model: PreTrainedModel, rows: Dataset, tokenizer: PreTrainedTokenizerBase, samples: int, batch_size: int
+) -> dict[str, Any] | None:
+    """Firing rates and energy of an SNN-BERT on the first rows; `None` for a BERT, or if `samples` is 0.
+
+    Energy is that of a mean sequence in picojoules, by the conventions of `modeling_snn_bert.energy`.
+    """
+    if samples == 0 or not isinstance(model, SNNBertForSequenceClassification):
+        return None
+    rows = rows.select(range(min(samples, len(rows)))).remove_columns("labels")
+    collate = DataCollatorWithPadding(tokenizer)
+    batches = [
+        dict(collate(list(rows.select(range(start, min(start + batch_size, len(rows)))))))
+        for start in range(0, len(rows), batch_size)
+    ]
+    report = energy_report(model, batches, run_lengths=False)
+    rates = report.firing_rates()
+    return {
+        "sequences": len(rows),
+        "tokens_per_sequence": report.statistics.lengths.float().mean().item(),
+        "mean_firing_rate": statistics.fmean(rates.values()),
+        "firing_rates": rates,
+        "picojoules": {
+            cost.name: {"matrix_products": cost.matrix_product_picojoules, "all_arithmetic": cost.picojoules}
+            for cost in report.costs
+        },
+    }
+
+
+def summarize(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and sample standard deviation over the seeds of every figure, and what they are of."""
+    names = list(runs[0]["metrics"])
+    values = {name: [run["metrics"][name] for run in runs] for name in names}
+    return {
+        "seeds": [run["seed"] for run in runs],
+        "mean": {name: statistics.fmean(figures) for name, figures in values.items()},
+        # One seed has no spread.
+        "standard_deviation": {
+            name: statistics.stdev(figures) if len(figures) > 1 else None for name, figures in values.items()
+        },
+        "taken_at": "last step",
+        "metrics_from": METRICS_FROM,
+    }
+
+
+def summary_line(task: Task, summary: dict[str, Any]) -> str:
+    """The summary for a reader."""
+    parts = []
+    for name, mean in summary["mean"].items():
+        spread = summary["standard_deviation"][name]
+        parts.append(f"{name} {100 * mean:.1f}" + ("" if spread is None else f" +- {100 * spread:.1f}"))
+    count = len(summary["seeds"])
+    return f"{task.name}: {', '.join(parts)} (last step, {count} seed{'s' if count > 1 else ''})"
+
+
+def seed_folder(output_dir: str | Path, seed: int) -> Path:
+    """Where the run with that seed is kept."""
+    return Path(output_dir) / f"seed_{seed}"

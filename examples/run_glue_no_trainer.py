@@ -1,0 +1,209 @@
+"""Fine-tune an SNN-BERT, or a BERT, on a GLUE task or on your own sentences, with Accelerate and no Trainer.
+
+    python examples/run_glue_no_trainer.py --model_name_or_path outputs/distilled --task_name sst2 \\
+        --data_dir glue_data --num_train_epochs 3 --seeds 0 1 2 --output_dir outputs/sst2
+
+`--model_name_or_path` is an SNN-BERT, a BERT, or with `--convert` a BERT that becomes an SNN-BERT first. Writes a model
+for each seed and results.json: figures at the last step for each seed, mean and spread, firing rates and energy, flags
+and versions. `run_glue.py` does the same with transformers' Trainer.
+"""
+
+import argparse
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object, set_seed
+from accelerate_loop import (
+    Batch,
+    RowBatches,
+    TrainingLoop,
+    add_loop_arguments,
+    check_loop_arguments,
+    environment,
+    flags_of,
+    make_accelerator,
+    write_json,
+)
+from datasets import DatasetDict
+from glue_models import (
+    DataArguments,
+    ModelArguments,
+    Teacher,
+    check_arguments,
+    load_data,
+    load_model,
+    load_tokenizer,
+    measure_energy,
+    seed_folder,
+    summarize,
+    summary_line,
+    tokenize,
+)
+from glue_tasks import Task, score
+from transformers import DataCollatorWithPadding, HfArgumentParser, PreTrainedTokenizerBase
+
+RESULTS_FILE = "results.json"
+
+
+def parse_args() -> tuple[ModelArguments, DataArguments, argparse.Namespace]:
+    parser = HfArgumentParser(
+        [ModelArguments, DataArguments], description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_loop_arguments(parser, learning_rate=1e-4, max_train_steps=None)
+    parser.add_argument("--num_train_epochs", type=float, default=3.0, help="default: 3; or give --max_train_steps")
+    parser.add_argument("--skip_saving", action="store_true", help="write the results only, no models")
+    model_args, data_args, args = parser.parse_args_into_dataclasses()
+    check_arguments(parser, model_args, data_args)
+    check_loop_arguments(parser, args)
+    if not args.num_train_epochs > 0:
+        parser.error(f"--num_train_epochs must be positive, got {args.num_train_epochs}")
+    return model_args, data_args, args
+
+
+def main() -> None:
+    model_args, data_args, args = parse_args()
+    accelerator = make_accelerator(args)
+    try:
+        task, rows = load_data(data_args)
+        tokenizer = load_tokenizer(model_args)
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(str(error)) from error
+    with accelerator.main_process_first():
+        data = tokenize(rows, task, tokenizer, data_args)
+    flags = {**vars(model_args), **vars(data_args), **flags_of(args)}
+    runs = []
+    for seed in data_args.seeds if data_args.seeds is not None else [args.seed]:
+        run_args = copy.copy(args)
+        run_args.seed, run_args.output_dir = seed, seed_folder(args.output_dir, seed)
+        finished = finished_run(run_args, flags)
+        if finished is not None:
+            accelerator.print(f"seed {seed} is done already")
+            runs.append(finished)
+            continue
+        if args.resume_from_checkpoint is not None and args.resume_from_checkpoint.parent.name != f"seed_{seed}":
+            run_args.resume_from_checkpoint = None
+        runs.append(train_one(accelerator, model_args, data_args, run_args, task, data, tokenizer))
+        if accelerator.is_main_process:
+            write_json(run_args.output_dir / RESULTS_FILE, {**runs[-1], "arguments": flags})
+        accelerator.wait_for_everyone()
+        accelerator.free_memory()
+    if accelerator.is_main_process:
+        summary = summarize(runs)
+        results = {
+            "task": task.name,
+            **summary,
+            "runs": runs,
+            "rows": {split: len(part) for split, part in data.items()},
+            "arguments": flags,
+            "environment": environment(accelerator.device),
+        }
+        write_json(args.output_dir / RESULTS_FILE, results)
+        print(summary_line(task, summary))
+
+
+def finished_run(args: argparse.Namespace, flags: dict[str, Any]) -> dict[str, Any] | None:
+    """What an interrupted call with the same flags has written for this seed, if this call resumes it."""
+    file: Path = args.output_dir / RESULTS_FILE
+    if args.resume_from_checkpoint is None or not file.is_file():
+        return None
+    results = json.loads(file.read_text())
+    written = results.pop("arguments")
+    free = ("resume_from_checkpoint", "seeds", "output_dir")
+    comparable = json.loads(json.dumps(flags))
+    different = [k for k in comparable if k not in free and comparable[k] != written.get(k)]
+    if different:
+        raise SystemExit(f"{file} was made with other flags ({', '.join(different)}): choose another --output_dir")
+    return results
+
+
+def train_one(
+    accelerator: Accelerator,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: argparse.Namespace,
+    task: Task,
+    data: DatasetDict,
+    tokenizer: PreTrainedTokenizerBase,
+) -> dict[str, Any]:
+    """Fine-tune with one seed; what the results say of it."""
+    set_seed(args.seed)
+    collate = DataCollatorWithPadding(tokenizer)
+    try:
+        model = load_model(model_args, task, data["train"], tokenizer, accelerator.device)
+        teacher = Teacher(model_args, task, accelerator.device) if model_args.teacher_name_or_path else None
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+    model.train()
+    process, processes = accelerator.process_index, accelerator.num_processes
+    batches = RowBatches(
+        data["train"], collate, args.per_device_train_batch_size, args.seed, part=process, parts=processes
+    )
+    if args.max_train_steps is None:
+        steps = args.num_train_epochs * batches.per_epoch / args.gradient_accumulation_steps
+        args.max_train_steps = max(1, math.ceil(steps))
+
+    def loss_of(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return (model(**batch).loss if teacher is None else teacher.loss(model, batch)[0]), {}
+
+    def evaluate(model: torch.nn.Module) -> dict[str, float]:
+        figures: dict[str, float] = {}
+        for split in (name for name in data if name != "train"):
+            predictions = predict(accelerator, model, data[split], collate, args.per_device_eval_batch_size)
+            logits, labels = zip(*predictions, strict=True)
+            prefix = split.removeprefix("validation").lstrip("_")
+            figures |= {f"{prefix}_{name}".lstrip("_"): x for name, x in score(task, logits, labels).items()}
+        return figures
+
+    loop = TrainingLoop(accelerator, model, args, loss_of, evaluate, "run_glue_no_trainer")
+    loop.run(batches.batch, f"{task.name}, seed {args.seed}")
+    model = loop.finish()
+    last = {k.removeprefix("eval_"): v for k, v in loop.log[-1].items() if k.startswith("eval_")}
+    validation = data[next(split for split in data if split != "train")]
+    run = {
+        "seed": args.seed,
+        "metrics": last,
+        "last_step": loop.step,
+        "training_tokens": loop.tokens,
+        "seconds": round(loop.seconds, 1),
+        "energy": None,
+        "log": loop.log,
+    }
+    if accelerator.is_main_process:
+        model.eval()
+        run["energy"] = measure_energy(
+            model, validation, tokenizer, data_args.energy_samples, args.per_device_eval_batch_size
+        )
+        if not args.skip_saving:
+            model.save_pretrained(args.output_dir)
+            tokenizer.save_pretrained(args.output_dir)
+            if args.push_to_hub:
+                repository = args.hub_model_id or f"{args.output_dir.parent.resolve().name}-{args.output_dir.name}"
+                model.push_to_hub(repository, token=args.hub_token)
+                tokenizer.push_to_hub(repository, token=args.hub_token)
+    return run
+
+
+def predict(
+    accelerator: Accelerator, model: torch.nn.Module, rows, collate, batch_size: int
+) -> list[tuple[list[float], float]]:
+    """Logits and label of every row, in the order of the rows, from all processes."""
+    # Sorted by length, so that there is little to pad.
+    order = sorted(range(len(rows)), key=lambda row: len(rows[row]["input_ids"]))
+    mine = []
+    starts = range(0, len(rows), batch_size)
+    for start in starts[accelerator.process_index :: accelerator.num_processes]:
+        indices = order[start : start + batch_size]
+        batch = {name: x.to(accelerator.device) for name, x in collate([rows[i] for i in indices]).items()}
+        labels = batch.pop("labels").tolist()
+        logits = model(**batch).logits.float().tolist()
+        mine += list(zip(indices, logits, labels, strict=True))
+    return [(logits, label) for _, logits, label in sorted(gather_object(mine), key=lambda row: row[0])]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,221 @@
+"""Unlabelled text as blocks of tokens of one length, for masked-LM training and distillation.
+
+The text is read as a stream, from files or from a dataset on the Hub, tokenised once, and kept in one file of token
+ids beside the run. What a training step sees follows from the seed and the step alone, so a run that is resumed goes on
+with the very data that it would have seen.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import load_dataset
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+COMPRESSIONS = (".xz", ".gz", ".bz2", ".zst")
+KINDS = {".txt": "text", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+# Long documents are cut, so that one novel does not fill the tokens of its source at once.
+PIECE_CHARACTERS = 10_000
+DOCUMENTS_AT_ONCE = 64
+
+
+def add_text_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that say which text to use, and how to cut it."""
+    group = parser.add_argument_group("text")
+    group.add_argument("--train_file", nargs="+", help=".txt (a document a line), .csv, .tsv, .json, .parquet; or .xz")
+    group.add_argument("--dataset_name", help="a dataset on the Hub, read as a stream")
+    group.add_argument("--dataset_config_name", help="its configuration")
+    group.add_argument("--text_column", default="text", help="name of the column of texts (default: text)")
+    group.add_argument("--max_seq_length", type=int, default=128, help="tokens in a block, with [CLS] and [SEP]")
+    group.add_argument("--max_text_tokens", type=int, help="stop reading after so many tokens (default: all)")
+    group.add_argument("--validation_blocks", type=int, default=64, help="blocks that are held out (default: 64)")
+    group.add_argument(
+        "--pair_probability",
+        type=float,
+        default=0.0,
+        help="share of the blocks that are cut into a pair of segments, as tasks on pairs of sentences have them",
+    )
+
+
+def check_text_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End the program with a clear message if the flags of `add_text_arguments` cannot be used."""
+    if bool(args.train_file) == bool(args.dataset_name):
+        parser.error("give either --train_file or --dataset_name")
+    for file in args.train_file or []:
+        if not Path(file).is_file():
+            parser.error(f"--train_file: there is no file {file}")
+        if kind_of(Path(file)) is None:
+            parser.error(f"--train_file must be one of {', '.join(KINDS)}, may be packed as .xz or .gz; got {file}")
+    if args.max_seq_length < 8:
+        parser.error(f"--max_seq_length must be >= 8, got {args.max_seq_length}")
+    if args.max_text_tokens is not None and args.max_text_tokens < 1:
+        parser.error(f"--max_text_tokens must be >= 1, got {args.max_text_tokens}")
+    if args.validation_blocks < 1:
+        parser.error(f"--validation_blocks must be >= 1, got {args.validation_blocks}")
+    if not 0 <= args.pair_probability <= 1:
+        parser.error(f"--pair_probability must lie in [0, 1], got {args.pair_probability}")
+
+
+def kind_of(path: Path) -> str | None:
+    """The `datasets` loader for a file of that name, or `None`."""
+    name = path.with_suffix("") if path.suffix in COMPRESSIONS else path
+    return KINDS.get(name.suffix)
+
+
+def sources(args: argparse.Namespace) -> list[Iterator[str]]:
+    """A stream of documents for each file, or one for the dataset.
+
+    Raises:
+        ValueError: while it is read, if a text column is missing.
+    """
+    if args.dataset_name:
+        data = load_dataset(args.dataset_name, args.dataset_config_name, split="train", streaming=True)
+        return [_documents(data, args.dataset_name, args.text_column)]
+    streams = []
+    for file in args.train_file:
+        kind = kind_of(Path(file))
+        assert kind is not None  # checked with the arguments
+        options = {"delimiter": "\t", "quoting": 3} if ".tsv" in Path(file).suffixes else {}
+        data = load_dataset(kind, data_files=str(Path(file).resolve()), split="train", streaming=True, **options)
+        streams.append(_documents(data, file, "text" if kind == "text" else args.text_column))
+    return streams
+
+
+def _documents(rows, name: str, column: str) -> Iterator[str]:
+    for row in rows:
+        if column not in row:
+            raise ValueError(f"{name} has no column {column!r}, only {sorted(row)}: choose with --text_column")
+        text = row[column]
+        if isinstance(text, str) and text.strip():
+            for start in range(0, len(text), PIECE_CHARACTERS):
+                yield text[start : start + PIECE_CHARACTERS]
+
+
+def tokenize_sources(
+    streams: list[Iterator[str]], tokenizer: PreTrainedTokenizerBase, max_tokens: int | None
+) -> Iterator[list[int]]:
+    """Token ids of the documents, each ended by [SEP], always from the source that has given the fewest tokens.
+
+    So each source gives the same share, until it has nothing left.
+    """
+    given = dict.fromkeys(range(len(streams)), 0)
+    left = float("inf") if max_tokens is None else max_tokens
+    while given and left > 0:
+        source = min(given, key=given.__getitem__)
+        documents = [text for text, _ in zip(streams[source], range(DOCUMENTS_AT_ONCE), strict=False)]
+        if not documents:
+            del given[source]
+            continue
+        for ids in tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]:
+            ids = [*ids, tokenizer.sep_token_id][: int(min(left, len(ids) + 1))]
+            given[source] += len(ids)
+            left -= len(ids)
+            yield ids
+
+
+def token_file(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:
+    """The file of token ids (int32) of this text with this tokenizer, in `folder`; made if it is not there yet.
+
+    Raises:
+        ValueError: if the text has no tokens.
+    """
+    files = [str(Path(file).resolve()) for file in args.train_file or []]
+    sizes = [os.path.getsize(file) for file in files]
+    what = [files, sizes, args.dataset_name, args.dataset_config_name, args.text_column, args.max_text_tokens]
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    fingerprint = hashlib.sha256(json.dumps([what, vocabulary]).encode()).hexdigest()[:16]
+    path = folder / f"tokens-{fingerprint}.bin"
+    if path.exists():
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".partial-{os.getpid()}")
+    try:
+        with open(partial, "wb") as file, tqdm(desc="tokenize the text", unit=" tokens", unit_scale=True) as progress:
+            for ids in tokenize_sources(sources(args), tokenizer, args.max_text_tokens):
+                file.write(np.asarray(ids, dtype=np.int32).tobytes())
+                progress.update(len(ids))
+        if not partial.stat().st_size:
+            raise ValueError(f"there is no text in {files or args.dataset_name}")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+class TextBlocks:
+    """Blocks `[CLS] tokens [SEP]` of one length, and the order in which training sees them.
+
+    Args:
+        path: a file of token ids, see `token_file`.
+        tokenizer: a tokenizer with [CLS] and [SEP].
+        max_seq_length: tokens in a block.
+        validation_blocks: so many blocks, the same ones whatever the seed, are held out.
+        pair_probability: share of the blocks that are cut in two: `[CLS] a [SEP] b [SEP]`, with token types 0 and 1.
+        seed: seed of the order and of the cuts.
+
+    Raises:
+        ValueError: if the text has no more blocks than are held out.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        max_seq_length: int,
+        *,
+        validation_blocks: int,
+        pair_probability: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        body = max_seq_length - 2
+        tokens = np.memmap(path, dtype=np.int32, mode="r")
+        count = len(tokens) // body
+        if count <= validation_blocks:
+            raise ValueError(
+                f"the text has {len(tokens)} tokens, {count} blocks of {max_seq_length}: too few to hold out "
+                f"{validation_blocks} (--validation_blocks) and train on the rest"
+            )
+        self.blocks = tokens[: count * body].reshape(count, body)
+        self.cls_id, self.sep_id = tokenizer.cls_token_id, tokenizer.sep_token_id
+        self.pair_probability, self.seed = pair_probability, seed
+        order = np.random.default_rng(0).permutation(count)
+        self.held_out, self.training = order[:validation_blocks], order[validation_blocks:]
+
+    def batch(self, step: int, batch_size: int, part: int = 0, parts: int = 1) -> dict[str, torch.Tensor]:
+        """The `part`-th of `parts` batches of step `step`, each of `batch_size` blocks; every epoch has a new order."""
+        first = (step * parts + part) * batch_size
+        indices = []
+        for position in range(first, first + batch_size):
+            epoch, place = divmod(position, len(self.training))
+            indices.append(self.training[self._epoch_order(epoch)[place]])
+        return self._assemble(indices, np.random.default_rng([self.seed, step, part]))
+
+    def validation(self, batch_size: int, part: int = 0, parts: int = 1) -> Iterator[dict[str, torch.Tensor]]:
+        """The held-out blocks of one of `parts` processes."""
+        starts = range(0, len(self.held_out), batch_size)
+        for number, start in enumerate(starts):
+            if number % parts == part:
+                yield self._assemble(self.held_out[start : start + batch_size], np.random.default_rng([0, number]))
+
+    def _epoch_order(self, epoch: int) -> np.ndarray:
+        if getattr(self, "_order", (None, None))[0] != epoch:
+            self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.training))
+        return self._order[1]
+
+    def _assemble(self, indices, generator: np.random.Generator) -> dict[str, torch.Tensor]:
+        body = np.stack([self.blocks[index] for index in indices])
+        ids = np.pad(body, ((0, 0), (1, 1)))
+        ids[:, 0], ids[:, -1] = self.cls_id, self.sep_id
+        types = np.zeros_like(ids)
+        for row in np.flatnonzero(generator.random(len(ids)) < self.pair_probability):
+            # The token at the cut gives its place to [SEP], so that all blocks have one length.
+            cut = generator.integers(2, ids.shape[1] - 2)
+            ids[row, cut] = self.sep_id
+            types[row, cut + 1 :] = 1
+        return {"input_ids": torch.from_numpy(ids).long(), "token_type_ids": torch.from_numpy(types).long()}
