@@ -9,7 +9,6 @@ distillation_results.json, to `--output_dir`: `SNNBertFor....from_pretrained` an
 """
 
 import argparse
-import json
 import time
 
 import torch
@@ -24,7 +23,8 @@ from accelerate_loop import (
     write_json,
 )
 from fetch_inputs import minilm_folder
-from text_blocks import TextBlocks, add_text_arguments, check_text_arguments, token_file
+from glue_models import parse_overrides
+from text_blocks import TextBlocks, add_text_arguments, calibration_batches, check_text_arguments, token_file
 from transformers import AutoConfig, AutoTokenizer, BertModel, PreTrainedModel
 
 from modeling_snn_bert import SNNBertConfig, SNNBertModel
@@ -39,15 +39,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model_name_or_path", help="the BERT: folder or Hub id (default: all-MiniLM-L6-v2)")
     parser.add_argument("--student_name_or_path", help="an SNN-BERT to go on from, in place of a calibrated one")
     parser.add_argument("--firing_rate", type=float, default=0.2, help="firing rate at calibration (default: 0.2)")
-    parser.add_argument("--calibration_tokens", type=int, default=10_000, help="default: 10,000")
     parser.add_argument("--attention_weight", type=float, default=0.0, help="weight of the loss on attention maps")
     parser.add_argument("--freeze_embeddings", action="store_true", help="keep the BERT's embeddings as they are")
-    parser.add_argument(
-        "--config_overrides",
-        type=json.loads,
-        default={},
-        help='settings as JSON, such as \'{"spike_type": "ternary"}\'',
-    )
+    parser.add_argument("--config_overrides", help="settings of SNNBertConfig: spike_type=ternary,decay=0.1")
     add_text_arguments(parser)
     add_loop_arguments(parser, learning_rate=5e-4, max_train_steps=1000)
     args = parser.parse_args()
@@ -57,10 +51,12 @@ def parse_args() -> argparse.Namespace:
         parser.error(f"--firing_rate must lie in (0, 1), got {args.firing_rate}")
     if args.attention_weight < 0:
         parser.error(f"--attention_weight must be >= 0, got {args.attention_weight}")
-    if args.calibration_tokens < 1:
-        parser.error(f"--calibration_tokens must be >= 1, got {args.calibration_tokens}")
     if args.student_name_or_path and args.config_overrides:
         parser.error("--config_overrides is for a new student, not for --student_name_or_path")
+    try:
+        parse_overrides(args.config_overrides)
+    except ValueError as error:
+        parser.error(str(error))
     return args
 
 
@@ -71,16 +67,12 @@ def main() -> None:
     teacher_path = args.model_name_or_path or str(minilm_folder())
     tokenizer = AutoTokenizer.from_pretrained(teacher_path)
     teacher = load_teacher(args, teacher_path)
-    with accelerator.main_process_first():
-        tokens = token_file(args, tokenizer, args.output_dir)
-    blocks = TextBlocks(
-        tokens,
-        tokenizer,
-        args.max_seq_length,
-        validation_blocks=args.validation_blocks,
-        pair_probability=args.pair_probability,
-        seed=args.seed,
-    )
+    try:
+        with accelerator.main_process_first():
+            tokens = token_file(args, tokenizer, args.output_dir)
+        blocks = TextBlocks.from_arguments(args, tokens, tokenizer)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
     teacher.to(accelerator.device)
     started = time.perf_counter()
     student = make_student(args, teacher, blocks)
@@ -123,7 +115,7 @@ def main() -> None:
     results = {
         "teacher": teacher_path,
         "parameters": student.num_parameters(),
-        "text_tokens": int(blocks.blocks.size),
+        "text_tokens": blocks.blocks.size,
         "training_tokens": loop.tokens,
         "steps": loop.step,
         "evaluation": {k: v for k, v in loop.log[-1].items() if k.startswith("eval_")},
@@ -160,13 +152,10 @@ def make_student(args: argparse.Namespace, teacher: BertModel, blocks: TextBlock
     if args.student_name_or_path:
         attention = teacher.config._attn_implementation
         return SNNBertModel.from_pretrained(args.student_name_or_path, attn_implementation=attention).to(teacher.device)
-    batch_size = max(1, 1024 // args.max_seq_length)
-    # The same batches on every process, so all of them start from one student.
-    count = max(1, args.calibration_tokens // (batch_size * args.max_seq_length))
+    batches = calibration_batches(args, blocks)
     if args.resume_from_checkpoint is not None:
-        count = 1
-    batches = [blocks.batch(number, batch_size) for number in range(count)]
-    return convert_bert(teacher, batches, args.firing_rate, **args.config_overrides)
+        batches = batches[:1]
+    return convert_bert(teacher, batches, args.firing_rate, **parse_overrides(args.config_overrides))
 
 
 def check_match(config: SNNBertConfig, teacher: BertModel) -> None:

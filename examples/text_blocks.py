@@ -41,6 +41,7 @@ def add_text_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.0,
         help="share of the blocks that are cut into a pair of segments, as tasks on pairs of sentences have them",
     )
+    group.add_argument("--calibration_tokens", type=int, default=10_000, help="to convert a BERT (default: 10,000)")
 
 
 def check_text_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -58,6 +59,8 @@ def check_text_arguments(parser: argparse.ArgumentParser, args: argparse.Namespa
         parser.error(f"--max_text_tokens must be >= 1, got {args.max_text_tokens}")
     if args.validation_blocks < 1:
         parser.error(f"--validation_blocks must be >= 1, got {args.validation_blocks}")
+    if args.calibration_tokens < 1:
+        parser.error(f"--calibration_tokens must be >= 1, got {args.calibration_tokens}")
     if not 0 <= args.pair_probability <= 1:
         parser.error(f"--pair_probability must lie in [0, 1], got {args.pair_probability}")
 
@@ -187,6 +190,18 @@ class TextBlocks:
         order = np.random.default_rng(0).permutation(count)
         self.held_out, self.training = order[:validation_blocks], order[validation_blocks:]
 
+    @classmethod
+    def from_arguments(cls, args: argparse.Namespace, path: Path, tokenizer: PreTrainedTokenizerBase) -> "TextBlocks":
+        """The blocks that the flags of `add_text_arguments` and `--seed` ask for."""
+        return cls(
+            path,
+            tokenizer,
+            args.max_seq_length,
+            validation_blocks=args.validation_blocks,
+            pair_probability=args.pair_probability,
+            seed=args.seed,
+        )
+
     def batch(self, step: int, batch_size: int, part: int = 0, parts: int = 1) -> dict[str, torch.Tensor]:
         """The `part`-th of `parts` batches of step `step`, each of `batch_size` blocks; every epoch has a new order."""
         first = (step * parts + part) * batch_size
@@ -219,3 +234,10 @@ class TextBlocks:
             ids[row, cut] = self.sep_id
             types[row, cut + 1 :] = 1
         return {"input_ids": torch.from_numpy(ids).long(), "token_type_ids": torch.from_numpy(types).long()}
+
+
+def calibration_batches(args: argparse.Namespace, blocks: TextBlocks) -> list[dict[str, torch.Tensor]]:
+    """Training blocks of `--calibration_tokens` tokens for `convert_bert`; the same ones in every process."""
+    batch_size = max(1, 1024 // args.max_seq_length)
+    count = max(1, args.calibration_tokens // (batch_size * args.max_seq_length))
+    return [blocks.batch(number, batch_size) for number in range(count)]

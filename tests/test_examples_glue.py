@@ -1,0 +1,312 @@
+"""GLUE's files and figures, and the scripts that fine-tune on them, on a small random BERT and made-up rows."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from example_scripts import refused, run_script
+from safetensors.torch import load_file
+from transformers import BertConfig, BertModel
+
+import glue_tasks
+from glue_tasks import TASKS, load_task, score
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("bert")
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        initializer_range=0.1,
+    )
+    torch.manual_seed(0)
+    BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_glue(folder, task, rows=40):
+    """Made-up rows of `task` in the standard layout, which can be learned from their first word."""
+    task = TASKS[task]
+    folder = folder / task.folder
+    folder.mkdir(parents=True)
+    generator = random.Random(0)
+    names = list(task.header) if task.header else ["index", *(task.in_tsv.get(c, c) for c in (*task.columns, "label"))]
+    for file, count in (("train.tsv", rows), *((file, 12) for file in task.validation_files.values())):
+        lines = [] if task.header else ["\t".join(names)]
+        for number in range(count):
+            good = number % 2
+            words = [("fox", "dog")[good], *generator.choices(["river", "null", '"old', "film", "night"], k=4)]
+            row = dict.fromkeys(names, "x")
+            row |= {task.in_tsv.get(c, c): " ".join(words) for c in task.columns}
+            # GLUE's files hold names of classes for the entailment tasks and numbers for the others.
+            named = task.name in ("qnli", "rte", "mnli")
+            label = f"{5.0 * good:.3f}" if task.is_regression else task.labels[good] if named else str(good)
+            row[task.in_tsv.get("label", "label")] = label
+            lines.append("\t".join(row[name] for name in names))
+        mark = "\ufeff" if task.name == "mrpc" else ""
+        (folder / file).write_text(mark + "\n".join(lines) + "\n", encoding="utf-8")
+    return folder.parent
+
+
+@pytest.mark.parametrize("name", list(TASKS))
+def test_glue_files(tmp_path, name):
+    task, data = load_task(task_name=name, data_dir=str(write_glue(tmp_path, name)))
+    assert set(data) == {"train", *task.validation_files}
+    assert len(data["train"]) == 40 and all(len(data[split]) == 12 for split in task.validation_files)
+    rows = data["train"]
+    assert rows.column_names == [*task.columns, "label"]
+    assert set(rows["label"]) == ({0.0, 5.0} if task.is_regression else {0, 1})
+    # Quotes and the word "null" are text.
+    assert any('"old' in text for text in rows[task.columns[0]])
+    assert any("null" in text for text in rows[task.columns[0]])
+    assert all(isinstance(text, str) for text in rows[task.columns[0]])
+
+
+def test_the_task_folder_itself_will_do(tmp_path):
+    folder = write_glue(tmp_path, "rte") / "RTE"
+    assert len(load_task(task_name="rte", data_dir=str(folder))[1]["train"]) == 40
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        pytest.param("cola", lambda text: text.replace("\tx\t", "\t"), "must have the 4 columns", id="columns"),
+        pytest.param("sst2", lambda text: text.replace("sentence", "text"), "no column 'sentence'", id="column"),
+        pytest.param(
+            "rte", lambda text: text.replace("not_entailment", "no"), "must be one of .* got 'no'", id="label"
+        ),
+        pytest.param("sst2", lambda text: text[:-2] + "2\n", "got '2'", id="index"),
+        pytest.param("stsb", lambda text: text.replace("5.000", "high"), "must be a number, got 'high'", id="number"),
+        pytest.param("stsb", lambda text: text.replace("5.000", "nan"), "is 'nan'", id="nan"),
+        pytest.param("mrpc", lambda text: text + "1\ta\n1\ta\tb\tc\td\te\n", "cannot be read", id="ragged"),
+        pytest.param("sst2", lambda text: text.splitlines()[0], "has no rows", id="empty"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, name, change, message):
+    folder = write_glue(tmp_path, name)
+    file = folder / TASKS[name].folder / "train.tsv"
+    file.write_text(change(file.read_text(encoding="utf-8-sig")), encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        load_task(task_name=name, data_dir=str(folder))
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no train\.tsv of SST-2"):
+        load_task(task_name="sst2", data_dir=str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        load_task(train_file=str(tmp_path / "a.csv"), validation_file=str(tmp_path / "b.csv"))
+
+
+def test_own_files(tmp_path):
+    rows = [{"text": f"row {i}", "label": ("calm", "loud", "mute")[i % 3]} for i in range(6)]
+    paths = {}
+    for split in ("train", "validation"):
+        paths[f"{split}_file"] = str(tmp_path / f"{split}.jsonl")
+        Path(paths[f"{split}_file"]).write_text("\n".join(map(json.dumps, rows)))
+    task, data = load_task(**paths)
+    assert task.labels == ("calm", "loud", "mute") and task.columns == ("text",) and task.metrics == ("accuracy",)
+    assert list(data["validation"]["label"]) == [0, 1, 2, 0, 1, 2]
+
+    Path(paths["train_file"]).write_text("\n".join(json.dumps({**row, "label": 0.5}) for row in rows))
+    with pytest.raises(ValueError, match="validation data of regression must be a number, got 'calm'"):
+        load_task(**paths)
+    with pytest.raises(ValueError, match="no column 'grade'"):
+        load_task(**paths, label_column="grade")
+    with pytest.raises(ValueError, match="together"):
+        load_task(train_file=paths["train_file"])
+    with pytest.raises(ValueError, match="one of cola, sst2"):
+        load_task(task_name="glue", **paths)
+
+
+def test_scores_by_hand():
+    logits = [[2.0, 1.0], [0.0, 1.0], [0.0, 3.0], [1.0, 0.0]]
+    labels = [0, 1, 0, 1]
+    # One of each: true and false positive, true and false negative.
+    assert score(TASKS["sst2"], logits, labels) == {"accuracy": 0.5}
+    assert score(TASKS["mrpc"], logits, labels) == {"f1": 0.5, "accuracy": 0.5}
+    assert score(TASKS["cola"], logits, labels) == {"matthews_correlation": 0.0, "accuracy": 0.5}
+    figures = score(TASKS["stsb"], [[1.0], [2.0], [9.0]], [1.0, 2.0, 3.0])
+    # Deviations (-3, -2, 5) and (-1, 0, 1): 8 / sqrt(38 * 2).
+    assert figures["spearman"] == pytest.approx(1) and figures["pearson"] == pytest.approx(8 / 76**0.5)
+    assert figures["combined"] == pytest.approx((figures["pearson"] + figures["spearman"]) / 2)
+    assert score(TASKS["stsb"], [[1.0], [1.0]], [0.0, 5.0])["combined"] == 0
+    with pytest.raises(ValueError, match="NaN"):
+        score(TASKS["sst2"], [[float("nan"), 0.0]], [0])
+
+
+BASE = ["--task_name", "sst2", "--per_device_train_batch_size", 8, "--learning_rate", 3e-3, "--energy_samples", 4]
+
+
+def read(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_no_trainer(tmp_path, bert):
+    """A BERT is converted, learns a rule from files, and the results say how; the energy follows the spikes."""
+    glue = write_glue(tmp_path / "glue", "sst2")
+    output = tmp_path / "out"
+    arguments = [*BASE, "--model_name_or_path", bert, "--data_dir", glue, "--convert", "--num_train_epochs", 8]
+    run_script("run_glue_no_trainer", *arguments, "--seeds", 0, 1, "--output_dir", output)
+    results = read(output)
+    assert results["seeds"] == [0, 1] and len(results["runs"]) == 2
+    assert results["mean"]["accuracy"] >= 0.9
+    assert results["standard_deviation"]["accuracy"] is not None and results["taken_at"] == "last step"
+    assert results["rows"] == {"train": 40, "validation": 12}
+    assert "scikit-learn" in results["metrics_from"] and results["arguments"]["num_train_epochs"] == 8
+    run = results["runs"][0]
+    assert run["last_step"] == 40 and run["log"][-1]["eval_accuracy"] == run["metrics"]["accuracy"]
+    rates = run["energy"]["firing_rates"]
+    assert len(rates) == 14 and all(0 < rate < 1 for rate in rates.values())
+    assert run["energy"]["picojoules"]["SNN-BERT"]["matrix_products"] > 0
+    config = json.loads((output / "seed_1" / "config.json").read_text())
+    assert config["id2label"] == {"0": "negative", "1": "positive"}
+
+
+def test_no_trainer_resumes_exactly(tmp_path, bert):
+    """Interrupted after some steps and resumed: the same weights and figures, bit for bit, and dropout is on."""
+    glue = write_glue(tmp_path / "glue", "sst2")
+    common = [*BASE, "--model_name_or_path", bert, "--data_dir", glue, "--convert", "--gradient_accumulation_steps", 2]
+    common += ["--checkpointing_steps", 2, "--num_train_epochs", 2, "--eval_steps", 2, "--seeds", 3, 4]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run_script("run_glue_no_trainer", *common, "--output_dir", whole)
+    assert read(whole)["runs"][0]["last_step"] == 5
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("accelerate_loop.TrainingLoop._save", interrupt_after(4))
+        with pytest.raises(KeyboardInterrupt):
+            run_script("run_glue_no_trainer", *common, "--output_dir", parts)
+    assert not (parts / "results.json").exists()
+    run_script(
+        "run_glue_no_trainer", *common, "--output_dir", parts, "--resume_from_checkpoint", parts / "seed_3" / "step_4"
+    )
+    for seed in (3, 4):
+        one = load_file(whole / f"seed_{seed}" / "model.safetensors")
+        other = load_file(parts / f"seed_{seed}" / "model.safetensors")
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert read(whole)["mean"] == read(parts)["mean"]
+    first, second = load_file(whole / "seed_3" / "model.safetensors"), load_file(whole / "seed_4" / "model.safetensors")
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+
+
+def interrupt_after(step):
+    from accelerate_loop import TrainingLoop
+
+    save = TrainingLoop._save
+
+    def save_and_stop(self):
+        save(self)
+        if self.step == step:
+            raise KeyboardInterrupt
+
+    return save_and_stop
+
+
+def test_a_finished_seed_is_kept_only_with_the_same_flags(tmp_path, bert, capsys):
+    glue = write_glue(tmp_path / "glue", "sst2")
+    output = tmp_path / "out"
+    common = [*BASE, "--model_name_or_path", bert, "--data_dir", glue, "--max_train_steps", 2, "--output_dir", output]
+    run_script("run_glue_no_trainer", *common, "--checkpointing_steps", 1, "--seeds", 0)
+    written = (output / "seed_0" / "model.safetensors").stat().st_mtime_ns
+    resume = ["--resume_from_checkpoint", output / "seed_0" / "step_2", "--checkpointing_steps", 1]
+    run_script("run_glue_no_trainer", *common, *resume, "--seeds", 0, 1)
+    assert (output / "seed_0" / "model.safetensors").stat().st_mtime_ns == written
+    assert read(output)["seeds"] == [0, 1] and read(output)["runs"][0]["energy"] is None
+    message = refused(capsys, "run_glue_no_trainer", *common, *resume, "--weight_decay", 0.5)
+    assert "other flags (weight_decay)" in message
+
+
+def test_teacher(tmp_path, bert):
+    """With the teacher's logits alone the student learns the teacher's classes, not the labels."""
+    glue = write_glue(tmp_path / "glue", "sst2")
+    common = [*BASE, "--data_dir", glue, "--num_train_epochs", 8, "--seeds", 0]
+    run_script("run_glue_no_trainer", *common, "--model_name_or_path", bert, "--output_dir", tmp_path / "teacher")
+    assert read(tmp_path / "teacher")["mean"]["accuracy"] >= 0.9
+    swapped = glue / "SST-2" / "train.tsv"
+    swapped.write_text(
+        "\n".join(line[:-1] + {"0": "1", "1": "0"}.get(line[-1], line[-1]) for line in swapped.read_text().splitlines())
+    )
+    student = [
+        *common,
+        "--model_name_or_path",
+        bert,
+        "--convert",
+        "--teacher_name_or_path",
+        tmp_path / "teacher/seed_0",
+    ]
+    student += ["--logit_weight", 1.0, "--hidden_weight", 0.1, "--skip_saving"]
+    run_script("run_glue_no_trainer", *student, "--output_dir", tmp_path / "student")
+    assert read(tmp_path / "student")["mean"]["accuracy"] >= 0.9
+    assert not (tmp_path / "student" / "seed_0" / "model.safetensors").exists()
+
+
+def test_trainer(tmp_path, bert):
+    """Trainer's script: a pair task and a regression, another neuron, exact resumption, and the same results file."""
+    glue = write_glue(tmp_path / "glue", "stsb", rows=24)
+    common = ["--task_name", "stsb", "--data_dir", glue, "--model_name_or_path", bert, "--convert", "--do_train"]
+    common += [
+        "--do_eval",
+        "--use_cpu",
+        "--per_device_train_batch_size",
+        8,
+        "--learning_rate",
+        2e-3,
+        "--report_to",
+        "none",
+    ]
+    common += ["--neuron_type", "lif", "--coding", "repeat", "--num_timesteps", 2, "--energy_samples", 4]
+    common += ["--num_train_epochs", 2, "--save_steps", 4, "--disable_tqdm", "True", "--seeds", 1]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run_script("run_glue", *common, "--output_dir", whole)
+    results = read(whole)
+    assert set(results["mean"]) == {"combined", "pearson", "spearman"} and results["seeds"] == [1]
+    assert results["standard_deviation"]["combined"] is None and results["runs"][0]["last_step"] == 6
+    assert all(0 < rate < 1 for rate in results["runs"][0]["energy"]["firing_rates"].values())
+    config = json.loads((whole / "seed_1" / "config.json").read_text())
+    assert config["neuron_type"] == "lif" and config["num_timesteps"] == 2 and config["problem_type"] == "regression"
+
+    (parts / "seed_1").mkdir(parents=True)
+    (whole / "seed_1" / "checkpoint-4").rename(parts / "seed_1" / "checkpoint-4")
+    run_script("run_glue", *common, "--output_dir", parts, "--resume_from_checkpoint", "true")
+    one, other = (load_file(folder / "seed_1" / "model.safetensors") for folder in (whole, parts))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert read(parts)["mean"] == results["mean"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param(["--config_overrides", "decays=0.1"], "must be name=value", id="override"),
+        pytest.param(["--config_overrides", "decay=much"], "--config_overrides", id="override-type"),
+        pytest.param(["--logit_weight", 2], "--logit_weight must lie in", id="weight"),
+        pytest.param(["--seeds", 1, 1], "must differ", id="seeds"),
+        pytest.param(["--spike_type", "ternary"], "give --convert", id="settings-of-a-bert"),
+        pytest.param(["--task_name", "glue"], "must be one of cola", id="task"),
+        pytest.param(["--max_train_steps", 0], "--max_train_steps must be >= 1", id="steps"),
+        pytest.param(["--resume_from_checkpoint", "nowhere"], "is not a checkpoint", id="checkpoint"),
+        pytest.param(["--neuron_type", "psn", "--psn_length", 128], "--pad_to_max_length", id="psn"),
+    ],
+)
+def test_no_trainer_refuses(tmp_path, bert, capsys, arguments, message):
+    glue = write_glue(tmp_path / "glue", "sst2")
+    common = [*BASE, "--model_name_or_path", bert, "--data_dir", glue, "--output_dir", tmp_path / "out"]
+    assert message in refused(capsys, "run_glue_no_trainer", *common, *arguments)
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_a_teacher_of_another_task_is_refused(tmp_path, bert, capsys):
+    glue = write_glue(tmp_path / "glue", "stsb")
+    arguments = ["--model_name_or_path", bert, "--data_dir", glue, "--output_dir", tmp_path / "out"]
+    message = refused(capsys, "run_glue_no_trainer", *arguments, "--task_name", "stsb", "--teacher_name_or_path", bert)
+    assert "must have been fine-tuned on stsb, with 1 labels; it has 2" in message
+
+
+def test_metrics_are_named():
+    assert glue_tasks.METRICS_FROM.startswith("scikit-learn ")
