@@ -9,7 +9,6 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pandas
 import scipy
 import sklearn
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset
@@ -162,39 +161,43 @@ def read_glue_folder(folder: Path, task: Task) -> DatasetDict:
     for split, name in {"train": "train.tsv", **task.validation_files}.items():
         if not (folder / name).is_file():
             raise FileNotFoundError(f"there is no {name} of {task.folder} in {folder}")
-        table = read_table(folder / name, list(task.header) if task.header else None)
-        missing = [task.in_tsv.get(c, c) for c in (*task.columns, "label") if task.in_tsv.get(c, c) not in table]
-        if missing:
-            raise ValueError(f"{folder / name} has no column {missing[0]!r}, only {list(table.columns)}")
-        table = table[[task.in_tsv.get(c, c) for c in (*task.columns, "label")]]
-        table.columns = [*task.columns, "label"]
-        splits[split] = Dataset.from_pandas(table, preserve_index=False)
+        table = read_table(folder / name, task.header)
+        names = {column: task.in_tsv.get(column, column) for column in (*task.columns, "label")}
+        for column in names.values():
+            if column not in table:
+                raise ValueError(f"{folder / name} has no column {column!r}, only {list(table)}")
+        splits[split] = Dataset.from_dict({column: table[name] for column, name in names.items()})
     return DatasetDict(splits)
 
 
-def read_table(path: Path, header: list[str] | None = None) -> pandas.DataFrame:
-    """A tab-separated file as strings: unquoted, "null" is a word like any other, a byte-order mark is dropped.
+def read_table(path: Path, header: tuple[str, ...] | None = None) -> dict[str, list[str]]:
+    """The columns of a tab-separated file: quotes and "null" are text like any other, a byte-order mark is dropped.
+
+    Args:
+        path: the file, in UTF-8.
+        header: names of the columns of a file that has no header line.
 
     Raises:
-        ValueError: if its lines do not have the same number of columns.
+        ValueError: if its lines do not have the same number of columns, or it is not UTF-8.
     """
     try:
-        table = pandas.read_csv(
-            path,
-            sep="\t",
-            quoting=csv.QUOTE_NONE,
-            keep_default_na=False,
-            dtype=str,
-            encoding="utf-8-sig",
-            header=None if header else "infer",
-        )
-    except (pandas.errors.ParserError, pandas.errors.EmptyDataError, UnicodeDecodeError) as error:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            lines = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    except (csv.Error, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read as a tab-separated file in UTF-8: {error}") from error
-    if header:
-        if len(table.columns) != len(header):
-            raise ValueError(f"{path} must have the {len(header)} columns {header}, it has {len(table.columns)}")
-        table.columns = header
-    return table
+    if header is None:
+        if not lines:
+            raise ValueError(f"{path} is empty")
+        header, lines = tuple(lines[0]), lines[1:]
+        first = 2
+    else:
+        first = 1
+    for number, line in enumerate(lines, first):
+        if len(line) != len(header):
+            raise ValueError(
+                f"{path} must have the {len(header)} columns {list(header)}, line {number} has {len(line)}"
+            )
+    return {name: [line[index] for line in lines] for index, name in enumerate(header)}
 
 
 def read_file(path: str) -> Dataset:
@@ -208,7 +211,7 @@ def read_file(path: str) -> Dataset:
         raise FileNotFoundError(f"there is no file {path}")
     suffix = Path(path).suffix
     if suffix == ".tsv":
-        return Dataset.from_pandas(read_table(Path(path)), preserve_index=False)
+        return Dataset.from_dict(read_table(Path(path)))
     if suffix == ".csv":
         return load_dataset("csv", data_files=path, split="train", keep_default_na=False)
     if suffix in (".json", ".jsonl"):

@@ -56,6 +56,8 @@ class GlueTrainingArguments(TrainingArguments):
 class GlueTrainer(Trainer):
     """Trainer with the neurons' own learning rate and, with a teacher, its logits in the loss."""
 
+    optimizer: torch.optim.Optimizer | None
+
     def __init__(self, *args, teacher: Teacher | None = None, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.teacher = teacher
