@@ -5,7 +5,6 @@ are Accelerate's, and the data follow from the seed and the step alone.
 """
 
 import argparse
-import contextlib
 import json
 import math
 import os
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import accelerate
 import datasets
+import huggingface_hub
 import torch
 import transformers
 from accelerate import Accelerator
@@ -79,14 +79,12 @@ def check_loop_arguments(parser: argparse.ArgumentParser, args: argparse.Namespa
     for name in ("num_warmup_steps", "weight_decay"):
         if getattr(args, name) < 0:
             parser.error(f"--{name} must be >= 0, got {getattr(args, name)}")
+    if args.num_decay_steps is not None and args.lr_scheduler_type != SchedulerType.WARMUP_STABLE_DECAY:
+        parser.error("--num_decay_steps is a flag of --lr_scheduler_type warmup_stable_decay")
     if args.resume_from_checkpoint is not None and not (args.resume_from_checkpoint / STATE_FILE).is_file():
         parser.error(f"--resume_from_checkpoint: {args.resume_from_checkpoint} is not a checkpoint of these scripts")
-    if args.push_to_hub and args.hub_token is None and not os.environ.get("HF_TOKEN"):
-        with contextlib.suppress(ImportError):
-            from huggingface_hub import get_token
-
-            if get_token() is None:
-                parser.error("--push_to_hub needs --hub_token or a login by `hf auth login`")
+    if args.push_to_hub and args.hub_token is None and huggingface_hub.get_token() is None:
+        parser.error("--push_to_hub needs --hub_token, or a login by `hf auth login`")
 
 
 def make_accelerator(args: argparse.Namespace) -> Accelerator:
@@ -268,8 +266,6 @@ def make_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, n
         return get_wsd_schedule(
             optimizer, warmup, min(decay, args.max_train_steps) * num_processes, total, decay_type="linear"
         )
-    if args.num_decay_steps is not None:
-        raise SystemExit("--num_decay_steps is a flag of --lr_scheduler_type warmup_stable_decay")
     return get_scheduler(args.lr_scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=total)
 
 

@@ -31,6 +31,7 @@ from transformers import (
     AutoTokenizer,
     BertForMaskedLM,
     DataCollatorForLanguageModeling,
+    PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
 
@@ -79,10 +80,11 @@ def main() -> None:
     if tokenizer.mask_token_id is None:
         raise SystemExit("the tokenizer must have a mask token")
     try:
+        config = load_config(args, tokenizer)
         with accelerator.main_process_first():
             tokens = token_file(args, tokenizer, args.output_dir)
         blocks = TextBlocks.from_arguments(args, tokens, tokenizer)
-        model = make_model(args, tokenizer, blocks, accelerator.device)
+        model = make_model(args, config, blocks, accelerator.device)
     except ValueError as error:
         raise SystemExit(str(error)) from error
     model.train()
@@ -124,39 +126,41 @@ def main() -> None:
         tokenizer.push_to_hub(repository, token=args.hub_token)
 
 
-def make_model(
-    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, blocks: TextBlocks, device: torch.device
-) -> SNNBertForMaskedLM:
-    """The masked LM that training starts from.
+def load_config(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    """The configuration of the SNN-BERT that is trained, or of the BERT that is converted.
 
     Raises:
-        ValueError: if the checkpoint is of another kind, or has too few embeddings for the text.
+        ValueError: if it is another kind of model, or does not fit the text.
     """
     path = args.model_name_or_path or args.config_name
     config = AutoConfig.from_pretrained(path)
     wanted = "bert" if args.convert else SNNBertConfig.model_type
     if config.model_type != wanted:
         raise ValueError(f"{path} must be of the type {wanted!r}, it is {config.model_type!r} (--convert takes a BERT)")
-    if args.convert:
-        bert = BertForMaskedLM.from_pretrained(path).to(device)
-        model = convert_bert(
-            bert, calibration_batches(args, blocks), args.firing_rate, **parse_overrides(args.config_overrides)
-        )
-    elif args.model_name_or_path:
-        model = SNNBertForMaskedLM.from_pretrained(path, **parse_overrides(args.config_overrides)).to(device)
-    else:
-        sizes = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
-        model = SNNBertForMaskedLM(
-            SNNBertConfig.from_pretrained(path, **{**sizes, **parse_overrides(args.config_overrides)})
-        ).to(device)
-    if model.config.vocab_size < len(tokenizer):
-        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model only {model.config.vocab_size}")
-    if args.max_seq_length > model.config.max_position_embeddings:
+    if not args.convert:
+        sizes = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id} if args.config_name else {}
+        config = SNNBertConfig.from_pretrained(path, **{**sizes, **parse_overrides(args.config_overrides)})
+    if config.vocab_size < len(tokenizer):
+        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model only {config.vocab_size}")
+    if args.max_seq_length > config.max_position_embeddings:
         raise ValueError(
-            f"--max_seq_length must be at most {model.config.max_position_embeddings}, the positions that the model "
-            f"has; got {args.max_seq_length}"
+            f"--max_seq_length must be at most {config.max_position_embeddings}, the positions that the model has; "
+            f"got {args.max_seq_length}"
         )
-    return model
+    return config
+
+
+def make_model(
+    args: argparse.Namespace, config: PreTrainedConfig, blocks: TextBlocks, device: torch.device
+) -> SNNBertForMaskedLM:
+    """The masked LM that training starts from."""
+    if args.convert:
+        bert = BertForMaskedLM.from_pretrained(args.model_name_or_path).to(device)
+        settings = parse_overrides(args.config_overrides)
+        return convert_bert(bert, calibration_batches(args, blocks), args.firing_rate, **settings)
+    if args.model_name_or_path:
+        return SNNBertForMaskedLM.from_pretrained(args.model_name_or_path, config=config).to(device)
+    return SNNBertForMaskedLM(config).to(device)
 
 
 def masked(collator: DataCollatorForLanguageModeling, batch: Batch) -> Batch:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -111,7 +112,7 @@ def tokenize_sources(
     left = float("inf") if max_tokens is None else max_tokens
     while given and left > 0:
         source = min(given, key=given.__getitem__)
-        documents = [text for text, _ in zip(streams[source], range(DOCUMENTS_AT_ONCE), strict=False)]
+        documents = list(islice(streams[source], DOCUMENTS_AT_ONCE))
         if not documents:
             del given[source]
             continue

@@ -27,3 +27,17 @@ def refused(capsys, name, *arguments):
         run_script(name, *arguments)
     assert error.value.code not in (0, None)
     return capsys.readouterr().err if isinstance(error.value.code, int) else str(error.value.code)
+
+
+def interrupt_after(step):
+    """For `TrainingLoop._save`: saves, and interrupts the run once the checkpoint of that step is written."""
+    from accelerate_loop import TrainingLoop
+
+    save = TrainingLoop._save
+
+    def save_and_stop(self):
+        save(self)
+        if self.step == step:
+            raise KeyboardInterrupt
+
+    return save_and_stop

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from modeling_snn_bert import SNNBertConfig, SNNBertModel
-from modeling_snn_bert.distillation import hidden_state_loss, logit_loss, parameter_groups
+from modeling_snn_bert.distillation import attention_loss, hidden_state_loss, logit_loss, parameter_groups
 
 
 def states(layers=3, batch=2, seed=0):
@@ -75,3 +75,37 @@ def test_every_parameter_is_in_one_group():
 def test_bad_arguments(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def attentions(layers=2, batch=2, seed=0):
+    return [x.softmax(-1) for x in torch.randn(layers, batch, 3, 5, 5, generator=torch.Generator().manual_seed(seed))]
+
+
+def test_attention_loss_is_the_divergence_of_the_rows():
+    teacher, student = attentions(), attentions(seed=1)
+    assert attention_loss(teacher, teacher).abs() < 1e-6
+    wanted = sum((t * (t.log() - s.log())).sum(-1).mean() for s, t in zip(student, teacher, strict=True)) / 2
+    torch.testing.assert_close(attention_loss(student, teacher), wanted)
+    repeated = [torch.cat([x, x]) for x in student]
+    torch.testing.assert_close(attention_loss(repeated, teacher), wanted)
+
+
+def test_attention_loss_leaves_padding_out():
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    teacher, student = attentions(), attentions(seed=1)
+    for weights in (*teacher, *student):
+        # Nobody looks at padding; what padding looks at is noise.
+        weights[0, :, :, 3:] = 0
+        weights[0] /= weights[0].sum(-1, keepdim=True)
+    wanted = attention_loss(student, teacher, mask)
+    for weights in student:
+        weights[0, :, 3:] = 0.2
+    assert attention_loss(student, teacher, mask) == wanted and wanted.isfinite() and wanted > 0
+
+
+@pytest.mark.parametrize(
+    "student", [None, (), attentions(layers=1), attentions(batch=3)], ids=["none", "empty", "layers", "shape"]
+)
+def test_attention_loss_refuses(student):
+    with pytest.raises(ValueError, match="attention"):
+        attention_loss(student, attentions())

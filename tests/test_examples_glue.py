@@ -2,11 +2,13 @@
 
 import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from example_scripts import refused, run_script
+from example_scripts import EXAMPLES, interrupt_after, refused, run_script
 from glue_tasks import METRICS_FROM, TASKS, load_task, score
 from safetensors.torch import load_file
 from transformers import BertConfig, BertModel
@@ -194,17 +196,30 @@ def test_no_trainer_resumes_exactly(tmp_path, bert):
     assert any(not torch.equal(first[name], second[name]) for name in first)
 
 
-def interrupt_after(step):
-    from accelerate_loop import TrainingLoop
-
-    save = TrainingLoop._save
-
-    def save_and_stop(self):
-        save(self)
-        if self.step == step:
-            raise KeyboardInterrupt
-
-    return save_and_stop
+@pytest.mark.slow
+def test_two_processes_train_as_one(tmp_path, bert):
+    """`accelerate launch` with two processes: the same batches shared out, the same results but for rounding."""
+    # A prime number of rows: the last batch of an epoch and of the dev set cannot be shared evenly.
+    glue = write_glue(tmp_path / "glue", "sst2", rows=37)
+    common = ["--task_name", "sst2", "--data_dir", glue, "--model_name_or_path", bert, "--learning_rate", 1e-4]
+    common += ["--num_train_epochs", 1, "--per_device_eval_batch_size", 5, "--checkpointing_steps", 2]
+    (bert / "config.json").write_text((bert / "config.json").read_text().replace('_prob": 0.1', '_prob": 0.0'))
+    run_script("run_glue_no_trainer", *common, "--per_device_train_batch_size", 8, "--output_dir", tmp_path / "one")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2, "--num_machines", 1]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", EXAMPLES / "run_glue_no_trainer.py", *common]
+    command += ["--per_device_train_batch_size", 4, "--output_dir", tmp_path / "two"]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    one, two = read(tmp_path / "one"), read(tmp_path / "two")
+    assert one["runs"][0]["last_step"] == two["runs"][0]["last_step"] == 5
+    assert one["rows"] == two["rows"] and one["mean"] == pytest.approx(two["mean"], abs=0.1)
+    weights = [load_file(tmp_path / name / "seed_0" / "model.safetensors") for name in ("one", "two")]
+    start = load_file(bert / "model.safetensors")
+    for name, value in weights[0].items():
+        # The weights have moved by some 5e-4, far more than they differ.
+        torch.testing.assert_close(value, weights[1][name], rtol=0, atol=1e-4)
+    moved = weights[0]["bert.encoder.layer.0.output.dense.weight"] - start["encoder.layer.0.output.dense.weight"]
+    assert moved.abs().max() > 3e-4
 
 
 def test_a_finished_seed_is_kept_only_with_the_same_flags(tmp_path, bert, capsys):
