@@ -166,8 +166,8 @@ class TrainingLoop:
         while self.step < args.max_train_steps:
             for number in range(self.step * accumulate, (self.step + 1) * accumulate):
                 batch = {name: x.to(accelerator.device) for name, x in batch_of(number).items()}
-                tokens = batch["attention_mask"].sum() if "attention_mask" in batch else batch["input_ids"].numel()
-                self.tokens += int(tokens) * accelerator.num_processes
+                valid = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+                self.tokens += int(accelerator.reduce(valid.sum(), reduction="sum"))
                 with accelerator.accumulate(self.model):
                     with accelerator.autocast():
                         loss, figures = self.loss_of(self.model, batch)

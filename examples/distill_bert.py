@@ -80,8 +80,12 @@ def main() -> None:
     check_match(student.config, teacher)
     if args.freeze_embeddings:
         student.embeddings.requires_grad_(False)
-    # Dropout off in both: the student is to hit the teacher's states, and noise in either only blurs them.
-    student.eval()
+    # Dropout off in both: the student is to hit the teacher's states, and noise in either only blurs them. The student
+    # is in training mode all the same: gradient checkpointing works in that mode only.
+    for module in student.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    student.train()
 
     def states_of(model: torch.nn.Module, batch: dict) -> tuple:
         outputs = model(**batch, output_hidden_states=True, output_attentions=args.attention_weight > 0)

@@ -204,6 +204,20 @@ def test_distillation_goes_on_from_a_student(tmp_path, bert, text_file):
     assert second["eval_loss"] == pytest.approx(first["eval_loss"], rel=1e-3)
 
 
+def test_bfloat16(tmp_path, bert, text_file):
+    """Autocast is on in training and for the dev figure, and the weights that are kept stay float32."""
+    arguments = ["--model_name_or_path", bert, "--train_file", text_file, *COMMON, "--calibration_tokens", 256]
+    for precision in ("no", "bf16"):
+        run_script(
+            "distill_bert",
+            *[*arguments, "--max_train_steps", 2, "--mixed_precision", precision, "--output_dir", tmp_path / precision],
+        )
+    wide, narrow = (results(tmp_path / name, "distillation")["evaluation"]["eval_loss"] for name in ("no", "bf16"))
+    assert narrow != wide and narrow == pytest.approx(wide, rel=0.1)
+    weights = load_file(tmp_path / "bf16" / "model.safetensors")
+    assert all(value.dtype == torch.float32 for value in weights.values())
+
+
 def test_masked_lm_from_scratch_resumes_exactly(tmp_path, bert, text_file, tokenizer, make_config):
     """Learns the frequent tokens at the least; masks, dropout and order go on where they stopped."""
     make_config(hidden_dropout_prob=0.1).save_pretrained(tmp_path / "config")

@@ -1,6 +1,7 @@
 """GLUE's files and figures, and the scripts that fine-tune on them, on a small random BERT and made-up rows."""
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -198,28 +199,32 @@ def test_no_trainer_resumes_exactly(tmp_path, bert):
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path, bert):
-    """`accelerate launch` with two processes: the same batches shared out, the same results but for rounding."""
-    # A prime number of rows: the last batch of an epoch and of the dev set cannot be shared evenly.
-    glue = write_glue(tmp_path / "glue", "sst2", rows=37)
+    """Two processes: the same batches shared out, the same results but for rounding."""
+    glue = write_glue(tmp_path / "glue", "sst2", rows=40)
     common = ["--task_name", "sst2", "--data_dir", glue, "--model_name_or_path", bert, "--learning_rate", 1e-4]
     common += ["--num_train_epochs", 1, "--per_device_eval_batch_size", 5, "--checkpointing_steps", 2]
+    # The random numbers of dropout are each process' own.
     (bert / "config.json").write_text((bert / "config.json").read_text().replace('_prob": 0.1', '_prob": 0.0'))
     run_script("run_glue_no_trainer", *common, "--per_device_train_batch_size", 8, "--output_dir", tmp_path / "one")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2, "--num_machines", 1]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no", EXAMPLES / "run_glue_no_trainer.py", *common]
-    command += ["--per_device_train_batch_size", 4, "--output_dir", tmp_path / "two"]
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
+    command += [EXAMPLES / "run_glue_no_trainer.py", *common, "--per_device_train_batch_size", 4]
+    command += ["--output_dir", tmp_path / "two"]
+    # Without the variable Accelerate would look for a GPU.
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
     one, two = read(tmp_path / "one"), read(tmp_path / "two")
     assert one["runs"][0]["last_step"] == two["runs"][0]["last_step"] == 5
+    assert one["runs"][0]["training_tokens"] == two["runs"][0]["training_tokens"]
     assert one["rows"] == two["rows"] and one["mean"] == pytest.approx(two["mean"], abs=0.1)
     weights = [load_file(tmp_path / name / "seed_0" / "model.safetensors") for name in ("one", "two")]
     start = load_file(bert / "model.safetensors")
     for name, value in weights[0].items():
-        # The weights have moved by some 5e-4, far more than they differ.
-        torch.testing.assert_close(value, weights[1][name], rtol=0, atol=1e-4)
+        # Weights move by some 2e-4, far more than they differ; a key's bias has no gradient but rounding errors.
+        if not name.endswith("key.bias"):
+            torch.testing.assert_close(value, weights[1][name], rtol=0, atol=1e-6)
     moved = weights[0]["bert.encoder.layer.0.output.dense.weight"] - start["encoder.layer.0.output.dense.weight"]
-    assert moved.abs().max() > 3e-4
+    assert moved.abs().max() > 2e-4
 
 
 def test_a_finished_seed_is_kept_only_with_the_same_flags(tmp_path, bert, capsys):
