@@ -133,11 +133,9 @@ class TrainingLoop:
         self.model, self.optimizer, self.scheduler = accelerator.prepare(model, optimizer, scheduler)
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.log: list[dict] = []
-        self.tracker_name = tracker_name
         if args.with_tracking:
-            flags = {
-                name: value if isinstance(value, int | float) else str(value) for name, value in vars(args).items()
-            }
+            # Trackers take numbers and strings only.
+            flags = {k: v if isinstance(v, int | float) else str(v) for k, v in flags_of(args).items()}
             accelerator.init_trackers(tracker_name, flags)
         if args.resume_from_checkpoint is not None:
             self._load(args.resume_from_checkpoint)
@@ -190,13 +188,13 @@ class TrainingLoop:
                 progress.set_postfix(loss=f"{means['loss']:.4f}")
                 self._record({**means, "learning_rate": self.scheduler.get_last_lr()[0]})
                 sums, since = {}, 0
-            if self.step == args.max_train_steps or (args.eval_steps and self.step % args.eval_steps == 0):
-                figures_on_dev = self.evaluate_now()
-                accelerator.print(f"step {self.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in figures_on_dev.items()))
-                self._record({f"eval_{name}": value for name, value in figures_on_dev.items()})
+            if args.eval_steps and self.step % args.eval_steps == 0:
+                self._record_evaluation()
             if args.checkpointing_steps and self.step % args.checkpointing_steps == 0:
                 self.seconds = time.perf_counter() - started
                 self._save()
+        if not self.last_evaluation():
+            self._record_evaluation()
         progress.close()
         self.seconds = time.perf_counter() - started
 
@@ -211,11 +209,21 @@ class TrainingLoop:
         finally:
             model.train(was_training)
 
+    def last_evaluation(self) -> dict[str, float]:
+        """The dev figures at the present step, by their names with `eval_`; empty if there are none."""
+        last = self.log[-1] if self.log and self.log[-1]["step"] == self.step else {}
+        return {name: value for name, value in last.items() if name.startswith("eval_")}
+
     def finish(self) -> PreTrainedModel:
         """End the trackers and return the trained model."""
         if self.args.with_tracking:
             self.accelerator.end_training()
         return self.accelerator.unwrap_model(self.model)
+
+    def _record_evaluation(self) -> None:
+        figures = self.evaluate_now()
+        self.accelerator.print(f"step {self.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in figures.items()))
+        self._record({f"eval_{name}": value for name, value in figures.items()})
 
     def _mean(self, value: torch.Tensor) -> float:
         return self.accelerator.reduce(value, reduction="mean").item()

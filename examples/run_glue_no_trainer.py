@@ -162,11 +162,10 @@ def train_one(
     loop = TrainingLoop(accelerator, model, args, loss_of, evaluate, "run_glue_no_trainer")
     loop.run(batches.batch, f"{task.name}, seed {args.seed}")
     model = loop.finish()
-    last = {k.removeprefix("eval_"): v for k, v in loop.log[-1].items() if k.startswith("eval_")}
     validation = data[next(split for split in data if split != "train")]
     run = {
         "seed": args.seed,
-        "metrics": last,
+        "metrics": {name.removeprefix("eval_"): x for name, x in loop.last_evaluation().items()},
         "last_step": loop.step,
         "training_tokens": loop.tokens,
         "seconds": round(loop.seconds, 1),

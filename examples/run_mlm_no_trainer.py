@@ -112,7 +112,7 @@ def main() -> None:
         "text_tokens": blocks.blocks.size,
         "training_tokens": loop.tokens,
         "steps": loop.step,
-        "evaluation": {k: v for k, v in loop.log[-1].items() if k.startswith("eval_")},
+        "evaluation": loop.last_evaluation(),
         "seconds": round(loop.seconds, 1),
         "arguments": flags_of(args),
         "environment": environment(accelerator.device),
