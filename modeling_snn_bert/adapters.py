@@ -4,7 +4,7 @@ Importing this module tells PEFT, where it is installed, which modules of an SNN
 `LoraConfig()` needs no `target_modules`. The package itself does not need PEFT.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from .modeling_snn_bert import SNNBertPreTrainedModel
 
@@ -70,10 +70,10 @@ def merge_adapters(model: "peft.PeftModel") -> SNNBertPreTrainedModel:
     if not isinstance(model, PeftModel) or not isinstance(model.get_base_model(), SNNBertPreTrainedModel):
         raise TypeError(f"`model` must be a PeftModel of an SNN-BERT, got {type(model).__name__}")
     model.merge_adapter()
-    merged = model.get_base_model()
+    merged = cast(SNNBertPreTrainedModel, model.get_base_model())
     for name, module in list(merged.named_modules()):
         if isinstance(module, ModulesToSaveWrapper):
-            merged.set_submodule(name, module.modules_to_save[module.active_adapter])
+            merged.set_submodule(name, module.modules_to_save[cast(str, module.active_adapter)])
         elif isinstance(module, BaseTunerLayer):
             merged.set_submodule(name, module.get_base_layer())
     if hasattr(merged, "peft_config"):

@@ -13,7 +13,7 @@ import importlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from .event_driven import is_event_driven
 from .modeling_snn_bert import SNNBertForMultipleChoice, SNNBertLayer, SNNBertPreTrainedModel
-from .spiking_neurons import LIF
+from .spiking_neurons import LIF, SpikingNeuron
 
 if TYPE_CHECKING:
     import nir
@@ -209,8 +209,9 @@ class NIRPart:
         self.nodes: dict[str, Any] = {"input": nir.Input(input_type={"input": _array(torch.tensor([channels]))})}
         self.edges: list[tuple[str, str]] = []
 
-    def neuron(self, source: str, name: str, neuron: LIF) -> str:
-        """A LIF neuron: integrator, threshold, and the reset that comes back."""
+    def neuron(self, source: str, name: str, spiking_neuron: SpikingNeuron) -> str:
+        """A LIF neuron, which a model of `neuron_type="lif"` has: integrator, threshold, and the reset that returns."""
+        neuron = cast(LIF, spiking_neuron)
         decay = neuron.per_channel(neuron.decay).double()
         v_threshold = neuron.v_threshold.double()
         gain = 1 / (1 - decay)
