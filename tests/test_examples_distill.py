@@ -218,6 +218,7 @@ def test_bfloat16(tmp_path, bert, text_file):
     assert all(value.dtype == torch.float32 for value in weights.values())
 
 
+@pytest.mark.slow
 def test_masked_lm_from_scratch_resumes_exactly(tmp_path, bert, text_file, tokenizer, make_config):
     """Learns the frequent tokens at the least; masks, dropout and order go on where they stopped."""
     make_config(hidden_dropout_prob=0.1).save_pretrained(tmp_path / "config")

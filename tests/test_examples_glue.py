@@ -155,6 +155,7 @@ def read(folder):
     return json.loads((folder / "results.json").read_text())
 
 
+@pytest.mark.slow
 def test_no_trainer(tmp_path, bert):
     """A BERT is converted, learns a rule from files, and the results say how; the energy follows the spikes."""
     glue = write_glue(tmp_path / "glue", "sst2")
@@ -176,6 +177,7 @@ def test_no_trainer(tmp_path, bert):
     assert config["id2label"] == {"0": "negative", "1": "positive"}
 
 
+@pytest.mark.slow
 def test_no_trainer_resumes_exactly(tmp_path, bert):
     """Interrupted after some steps and resumed: the same weights and figures, bit for bit, and dropout is on."""
     glue = write_glue(tmp_path / "glue", "sst2")
