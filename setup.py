@@ -56,6 +56,7 @@ EXAMPLES = [
     "datasets",
     "evaluate",
     "matplotlib",
+    "numpy",
     "peft",
     "scikit-learn",
     "scipy",
