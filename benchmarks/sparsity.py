@@ -6,7 +6,8 @@
 For every target a BERT is converted with that firing rate, distilled briefly, and fine-tuned with the target in its
 configuration, on the same batches each time; `none` is converted with a rate of 0.2 and has no target. Then it is
 scored on held-out sentences, its operations are counted there, and it is timed on a batch of them in its dense and in
-its event-driven form. Writes sparsity.json and sparsity.png.
+its event-driven form. Of the event-driven forms with rounded weights the labels are counted that differ from the dense
+model's. Writes sparsity.json and sparsity.png.
 """
 
 import argparse
@@ -148,6 +149,8 @@ def measure(args: argparse.Namespace) -> Table:
             "accuracy": "accuracy",
             "matrix_product_microjoules": "matrix products, uJ",
             "microjoules": "all arithmetic, uJ",
+            "labels_changed_bfloat16": "labels that bfloat16 weights change",
+            "labels_changed_int8": "labels that int8 weights change",
             "event_driven_milliseconds": "event-driven, ms",
             "dense_milliseconds": "dense, ms",
         },
@@ -186,6 +189,10 @@ def measure(args: argparse.Namespace) -> Table:
         inputs = {name: x for name, x in next(iter(validation)).items() if name != "labels"}
         events = event_driven(copy.deepcopy(model.eval()))
         check_same(model, events, inputs)
+        wanted = labels_of(model, validation)
+        for weight_dtype in ("bfloat16", "int8"):
+            rounded = event_driven(copy.deepcopy(model), weight_dtype)
+            row[f"labels_changed_{weight_dtype}"] = (labels_of(rounded, validation) != wanted).float().mean().item()
         calls[f"{target}, dense"] = partial(run, model, inputs)
         calls[f"{target}, event-driven"] = partial(run, events, inputs)
     samples = interleaved_seconds(calls, args.repeats)
@@ -199,6 +206,12 @@ def measure(args: argparse.Namespace) -> Table:
 def run(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """The logits."""
     return model(**inputs).logits
+
+
+def labels_of(model: PreTrainedModel, loader: DataLoader) -> torch.Tensor:
+    """The label that the model gives to each sentence."""
+    batches = ({name: x for name, x in batch.items() if name != "labels"} for batch in loader)
+    return torch.cat([run(model, batch).argmax(-1) for batch in batches])
 
 
 def check_same(model: PreTrainedModel, events: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> None:

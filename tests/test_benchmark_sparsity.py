@@ -26,6 +26,7 @@ def test_quick_run(tmp_path):
     for row in table["rows"]:
         assert 0 < row["firing_rate"] < 1 and 0 <= row["accuracy"] <= 1
         assert 0 < row["matrix_product_microjoules"] < row["microjoules"]
+        assert all(0 <= row[f"labels_changed_{dtype}"] <= 1 for dtype in ("bfloat16", "int8"))
         assert row["event_driven_milliseconds"]["repeats"] == 2 and row["dense_milliseconds"]["median"] > 0
     quiet, busy = table["rows"][1], table["rows"][0]
     assert quiet["firing_rate"] < busy["firing_rate"]
