@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from .cpu_kernels import SURROGATE_INDEX, bpsn_backward, bpsn_forward
 from .cpu_kernels import available as kernels_available
-from .cpu_kernels import bpsn_backward, bpsn_forward
 from .leaky_integration import (
     both_scans,
     both_scans_backward,
@@ -276,8 +276,13 @@ class BPSN(SpikingNeuron):
         return silence(self.fire(potential, v_threshold), attention_mask).to(current.dtype)
 
     def _may_use_kernels(self) -> bool:
-        """Whether the choice is ours, and the model is not being written down for a place without our operators."""
-        return self.implementation == "auto" and not torch.jit.is_tracing() and not _is_exporting()
+        """Whether the choice is ours, the kernels know the surrogate, and no graph is written that lacks them."""
+        return (
+            self.implementation == "auto"
+            and self.surrogate in SURROGATE_INDEX
+            and not torch.jit.is_tracing()
+            and not _is_exporting()
+        )
 
     def _cpu_kernel_takes(self, current: torch.Tensor) -> bool:
         """Whether the CPU's kernel computes this; it packs group by group, whose channels must come in whole bytes."""

@@ -122,6 +122,13 @@ class TestBPSN:
         neuron = make_neuron(16, 2, normalize=normalize, bidirectional=bidirectional)
         assert 0 < compare(neuron, (2, length, 16), random_mask("left", 2, length)).mean() < 1
 
+    def test_a_surrogate_that_they_do_not_know_runs_on_torch(self, monkeypatch):
+        monkeypatch.setitem(SURROGATES, "flat", lambda x, alpha: alpha * torch.ones_like(x))
+        neuron, current = make_neuron(16, 2, surrogate="flat", reset_iterations=0), torch.randn(2, 9, 16)
+        assert torch.equal(neuron(current), make_neuron(16, 2, reset_iterations=0)(current))
+        neuron(current).sum().backward()
+        torch.testing.assert_close(neuron.v_threshold.grad, torch.full((16,), -2.0 * 2 * 9))
+
     def test_nothing_fires_at_masked_tokens(self):
         mask = random_mask("holes", 3, 30)
         current = torch.full((3, 30, 16), 9.0).masked_fill(mask[..., None] == 0, float("nan"))
