@@ -149,7 +149,7 @@ def test_onnx_export_is_checked_and_takes_a_bert(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_compiled_training_step_gives_the_same_gradients(make_model, assert_spikes_flow):
-    model = make_model(SNNBertForSequenceClassification, **ONE_LAYER, firing_rate_target=0.05).train()
+    model = make_model(SNNBertForSequenceClassification, **ONE_LAYER).train()
     inputs = batch(4, 12)
     assert_spikes_flow(model, **inputs)
     gradients = []
