@@ -34,11 +34,18 @@ from transformers.utils import TransformersKwargs, auto_docstring
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+# transformers 5.4 copies from a folder only the modules that this file names, and not those that they name in turn: so
+# those stand here too.
 from .checksums import CONFIG_NAME, check_checksums, check_finite, write_checksums
 from .configuration_snn_bert import SNNBertConfig
+from .cpu_kernels import KERNELS_VERSION  # noqa: F401
+from .event_kernels import WEIGHT_TYPES  # noqa: F401
+from .leaky_integration import IMPLEMENTATIONS  # noqa: F401
+from .leaky_integration_triton import takes  # noqa: F401
 from .packed_spikes import SpikingLinear, attention_on_spikes, keep_packed, packed_form
 from .sparsity import FiringRateRecorder, firing_rate_penalty
 from .spiking_neurons import BPSN, LIF, PSN, SpikingNeuron
+from .surrogate_gradients import SURROGATES  # noqa: F401
 
 
 @dataclass

@@ -246,7 +246,7 @@ BAD_COMMANDS = {
     ),
     "model_missing": (1, ["info", "./nowhere"], "nowhere"),
     "model_is_a_bert": (1, ["info", "{bert}"], "must be an SNN-BERT checkpoint, its model_type is 'bert'"),
-    "weights_truncated": (1, ["info", "{truncated}"], "header"),
+    "weights_truncated": (1, ["info", "{truncated}"], "is damaged or no safetensors file"),
     "config_broken": (1, ["info", "{broken}"], "JSON"),
     "setting_impossible": (1, ["info", "{impossible}"], "`num_timesteps` must be 1"),
     "layer_too_high": (1, ["spikes", "{model}", "a", "--layer", "2"], "--layer must lie in [0, 2)"),

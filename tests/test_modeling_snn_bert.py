@@ -553,9 +553,8 @@ class TestTraining:
         loss = outputs.loss if head != "base" else outputs.pooler_output.sum()
         loss.backward()
         without = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()}
-        if head == "multiple_choice":
-            # One score per choice enters a softmax, where a constant cancels, up to rounding.
-            without.discard("classifier.bias")
+        # What is added to every score that enters one softmax cancels there, up to rounding.
+        without -= {"multiple_choice": {"classifier.bias"}, "question_answering": {"qa_outputs.bias"}}.get(head, set())
         expected = set()
         if head in ("base", "sequence_classification", "multiple_choice"):
             # These read the first token, and nothing comes before it that could reach it through a decay.
