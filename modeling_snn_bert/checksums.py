@@ -30,6 +30,8 @@ SUM_KEY = "sha256"
 SHARDS_KEY = "sha256:shards"
 # The name of one of several files of weights.
 SHARD_NAME = re.compile(r"model-\d+-of-\d+\.safetensors")
+# A weight that both a BERT and an SNN-BERT have in each layer.
+LINEAR_OF_LAYER = re.compile(r"\bencoder\.layer\.(\d+)\.attention\.self\.query\.weight$")
 # A header holds the names and shapes of the tensors; the format allows no more.
 MAX_HEADER_BYTES = 100_000_000
 
@@ -109,6 +111,27 @@ def check_checksums(folder: str | Path) -> bool:
             f"{path} has changed since the weights beside it were saved. If nobody has edited it, it is damaged."
         )
     return all_have_sums
+
+
+def check_layers(source: str | Path, num_hidden_layers: int, missing: Iterable[str]) -> None:
+    """Refuse a checkpoint of fewer layers than the configuration asks for: the others would be random.
+
+    Args:
+        source: the checkpoint, for the error.
+        num_hidden_layers: as in the configuration.
+        missing: names of the parameters that the checkpoint does not have. Those of neurons may be missing, because a
+            BERT has none.
+
+    Raises:
+        ValueError: if the weights of a Linear of an encoder layer are missing.
+    """
+    without = {int(match[1]) for name in missing if (match := LINEAR_OF_LAYER.search(name))}
+    if without:
+        numbers = ", ".join(map(str, sorted(without)))
+        raise ValueError(
+            f"`num_hidden_layers` is {num_hidden_layers}, but {source} holds no weights of the encoder layers "
+            f"{numbers} (counted from 0): ask for as many layers as there are, or initialise from a configuration"
+        )
 
 
 def check_finite(model: nn.Module) -> None:

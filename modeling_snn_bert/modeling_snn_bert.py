@@ -36,7 +36,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 # transformers 5.4 copies from a folder only the modules that this file names, and not those that they name in turn: so
 # those stand here too.
-from .checksums import CONFIG_NAME, check_checksums, check_finite, write_checksums
+from .checksums import CONFIG_NAME, check_checksums, check_finite, check_layers, write_checksums
 from .configuration_snn_bert import SNNBertConfig
 from .cpu_kernels import KERNELS_VERSION  # noqa: F401
 from .event_kernels import WEIGHT_TYPES  # noqa: F401
@@ -582,10 +582,11 @@ class SNNBertPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
-        """`PreTrainedModel.from_pretrained`, and damaged weights are refused (see `checksums`).
+        """`PreTrainedModel.from_pretrained`, and damaged or missing weights are refused (see `checksums`).
 
         Raises:
-            ValueError: if the weights are not those that were saved, or hold NaN or infinite values.
+            ValueError: if the weights are not those that were saved, hold NaN or infinite values, or are those of fewer
+                layers than the configuration asks for.
         """
         source = pretrained_model_name_or_path
         is_folder = source is not None and os.path.isdir(source)
@@ -594,14 +595,17 @@ class SNNBertPreTrainedModel(PreTrainedModel):
             # First, so that there is one error for all kinds of damage.
             check_checksums(Path(source, subfolder))
         cache = {name: kwargs[name] for name in ("cache_dir", "revision") if kwargs.get(name) is not None}
-        loaded = super().from_pretrained(source, *model_args, **kwargs)
+        with_loading_info = kwargs.pop("output_loading_info", False)
+        model, loading_info = super().from_pretrained(source, *model_args, output_loading_info=True, **kwargs)
         if source is not None and not is_folder:
             # The files lie in the cache now, those of one revision in one folder.
             config = try_to_load_from_cache(str(source), os.path.join(subfolder, CONFIG_NAME), **cache)
             if isinstance(config, str):
                 check_checksums(Path(config).parent)
-        check_finite(loaded[0] if isinstance(loaded, tuple) else loaded)
-        return loaded
+        if source is not None:
+            check_layers(source, model.config.num_hidden_layers, loading_info["missing_keys"])
+        check_finite(model)
+        return (model, loading_info) if with_loading_info else model
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """`PreTrainedModel.save_pretrained`, and the weights are saved with their checksum (see `checksums`)."""

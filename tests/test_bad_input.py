@@ -429,6 +429,12 @@ BAD_CHECKPOINTS = {
         ValueError,
         "no_such_attention",
     ),
+    "more_layers_than_there_are": (
+        lambda folder: None,
+        {"num_hidden_layers": 3},
+        ValueError,
+        "holds no weights of the encoder layers 2 (counted from 0): ask for as many layers as there are",
+    ),
     "a_pickle_only": (
         lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
         {"use_safetensors": True},

@@ -3,6 +3,7 @@
 import logging
 import re
 import shutil
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, BertConfig, BertModel
 
 from modeling_snn_bert import SNNBertForSequenceClassification
 from modeling_snn_bert.checksums import SUM_KEY, check_checksums, write_checksums
@@ -48,6 +49,16 @@ def flip(path, position, bit):
     content = bytearray(path.read_bytes())
     content[int(position * len(content))] ^= 1 << bit
     path.write_bytes(content)
+
+
+@contextmanager
+def restored(path):
+    """The file is what it was, also after a failure; yields its bytes."""
+    content = path.read_bytes()
+    try:
+        yield content
+    finally:
+        path.write_bytes(content)
 
 
 def refused_or_same(folder, model, caplog):
@@ -119,61 +130,81 @@ class TestFuzz:
     def test_flipped_weights(self, saved, log, position, bit):
         folder, model = saved
         path = folder / "model.safetensors"
-        content = path.read_bytes()
-        flip(path, position, bit)
-        assert refused_or_same(folder, model, log) in ("refused", "same")
-        path.write_bytes(content)
+        with restored(path):
+            flip(path, position, bit)
+            assert refused_or_same(folder, model, log) in ("refused", "same")
 
     @FUZZ
     @given(position=positions, bit=st.integers(0, 7))
     def test_flipped_header(self, saved, log, position, bit):
         folder, model = saved
         path = folder / "model.safetensors"
-        content = path.read_bytes()
-        header = 8 + int.from_bytes(content[:8], "little")
-        flip(path, position * header / len(content), bit)
-        assert refused_or_same(folder, model, log) in ("refused", "same")
-        path.write_bytes(content)
+        with restored(path) as content:
+            header = 8 + int.from_bytes(content[:8], "little")
+            flip(path, position * header / len(content), bit)
+            assert refused_or_same(folder, model, log) in ("refused", "same")
 
     @FUZZ
     @given(position=positions)
     def test_truncated_weights(self, saved, log, position):
         folder, model = saved
         path = folder / "model.safetensors"
-        content = path.read_bytes()
-        path.write_bytes(content[: int(position * len(content))])
-        assert refused_or_same(folder, model, log) == "refused"
-        path.write_bytes(content)
+        with restored(path) as content:
+            path.write_bytes(content[: int(position * len(content))])
+            assert refused_or_same(folder, model, log) == "refused"
 
     @FUZZ
     @given(position=positions, bit=st.integers(0, 7))
     def test_flipped_configuration(self, saved, log, position, bit):
         folder, model = saved
         path = folder / "config.json"
-        content = path.read_bytes()
-        flip(path, position, bit)
-        refused_or_same(folder, model, log)
-        path.write_bytes(content)
+        with restored(path):
+            flip(path, position, bit)
+            refused_or_same(folder, model, log)
 
     @FUZZ
     @given(position=positions)
     def test_truncated_configuration(self, saved, log, position):
         folder, model = saved
         path = folder / "config.json"
-        content = path.read_text().rstrip()
-        path.write_text(content[: int(position * len(content))])
-        assert refused_or_same(folder, model, log) == "refused"
-        path.write_text(content + "\n")
+        with restored(path) as content:
+            content = content.rstrip()
+            path.write_bytes(content[: int(position * len(content))])
+            assert refused_or_same(folder, model, log) == "refused"
 
     @FUZZ
     @given(position=positions, bit=st.integers(0, 7))
     def test_flipped_index(self, sharded, log, position, bit):
         folder, model = sharded
         path = folder / "model.safetensors.index.json"
-        content = path.read_bytes()
-        flip(path, position, bit)
-        assert refused_or_same(folder, model, log) == "refused"
-        path.write_bytes(content)
+        with restored(path):
+            flip(path, position, bit)
+            assert refused_or_same(folder, model, log) == "refused"
+
+
+class TestLayers:
+    """A configuration of more layers than the checkpoint has."""
+
+    def test_misspelt_setting(self, saved):
+        # One flipped bit; transformers takes the default, 12, and would fill ten layers with random numbers.
+        folder, _ = saved
+        path = folder / "config.json"
+        path.write_text(path.read_text().replace("num_hidden_layers", "num_hidden_layeRs"))
+        with pytest.raises(ValueError, match=r"`num_hidden_layers` is 12, but .* of the encoder layers 2, 3, 4, 5,"):
+            load(folder)
+
+    def test_of_a_bert(self, make_config, tmp_path):
+        names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+        config = make_config()
+        BertModel(BertConfig(**{name: getattr(config, name) for name in names})).save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=r"`num_hidden_layers` is 3, but .* no weights of the encoder layers 2 "):
+            SNNBertForSequenceClassification.from_pretrained(tmp_path, num_hidden_layers=3)
+
+    def test_fewer_layers_are_a_choice(self, saved):
+        folder, model = saved
+        small = SNNBertForSequenceClassification.from_pretrained(folder, num_hidden_layers=1)
+        weights = model.state_dict()
+        assert all(torch.equal(value, weights[name]) for name, value in small.state_dict().items())
 
 
 def test_a_flip_in_a_file_without_a_sum_is_not_seen(saved):
