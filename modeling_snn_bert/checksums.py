@@ -116,6 +116,8 @@ def check_checksums(folder: str | Path) -> bool:
 def check_layers(source: str | Path, num_hidden_layers: int, missing: Iterable[str]) -> None:
     """Refuse a checkpoint of fewer layers than the configuration asks for: the others would be random.
 
+    One with no encoder at all is another thing, which transformers reports by itself.
+
     Args:
         source: the checkpoint, for the error.
         num_hidden_layers: as in the configuration.
@@ -123,10 +125,10 @@ def check_layers(source: str | Path, num_hidden_layers: int, missing: Iterable[s
             BERT has none.
 
     Raises:
-        ValueError: if the weights of a Linear of an encoder layer are missing.
+        ValueError: if the weights of some encoder layers, but not of all, are missing.
     """
     without = {int(match[1]) for name in missing if (match := LINEAR_OF_LAYER.search(name))}
-    if without:
+    if 0 < len(without) < num_hidden_layers:
         numbers = ", ".join(map(str, sorted(without)))
         raise ValueError(
             f"`num_hidden_layers` is {num_hidden_layers}, but {source} holds no weights of the encoder layers "
