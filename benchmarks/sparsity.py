@@ -3,11 +3,11 @@
     python benchmarks/sparsity.py                                        film reviews, all-MiniLM-L6-v2
     python benchmarks/sparsity.py --train_file t.tsv --validation_file v.tsv --targets none 0.1 0.05
 
-For every target a BERT is converted with that firing rate, distilled briefly, and fine-tuned with the target in its
-configuration, on the same batches each time; `none` is converted with a rate of 0.2 and has no target. Then it is
-scored on held-out sentences, its operations are counted there, and it is timed on a batch of them in its dense and in
-its event-driven form. Of the event-driven forms with rounded weights the labels are counted that differ from the dense
-model's. Writes sparsity.json and sparsity.png.
+A BERT is fine-tuned, then for every target converted with that firing rate, distilled briefly, and fine-tuned with the
+target in its configuration, on the same batches each time, as in examples/quickstart.py; `none` is converted with that
+example's firing rate and has no target. Then it is scored on held-out sentences, its operations are counted there, and
+it is timed on a batch of them in its dense and in its event-driven form. Of the event-driven forms with rounded weights
+the labels are counted that differ from the dense model's. Writes sparsity.json and sparsity.png.
 """
 
 import argparse
@@ -43,7 +43,6 @@ from modeling_snn_bert.event_driven import event_driven
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 TARGETS = ("none", "0.2", "0.1", "0.05")
-RATE_WITHOUT_TARGET = 0.2
 DEFAULT_OUTPUT = Path("outputs/benchmarks")
 
 
@@ -56,10 +55,13 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--label_column", default="label")
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), help="firing rates in (0, 1), or `none`")
     parser.add_argument("--firing_rate_weight", type=float, default=1.0)
-    parser.add_argument("--distillation_steps", type=int, default=60)
-    parser.add_argument("--steps", type=int, default=100, help="of fine-tuning, for each target")
+    parser.add_argument("--firing_rate", type=float, default=0.2, help="at calibration, where there is no target")
+    parser.add_argument("--distillation_steps", type=int, default=130, help="for each target")
+    parser.add_argument("--steps", type=int, default=160, help="of fine-tuning, of the BERT and for each target")
     parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--learning_rate", type=float, default=1e-4)
+    parser.add_argument("--learning_rate", type=float, default=5e-4, help="of the SNN-BERT")
+    parser.add_argument("--bert_learning_rate", type=float, default=5e-5)
+    parser.add_argument("--logit_weight", type=float, default=0.5, help="share of the BERT's logits in the loss")
     parser.add_argument("--max_length", type=int, default=64)
     parser.add_argument("--max_train_samples", type=int)
     parser.add_argument("--max_eval_samples", type=int)
@@ -160,19 +162,25 @@ def measure(args: argparse.Namespace) -> Table:
         ],
     )
     calls: dict[str, Callable[[], object]] = {}
+    set_seed(args.seed)
+    bert = AutoModelForSequenceClassification.from_pretrained(path, num_labels=len(labels))
+    batches = quickstart.training_batches(data["train"], tokenizer, args.batch_size, args.seed)
+    quickstart.finetune(accelerator, bert, batches, args.steps, args.bert_learning_rate)
+    stages = {"distillation_steps": args.distillation_steps, "finetuning_steps": args.steps}
     for target in args.targets:
         set_seed(args.seed)
         rate = None if target == "none" else float(target)
-        bert = AutoModelForSequenceClassification.from_pretrained(path, num_labels=len(labels))
         batches = quickstart.training_batches(data["train"], tokenizer, args.batch_size, args.seed)
         calibration = [next(batches) for _ in range(12)]
-        model = convert_bert(bert, calibration, rate or RATE_WITHOUT_TARGET)
-        if args.distillation_steps:
-            quickstart.distill(accelerator, model, bert, batches, args.distillation_steps, 5e-4)
-        model.config.firing_rate_target = rate
-        model.config.firing_rate_weight = args.firing_rate_weight
-        batches = quickstart.training_batches(data["train"], tokenizer, args.batch_size, args.seed)
-        quickstart.finetune(accelerator, model, batches, args.steps, args.learning_rate, f"target {target}")
+        model = convert_bert(
+            bert,
+            calibration,
+            rate or args.firing_rate,
+            firing_rate_target=rate,
+            firing_rate_weight=args.firing_rate_weight,
+            **quickstart.NO_DROPOUT,
+        )
+        quickstart.teach(accelerator, model, bert, batches, args.learning_rate, args.logit_weight, **stages)
         report = energy_report(model, validation, run_lengths=False)
         rates = report.firing_rates()
         mean = check_firing_rate(f"the model with target {target}", sum(rates.values()) / len(rates))

