@@ -7,7 +7,7 @@ Subjects have the same shape and vocabulary, no head and no pooler. Thresholds o
 tokens so that each channel fires at the imposed rate; the rate that is met is in the table. All subjects of a table are
 timed in turns, round by round, and the ratios are taken round by round. Natural lengths are those of short film
 reviews, padded to the longest of the batch. The ONNX models are exports of the very BERT that is timed, checked against
-it. Writes inference.json.
+it. The section `linears` times the products of one layer alone. Writes inference.json.
 
 ONNX Runtime and its tools are needed for two of the subjects only:
 
@@ -42,7 +42,8 @@ from transformers import BertConfig, BertModel, PreTrainedModel
 
 from modeling_snn_bert import SNNBertConfig, SNNBertModel, SpikingNeuron, cpu_kernels
 from modeling_snn_bert import event_driven as event_driven_module
-from modeling_snn_bert.event_driven import dense_rates, event_driven
+from modeling_snn_bert.event_driven import EventDrivenLinear, dense_rates, event_driven
+from modeling_snn_bert.event_kernels import event_linear, list_float_spikes
 from modeling_snn_bert.export import export_onnx
 
 REFERENCE = "bert_float32"
@@ -60,6 +61,10 @@ RATES = (0.05, 0.1, 0.2, 0.3)
 SHAPES = {"6x384": (6, 384, 1536, 12), "12x768": (12, 768, 3072, 12)}
 BATCH_SIZES = (1, 8, 32)
 LENGTH = 128
+# The firing rate whose cost the section `linears` compares with, and the tokens of a product there.
+REFERENCE_RATE = 0.2
+LINEAR_TOKENS = 1024
+SECTIONS = (*SHAPES, "linears")
 # Token counts of short film reviews (SST-2's validation sentences): mean, standard deviation, and the range.
 NATURAL_LENGTHS = (25.0, 12.0, 5, 64)
 VOCAB_SIZE = 30522
@@ -283,16 +288,88 @@ def compare(
             yield table
 
 
-@benchmark("inference", sections=tuple(SHAPES), subjects=SUBJECTS, repeats=7)
+def products(model: SNNBertModel, rate: float, tokens: int, generator: torch.Generator) -> Callable[[], None]:
+    """The event-driven products of `model` on random spikes: lists of the active inputs, then the sums."""
+    linears = [module for module in model.modules() if isinstance(module, EventDrivenLinear)]
+    sizes = {linear.in_features for linear in linears}
+    spikes = {size: (torch.rand(tokens, size, generator=generator) < rate).float() for size in sizes}
+    for size, values in spikes.items():
+        check_firing_rate(f"the input of {size} channels", values.mean().item())
+
+    def run() -> None:
+        lists = {size: list_float_spikes(values, ternary=False) for size, values in spikes.items()}
+        for linear in linears:
+            event_linear(lists[linear.in_features], linear.product.blocked(linear))
+
+    return run
+
+
+def linear_tables(settings: Settings, rates: tuple[float, ...]) -> Iterator[Table]:
+    """What the Linears of one layer cost at each firing rate, against that at 0.2 and against dense float32."""
+    rates = tuple(sorted({*rates, REFERENCE_RATE}))
+    tokens = 16 if settings.quick else LINEAR_TOKENS
+    for _, hidden, intermediate, heads in SHAPES.values():
+        shape = (1, 48, 96, 4) if settings.quick else (1, hidden, intermediate, heads)
+        for weight_dtype in ("float32", "int8"):
+            generator = torch.Generator().manual_seed(settings.seed)
+            model = build_spiking(shape, settings.seed)
+            weights = [module for module in model.encoder.modules() if isinstance(module, nn.Linear)]
+            inputs = [torch.rand(tokens, linear.in_features, generator=generator) for linear in weights]
+            dense = partial(run_dense, copy.deepcopy(weights), inputs)
+            model = event_driven(model, weight_dtype, dense_above=1.0)
+            calls: dict[str, Callable[[], None]] = {
+                str(rate): products(model, rate, tokens, generator) for rate in rates
+            }
+            with torch.inference_mode():
+                samples = interleaved_seconds({**calls, "dense": dense}, settings.repeats, 2)
+            table = Table(
+                "linears",
+                f"The Linears of one layer, {shape[1]} wide, {weight_dtype} weights, {tokens} tokens, "
+                f"{settings.threads} threads",
+                {
+                    "rate": "firing rate",
+                    "milliseconds": "ms",
+                    "over_reference": f"time / that at {REFERENCE_RATE}",
+                    "speedup": "dense float32 / time",
+                },
+                notes=["Median of interleaved rounds (quartiles). Finding the active inputs is part of the time."],
+            )
+            for rate in rates:
+                row = {
+                    "rate": rate,
+                    "milliseconds": spread(samples[str(rate)], 1e3),
+                    "over_reference": ratio(samples, str(rate), str(REFERENCE_RATE)),
+                    "speedup": ratio(samples, "dense", str(rate)),
+                }
+                table.rows.append(row)
+            yield table
+
+
+def run_dense(linears: list[nn.Linear], inputs: list[torch.Tensor]) -> None:
+    """Dense products."""
+    for linear, x in zip(linears, inputs, strict=True):
+        nn.functional.linear(x, linear.weight, linear.bias)
+
+
+@benchmark("inference", sections=SECTIONS, subjects=SUBJECTS, repeats=7)
 def inference(settings: Settings) -> Iterator[Table]:
     """Inference: event-driven SNN-BERT against BERT in transformers and ONNX Runtime, at imposed firing rates."""
-    yield from at_imposed_rates(settings, RATES, BATCH_SIZES, memory=not settings.quick)
+    yield from tables_of(settings, RATES, BATCH_SIZES, memory=not settings.quick)
+
+
+def tables_of(
+    settings: Settings, rates: tuple[float, ...], batch_sizes: tuple[int, ...], memory: bool
+) -> Iterator[Table]:
+    """The tables of the sections that were asked for."""
+    if "linears" in settings.sections:
+        yield from linear_tables(settings, rates)
+    yield from at_imposed_rates(settings, rates, batch_sizes, memory)
 
 
 def at_imposed_rates(
     settings: Settings, rates: tuple[float, ...], batch_sizes: tuple[int, ...], memory: bool
 ) -> Iterator[Table]:
-    for section in settings.sections:
+    for section in (name for name in SHAPES if name in settings.sections):
         shape, length = (2, 48, 96, 4) if settings.quick else SHAPES[section], 16 if settings.quick else LENGTH
         model = build_spiking(shape, settings.seed)
         batches = make_batches((1, 2) if settings.quick else batch_sizes, length, VOCAB_SIZE, settings.seed)
@@ -305,7 +382,7 @@ def at_imposed_rates(
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", help="an SNN-BERT: folder or Hub id, measured at its own rates")
-    parser.add_argument("--sections", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--subjects", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
     parser.add_argument("--rates", nargs="+", type=float, default=list(RATES))
     parser.add_argument("--batch_sizes", nargs="+", type=int, default=list(BATCH_SIZES))
@@ -332,7 +409,7 @@ def main() -> None:
         batches = make_batches(tuple(args.batch_sizes), length, model.config.vocab_size, args.seed)
         tables = compare(args.model_name_or_path, "checkpoint", model, batches, settings, not args.no_memory)
     else:
-        tables = at_imposed_rates(settings, tuple(args.rates), tuple(args.batch_sizes), not args.no_memory)
+        tables = tables_of(settings, tuple(args.rates), tuple(args.batch_sizes), not args.no_memory)
     done = []
     for table in tables:
         done.append(table.to_dict())

@@ -125,7 +125,7 @@ def main() -> None:
         teach(accelerator, snn_bert, bert, batches, args.learning_rate, args.logit_weight, **stages)
     with timed(seconds, "evaluate both"):
         accuracies = {"SNN-BERT": accuracy(snn_bert, validation), "BERT": accuracy(bert, validation)}
-        batches_of_report = math.ceil(ENERGY_SENTENCES / validation.batch_size)
+        batches_of_report = math.ceil(ENERGY_SENTENCES / (2 * args.batch_size))
         energy = energy_report(snn_bert, itertools.islice(validation, batches_of_report), run_lengths=False)
     labels = torch.tensor(data["validation"]["labels"])
     accuracies["majority class"] = labels.bincount().max().item() / len(labels)
