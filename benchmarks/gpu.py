@@ -18,7 +18,7 @@ from measure import check_firing_rate, ratio, spread
 from registry import Settings, benchmark
 from report import Table
 from torch import nn
-from training import LEARNING_RATE, MIB, SUBJECTS, Classifier, Shape
+from training import LEARNING_RATE, MASKED_LM, MIB, Classifier, MaskedLM, Shape, masked_labels, model_config
 from transformers import AutoModel
 
 from modeling_snn_bert import BPSN
@@ -186,31 +186,24 @@ def neuron(settings: Settings) -> Iterator[Table]:
         yield table
 
 
-def model_config(subject: str, shape: Shape):
-    """The configuration of a subject at a shape."""
-    return SUBJECTS[subject](
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.hidden_size,
-        num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_heads,
-        intermediate_size=shape.intermediate_size,
-        max_position_embeddings=max(512, shape.length),
-    )
-
-
 class GPUStep:
     """A call is a training step of `subject` in bfloat16 autocast: forward, loss, backward, fused AdamW."""
 
+    network: type[Classifier | MaskedLM] = Classifier
+
     def __init__(self, subject: str, shape: Shape, seed: int) -> None:
         torch.manual_seed(seed)
-        self.classifier = Classifier(model_config(subject.removesuffix(COMPILED), shape)).cuda().train()
-        self.model: Callable[..., torch.Tensor] = self.classifier
+        network = self.network(model_config(subject.removesuffix(COMPILED), shape)).cuda().train()
+        self.model: Callable[..., torch.Tensor] = network
         if subject.endswith(COMPILED):
             torch.compiler.reset()
-            self.model = torch.compile(self.classifier)
-        self.optimizer = torch.optim.AdamW(self.classifier.parameters(), lr=LEARNING_RATE, fused=True)
+            self.model = torch.compile(network)
+        self.optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, fused=True)
         self.input_ids = torch.randint(shape.vocab_size, (shape.batch_size, shape.length), device="cuda")
-        self.labels = torch.randint(2, (shape.batch_size,), device="cuda")
+        if self.network is MaskedLM:
+            self.labels = masked_labels(self.input_ids)
+        else:
+            self.labels = torch.randint(2, (shape.batch_size,), device="cuda")
 
     def __call__(self) -> None:
         self.optimizer.zero_grad(set_to_none=False)
@@ -227,6 +220,12 @@ class GPUStep:
         self()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+
+
+class GPUMaskedLMStep(GPUStep):
+    """The same with a masked-LM head."""
+
+    network = MaskedLM
 
 
 def training_shapes(settings: Settings) -> list[Shape]:
@@ -266,12 +265,14 @@ def measure_one(
     return gpu_seconds({name: call}, settings.repeats)[name], call.peak_bytes()
 
 
-def model_table(section: str, title: str, subjects: tuple[str, ...], times: dict, peaks: dict) -> Table:
+def model_table(
+    section: str, title: str, shape: Shape, subjects: tuple[str, ...], times: dict, peaks: dict, variant: str = "plain"
+) -> Table:
     """Times and peaks of all subjects, and the ratios of the first one's to theirs."""
     reference = subjects[0]
     table = Table(
         section,
-        f"{title}, on {torch.cuda.get_device_name()}",
+        f"{title}, {shape}, on {torch.cuda.get_device_name()}",
         {
             "subject": "model",
             "milliseconds": "ms",
@@ -282,7 +283,7 @@ def model_table(section: str, title: str, subjects: tuple[str, ...], times: dict
         notes=["A dash stands for what did not fit into the GPU's memory, or was not measured."],
     )
     for name in subjects:
-        row: dict = {"subject": name}
+        row: dict = {"subject": name, "variant": variant, "shape": shape._asdict()}
         if name in times:
             row["milliseconds"] = spread(times[name], 1e3)
             if peaks[name] is not None:
@@ -300,7 +301,16 @@ def training(settings: Settings) -> Iterator[Table]:
     check_cuda("training")
     for shape in training_shapes(settings):
         times, peaks = measure_apart(GPUStep, shape, settings)
-        yield model_table("training", f"Training step, bfloat16 autocast, {shape}", settings.subjects, times, peaks)
+        yield model_table("training", "Training step, bfloat16 autocast", shape, settings.subjects, times, peaks)
+
+
+def masked_lm(settings: Settings) -> Iterator[Table]:
+    """The same of masked language modelling, at the first shape."""
+    check_cuda("masked_lm")
+    shape = training_shapes(settings)[0]
+    times, peaks = measure_apart(GPUMaskedLMStep, shape, settings)
+    title = "Training step, masked LM, bfloat16 autocast"
+    yield model_table("masked_lm", title, shape, settings.subjects, times, peaks, MASKED_LM)
 
 
 class GPUInference:
@@ -330,10 +340,10 @@ def inference(settings: Settings) -> Iterator[Table]:
     check_cuda("inference")
     for shape in training_shapes(settings):
         times, peaks = measure_apart(GPUInference, shape, settings)
-        yield model_table("inference", f"Forward pass, bfloat16, {shape}", settings.subjects, times, peaks)
+        yield model_table("inference", "Forward pass, bfloat16", shape, settings.subjects, times, peaks)
 
 
-SECTIONS = {"floors": floors, "neuron": neuron, "training": training, "inference": inference}
+SECTIONS = {"floors": floors, "neuron": neuron, "training": training, "masked_lm": masked_lm, "inference": inference}
 MODELS = ("snn_bert", "snn_bert compiled", "lif_repeat4", "bert", "bert compiled")
 
 

@@ -8,6 +8,10 @@ from pathlib import Path
 from typing import Any
 
 
+class Assumed(float):
+    """A number that rests on an assumption; a table prints it with a star."""
+
+
 @dataclass
 class Table:
     """One table of a benchmark.
@@ -65,7 +69,7 @@ def _cell(value: Any) -> str:
     if isinstance(value, dict):
         return f"{_cell(value['median'])} ({_cell(value['q1'])}-{_cell(value['q3'])})"
     if isinstance(value, float):
-        return _three_digits(value)
+        return _three_digits(value) + "*" * isinstance(value, Assumed)
     return str(value)
 
 

@@ -1,20 +1,25 @@
 """What pre-training on many devices takes: memory, traffic, time and disk, worked out from a model's shapes.
 
-    python benchmarks/scaling.py --tokens_per_second 10000
-    python benchmarks/scaling.py --model_name_or_path hub_configs/snn-bert-small --tokens_per_second 10000
+    python benchmarks/run.py training --sections step_mlm_384       measures a step on this machine's CPU,
+    python benchmarks/run.py gpu --sections masked_lm               or on its GPU; then
+    python benchmarks/scaling.py --measured outputs/benchmarks/training-step_mlm_384.json
 
-Nothing is measured here. The speed of one device has to be given: it is batch x length / seconds of a step, from
-`benchmarks/run.py gpu` on a GPU and `benchmarks/run.py training` on a CPU. Parameters are counted on the model itself
-(masked language modelling), bytes follow from shapes and dtypes: float32 weights, gradients and AdamW moments, bfloat16
-autocast. `docs/scaling.md` explains the figures.
+    python benchmarks/scaling.py --tokens_per_second 10000          without a measurement
+
+The speed of one device is all that is measured, and this script only reads it. Parameters are counted on the model
+itself (masked language modelling), bytes follow from shapes and dtypes: float32 weights, gradients and AdamW moments,
+bfloat16 autocast. A star marks each number that rests on an assumption. `docs/scaling.md` explains the figures.
 """
 
 import argparse
+import json
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from report import Table
+from report import Assumed, Table
+from training import MASKED_LM, Shape, model_config
 
 from modeling_snn_bert import SNNBertConfig, SNNBertForMaskedLM
 
@@ -24,6 +29,18 @@ FLOAT32, BFLOAT16 = 4, 2
 STATE_BYTES = 4 * FLOAT32
 # What a checkpoint holds: weights and moments.
 CHECKPOINT_BYTES = 3 * FLOAT32
+SUBJECT = "snn_bert"
+BATCH_SIZE, LENGTH = 64, 128
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What one device does; `measured` says how that is known, and is empty where it is assumed."""
+
+    batch_size: int
+    length: int
+    tokens_per_second: float
+    measured: str = ""
 
 
 @dataclass(frozen=True)
@@ -65,18 +82,48 @@ def layer_activation_bytes(config: SNNBertConfig) -> int:
     return config.num_timesteps * (currents + spikes + norms + attention)
 
 
-def scaling_table(config: SNNBertConfig, args: argparse.Namespace) -> Table:
-    """One row per number of devices."""
+def measured_speeds(path: Path) -> list[tuple[SNNBertConfig, Speed]]:
+    """Every model whose step of masked language modelling was measured in a file of `run.py`, with its speed.
+
+    Raises:
+        ValueError: if the file is none of `run.py`, or holds no such step.
+    """
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        tables, quick, machine = result["tables"], result["settings"]["quick"], result["environment"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a file that `benchmarks/run.py` wrote: {error!r}") from error
+    if quick:
+        raise ValueError(f"{path} comes from `--quick`, which measures nothing")
+    device = "" if result["benchmark"] == "gpu" else f" on {machine['cpu']}, {machine['threads']} threads"
+    speeds = []
+    for table in tables:
+        for row in table["rows"]:
+            if row.get("subject") == SUBJECT and row.get("variant") == MASKED_LM and "milliseconds" in row:
+                shape = Shape(**row["shape"])
+                tokens = shape.batch_size * shape.length / (row["milliseconds"]["median"] / 1e3)
+                speed = Speed(shape.batch_size, shape.length, tokens, f"{table['title']}{device}")
+                speeds.append((model_config(SUBJECT, shape), speed))
+    if not speeds:
+        raise ValueError(
+            f"{path} holds no step of {SUBJECT} in masked language modelling: run `benchmarks/run.py training "
+            "--sections step_mlm_384`, or `gpu --sections masked_lm` on a GPU"
+        )
+    return speeds
+
+
+def scaling_table(config: SNNBertConfig, speed: Speed, args: argparse.Namespace) -> Table:
+    """One row per number of devices. What rests on `args`, or on a speed that was not measured, is `Assumed`."""
     sizes = sizes_of(config)
     tokens = args.text_gigabytes * GB / args.bytes_per_token * args.epochs
-    per_step = args.batch_size * args.length
+    per_step = speed.batch_size * speed.length
     # With 15% of the tokens masked, the logits of the others could be left out; the model computes all.
     activations = per_step * (sizes.activation_bytes + sizes.logit_bytes)
     state = STATE_BYTES * sizes.parameters
     table = Table(
         "scaling",
-        f"{sizes.parameters / 1e6:.1f} M parameters, {args.batch_size} x {args.length} tokens a device and step, "
-        f"{tokens / 1e9:.1f} G tokens, {args.tokens_per_second:g} tokens/s a device",
+        f"{sizes.parameters / 1e6:.1f} M parameters, {speed.batch_size} x {speed.length} tokens a device and step, "
+        f"{speed.tokens_per_second:,.0f} tokens/s a device ({'measured' if speed.measured else 'assumed*'})",
         {
             "devices": "devices",
             "tokens_per_second": "tokens / s",
@@ -84,31 +131,37 @@ def scaling_table(config: SNNBertConfig, args: argparse.Namespace) -> Table:
             "ddp_gigabytes": "DDP, GB a device",
             "zero2_gigabytes": "ZeRO-2, GB a device",
             "fsdp_gigabytes": "FSDP, GB a device",
-            "traffic_gigabytes": "DDP traffic, GB a device and step",
-            "fsdp_traffic_gigabytes": "FSDP traffic",
-            "link_gigabytes_per_second": "GB / s that hides DDP's traffic",
+            "traffic_gigabytes": "DDP sends, GB a step",
+            "fsdp_traffic_gigabytes": "FSDP sends",
+            "link_gigabytes_per_second": "GB / s that hides DDP's",
             "read_megabytes_per_second": "tokens read, MB / s in all",
         },
         notes=[
-            f"Activations {activations / GB:.2f} GB a device, of which logits {per_step * sizes.logit_bytes / GB:.2f}. "
-            f"A checkpoint: weights {FLOAT32 * sizes.parameters / GB:.2f} GB, with the optimiser's state "
-            f"{CHECKPOINT_BYTES * sizes.parameters / GB:.2f} GB. Tokens on disk, two bytes each: "
-            f"{2 * tokens / args.epochs / GB:.1f} GB. Efficiency {args.efficiency:g} from one device to many.",
+            f"* rests on an assumption: {args.bytes_per_token:g} bytes a token, so {tokens / 1e9:.1f} G tokens "
+            f"of {args.text_gigabytes:g} GB; {args.efficiency:g} of the speed left on many devices; a backward pass of "
+            "two thirds of a step" + ("." if speed.measured else "; and the tokens/s of one device."),
+            f"Under bfloat16 autocast activations take {activations / GB:.2f} GB a device, of which logits "
+            f"{per_step * sizes.logit_bytes / GB:.2f}. A checkpoint: weights {FLOAT32 * sizes.parameters / GB:.2f} GB, "
+            f"with the optimiser's state {CHECKPOINT_BYTES * sizes.parameters / GB:.2f} GB. Tokens on disk, two bytes "
+            f"each: {2 * tokens / args.epochs / GB:.1f} GB*.",
         ],
     )
+    if speed.measured:
+        table.notes.insert(0, f"Measured: {speed.measured}.")
     for devices in args.devices:
         efficiency = args.efficiency if devices > 1 else 1.0
-        speed = devices * args.tokens_per_second * efficiency
+        total = devices * speed.tokens_per_second * efficiency
+        known = float if devices == 1 and speed.measured else Assumed
         # In a ring each device sends, and receives, this share of what is reduced or gathered.
         share = (devices - 1) / devices
         # The backward pass takes about two thirds of a step, and the gradients travel during it.
-        backward_seconds = 2 / 3 * per_step / args.tokens_per_second
+        backward_seconds = 2 / 3 * per_step / speed.tokens_per_second
         traffic = 2 * share * FLOAT32 * sizes.parameters
         table.rows.append(
             {
                 "devices": devices,
-                "tokens_per_second": speed,
-                "hours": tokens / speed / 3600,
+                "tokens_per_second": known(total),
+                "hours": Assumed(tokens / total / 3600),
                 "ddp_gigabytes": (state + activations) / GB,
                 # Whole weights in bfloat16; of the rest, float32 weights among it, a share.
                 "zero2_gigabytes": (BFLOAT16 * sizes.parameters + state / devices + activations) / GB,
@@ -117,8 +170,8 @@ def scaling_table(config: SNNBertConfig, args: argparse.Namespace) -> Table:
                 "traffic_gigabytes": traffic / GB,
                 # The weights are gathered in bfloat16, forward and backward; the gradients are reduced in bfloat16.
                 "fsdp_traffic_gigabytes": 3 * share * BFLOAT16 * sizes.parameters / GB,
-                "link_gigabytes_per_second": traffic / backward_seconds / GB,
-                "read_megabytes_per_second": 2 * speed / 10**6,
+                "link_gigabytes_per_second": Assumed(traffic / backward_seconds / GB) if devices > 1 else 0.0,
+                "read_megabytes_per_second": known(2 * total / 10**6),
             }
         )
     return table
@@ -126,29 +179,46 @@ def scaling_table(config: SNNBertConfig, args: argparse.Namespace) -> Table:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens_per_second", type=float, required=True, help="of one device, measured (see above)")
+    speed = parser.add_mutually_exclusive_group(required=True)
+    speed.add_argument("--measured", type=Path, help="JSON of benchmarks/run.py: takes model, batch and speed from it")
+    speed.add_argument("--tokens_per_second", type=float, help="of one device; counts as assumed")
     parser.add_argument("--model_name_or_path", help="configuration: folder or Hub id (default: 12 x 768)")
+    parser.add_argument("--batch_size", type=int, help=f"sequences a device and step (default: {BATCH_SIZE})")
+    parser.add_argument("--length", type=int, help=f"tokens of a sequence (default: {LENGTH})")
     parser.add_argument("--devices", type=int, nargs="+", default=[1, 8, 64, 512])
     parser.add_argument("--text_gigabytes", type=float, default=100.0)
     parser.add_argument("--bytes_per_token", type=float, default=4.5, help="of your text under your tokenizer")
     parser.add_argument("--epochs", type=float, default=1.0)
-    parser.add_argument("--batch_size", type=int, default=64, help="sequences a device and step")
-    parser.add_argument("--length", type=int, default=128, help="tokens of a sequence")
     parser.add_argument("--efficiency", type=float, default=0.9, help="share of the speed that is left on many devices")
     args = parser.parse_args()
-    for name, value in vars(args).items():
-        if name != "model_name_or_path" and not all(x > 0 for x in (value if isinstance(value, list) else [value])):
+    for name in ("tokens_per_second", "batch_size", "length", "text_gigabytes", "bytes_per_token", "epochs"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
             parser.error(f"--{name} must be positive, got {value}")
-    if args.efficiency > 1:
-        parser.error(f"--efficiency must be at most 1, got {args.efficiency}")
+    if not all(devices > 0 for devices in args.devices):
+        parser.error(f"--devices must be positive, got {args.devices}")
+    if not 0 < args.efficiency <= 1:
+        parser.error(f"--efficiency must lie in (0, 1], got {args.efficiency}")
+    if args.measured is not None:
+        for name in ("model_name_or_path", "batch_size", "length"):
+            if getattr(args, name) is not None:
+                parser.error(f"--{name} comes from the file of --measured: leave it out")
     return args
 
 
 def main() -> None:
     args = parse_args()
-    name = args.model_name_or_path
-    config = SNNBertConfig() if name is None else SNNBertConfig.from_pretrained(name)
-    print(scaling_table(config, args).markdown())
+    if args.measured is not None:
+        try:
+            speeds = measured_speeds(args.measured)
+        except ValueError as error:
+            raise SystemExit(str(error)) from error
+    else:
+        name = args.model_name_or_path
+        config = SNNBertConfig() if name is None else SNNBertConfig.from_pretrained(name)
+        speeds = [(config, Speed(args.batch_size or BATCH_SIZE, args.length or LENGTH, args.tokens_per_second))]
+    for config, speed in speeds:
+        print(scaling_table(config, speed, args).markdown())
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from registry import Settings, benchmark
 from report import Table
 from torch import nn
 from torch.profiler import ProfilerActivity
-from transformers import AutoModel, BertConfig, PreTrainedConfig
+from transformers import AutoModel, AutoModelForMaskedLM, BertConfig, PreTrainedConfig
 
 from modeling_snn_bert import SNNBertConfig
 
@@ -49,7 +49,8 @@ SUBJECTS: dict[str, Callable[..., PreTrainedConfig]] = {
 }
 MAIN = ("snn_bert", "lif_repeat4", "bert")
 PAIR = ("snn_bert", "bert")
-VARIANTS = ("plain", "gradient checkpointing", "bfloat16 autocast", "torch.compile")
+MASKED_LM = "masked LM"
+VARIANTS = ("plain", "gradient checkpointing", "bfloat16 autocast", "torch.compile", MASKED_LM)
 
 
 class Shape(NamedTuple):
@@ -70,6 +71,18 @@ class Shape(NamedTuple):
 QUICK = Shape(2, 48, 96, 4, 2, 16, 200)
 
 
+def model_config(subject: str, shape: Shape) -> PreTrainedConfig:
+    """The configuration of a subject at a shape."""
+    return SUBJECTS[subject](
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        intermediate_size=shape.intermediate_size,
+        max_position_embeddings=max(512, shape.length),
+    )
+
+
 class Classifier(nn.Module):
     """An encoder, and a Linear on the mean of its hidden states."""
 
@@ -83,31 +96,47 @@ class Classifier(nn.Module):
         return nn.functional.cross_entropy(self.head(hidden_states.mean(1)).float(), labels)
 
 
+class MaskedLM(nn.Module):
+    """The model with a masked-LM head; the loss is taken at the tokens that have a label."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__()
+        self.model = AutoModelForMaskedLM.from_config(config, attn_implementation="sdpa")
+
+    @property
+    def encoder(self) -> nn.Module:
+        return self.model.base_model
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids=input_ids, labels=labels).loss
+
+
+def masked_labels(input_ids: torch.Tensor) -> torch.Tensor:
+    """Labels of a masked LM: a random 15% of the tokens."""
+    return input_ids.masked_fill(torch.rand(input_ids.shape, device=input_ids.device) >= 0.15, -100)
+
+
 class TrainingStep:
     """A call is one step of `subject` at `shape`, in one of the `VARIANTS`."""
 
     def __init__(self, subject: str, shape: Shape, variant: str, seed: int) -> None:
         torch.manual_seed(seed)
         self.subject = subject
-        config = SUBJECTS[subject](
-            vocab_size=shape.vocab_size,
-            hidden_size=shape.hidden_size,
-            num_hidden_layers=shape.num_layers,
-            num_attention_heads=shape.num_heads,
-            intermediate_size=shape.intermediate_size,
-            max_position_embeddings=max(512, shape.length),
-        )
-        self.classifier = Classifier(config).train()
-        self.model: Callable[..., torch.Tensor] = self.classifier
+        config = model_config(subject, shape)
+        self.network: Classifier | MaskedLM = MaskedLM(config) if variant == MASKED_LM else Classifier(config)
+        self.network.train()
+        self.model: Callable[..., torch.Tensor] = self.network
         if variant == "gradient checkpointing":
-            self.classifier.encoder.gradient_checkpointing_enable()
+            self.network.encoder.gradient_checkpointing_enable()
         elif variant == "torch.compile":
             torch.compiler.reset()
-            self.model = torch.compile(self.classifier)
+            self.model = torch.compile(self.network)
         self.autocast = variant == "bfloat16 autocast"
-        self.optimizer = torch.optim.AdamW(self.classifier.parameters(), lr=LEARNING_RATE, fused=True)
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=LEARNING_RATE, fused=True)
         self.input_ids = torch.randint(shape.vocab_size, (shape.batch_size, shape.length))
         self.labels = torch.randint(2, (shape.batch_size,))
+        if variant == MASKED_LM:
+            self.labels = masked_labels(self.input_ids)
 
     def __call__(self) -> None:
         self.optimizer.zero_grad()
@@ -123,14 +152,14 @@ class TrainingStep:
     def state_bytes(self) -> int:
         """Bytes of weights, gradients and optimiser state."""
         states = [value for state in self.optimizer.state.values() for value in state.values()]
-        parameters = list(self.classifier.parameters())
+        parameters = list(self.network.parameters())
         tensors = parameters + [p.grad for p in parameters if p.grad is not None] + states
         return sum(tensor.nbytes for tensor in tensors)
 
     @torch.no_grad()
     def firing_rate(self) -> float | None:
         """Mean firing rate of all neuron layers on the batch, `None` for BERT; an error if one is dead or saturated."""
-        encoder = self.classifier.encoder
+        encoder = self.network.encoder
         if not hasattr(encoder, "neuron_names"):
             return None
         rates = encoder(input_ids=self.input_ids, output_firing_rates=True).firing_rates
@@ -233,6 +262,20 @@ def time_table(
         }
         table.rows.append(row)
     return table
+
+
+def step_mlm_384(settings: Settings) -> Iterator[Table]:
+    """Time of a step of masked language modelling, 6 x 384."""
+    shape = small_shape(settings)
+    title = f"Training step, masked LM, {shape}"
+    yield time_table("step_mlm_384", title, settings, among(settings, PAIR), shape, MASKED_LM)
+
+
+def step_mlm_768(settings: Settings) -> Iterator[Table]:
+    """Time of a step of masked language modelling, 12 x 768."""
+    shape, notes = large_shape(settings)
+    title = f"Training step, masked LM, {shape}"
+    yield time_table("step_mlm_768", title, settings, among(settings, PAIR), shape, MASKED_LM, notes)
 
 
 def memory_384(settings: Settings) -> Iterator[Table]:
@@ -405,6 +448,8 @@ def profile(settings: Settings) -> Iterator[Table]:
 SECTIONS = {
     "step_384": step_384,
     "step_768": step_768,
+    "step_mlm_384": step_mlm_384,
+    "step_mlm_768": step_mlm_768,
     "memory_384": memory_384,
     "memory_768": memory_768,
     "checkpointing": checkpointing,

@@ -55,7 +55,7 @@ def test_measures(tmp_path):
     result = run("--quick", "--repeats", 2, "--subjects", "snn_bert", "bert", "--output_dir", tmp_path)
     assert result.returncode == 0, result.stderr
     tables = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))["tables"]
-    assert {table["section"] for table in tables} == {"floors", "neuron", "training", "inference"}
+    assert {table["section"] for table in tables} == {"floors", "neuron", "training", "masked_lm", "inference"}
     for table in tables:
         for row in table["rows"]:
             for key in ("microseconds", "milliseconds"):
