@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.launch import prepare_multi_gpu_env
 from distributed_training import CHECKPOINT_AT, KILLED_IN, STEPS, build_data, build_model, train
 from safetensors.torch import load_file
 
@@ -91,16 +93,40 @@ def read_losses(folder, name):
     return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
 
 
+def parsed(path):
+    """What `accelerate launch` makes of a file, and what its parser knew before it read one."""
+    arguments = launch_command_parser().parse_args(["--config_file", str(path), "script.py"])
+    known = set(vars(arguments))
+    return _validate_launch_command(arguments)[0], known
+
+
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_configurations_are_accelerates_own(path):
-    config = load_config_from_file(str(path))
+def test_accelerate_launch_reads(path):
     given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    assert config.num_processes == given["num_processes"] >= 1
-    assert config.mixed_precision == given["mixed_precision"]
-    if path.stem == "fsdp":
-        assert config.fsdp_config["fsdp_version"] == 2
-    if path.stem == "deepspeed_zero2":
-        assert config.deepspeed_config["zero_stage"] == 2
+    arguments, known = parsed(path)
+    for name in ("num_processes", "num_machines", "mixed_precision", "machine_rank"):
+        assert name not in given or getattr(arguments, name) == given[name]
+    # Of these sections Accelerate takes any key, and passes over those that it does not know.
+    for section in ("fsdp_config", "deepspeed_config"):
+        for name, value in given.get(section, {}).items():
+            assert name in known and getattr(arguments, name) == value
+    engine = {"ddp": "multi_gpu", "cpu": "multi_gpu", "fsdp": "use_fsdp", "deepspeed_zero2": "use_deepspeed"}
+    for name in ("multi_gpu", "use_fsdp", "use_deepspeed"):
+        assert getattr(arguments, name) is (engine.get(path.stem) == name)
+
+
+def test_fsdp_finds_the_units(monkeypatch):
+    """The plugin that the file's settings make wraps what the model names, with no class named in the file."""
+    arguments, _ = parsed(CONFIGS / "fsdp.yaml")
+    with monkeypatch.context() as patch:
+        for name, value in prepare_multi_gpu_env(arguments).items():
+            patch.setenv(name, value)
+        plugin = FullyShardedDataParallelPlugin()
+    assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
+    model = build_model(False)
+    plugin.set_auto_wrap_policy(model)
+    found = {kind.__name__ for kind in plugin.auto_wrap_policy.keywords["transformer_layer_cls"]}
+    assert found == set(model._no_split_modules)
 
 
 def test_there_is_a_configuration_for_each_engine():

@@ -2,6 +2,7 @@
 
 import os
 import pkgutil
+import re
 import subprocess
 import sys
 
@@ -42,6 +43,27 @@ def test_fences_are_of_a_known_kind(page):
     assert languages <= LANGUAGES
 
 
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: page.stem)
+def test_prose_is_at_most_120_wide(page):
+    """All but tables, code and links, which cannot be broken."""
+    lines = FENCE.sub("", page.read_text(encoding="utf-8")).splitlines()
+    assert not [line for line in lines if len(line) > 120 and not line.startswith(("|", "    ")) and "](" not in line]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=lambda page: page.stem)
+def test_names_that_are_not_set_are_explained(page):
+    code = "\n".join(block for _, block in python_blocks(page))
+    taken = {name for name in ("bert_checkpoint", "texts", "dataset", "folder") if re.search(rf"\b{name}\b", code)}
+    assert not taken or "index.md#names-in-the-snippets" in page.read_text(encoding="utf-8")
+
+
+def test_the_index_sets_the_names():
+    """README and index set the same ones, and those that `run_page` sets."""
+    for page in (DOCS / "index.md", ROOT / "README.md"):
+        found = set(re.findall(r"^    (\w+) = ", page.read_text(encoding="utf-8"), re.MULTILINE))
+        assert found == {"bert_checkpoint", "texts", "dataset", "folder"}
+
+
 def test_every_guide_is_in_the_index():
     missing = {page.name for page in PAGES} - {"index.md"} - set(relative_links(DOCS / "index.md"))
     assert not missing
@@ -63,6 +85,7 @@ def test_reference(tmp_path):
     command = [sys.executable, str(DOCS / "build_reference.py"), str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+    assert "already been added" not in result.stderr
     package = (tmp_path / "modeling_snn_bert.html").read_text(encoding="utf-8")
     assert not [name for name in modeling_snn_bert.__all__ if f'id="{name}"' not in package]
     modules = [module.name for module in pkgutil.iter_modules(modeling_snn_bert.__path__)]
