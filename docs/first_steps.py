@@ -118,8 +118,8 @@ for cost in report.costs:
 # %% [markdown]
 # ## Save it, and load it where the package is not
 #
-# The code travels with the weights. `model.push_to_hub("you/your-model")` sends the same files. Where the package is not
-# installed add `trust_remote_code=True` to the calls below; here it is imported, and its own code is used.
+# The code travels with the weights. `model.push_to_hub("you/your-model")` sends the same files. Where the package is
+# not installed add `trust_remote_code=True` to the calls below; here it is imported, and its own code is used.
 
 # %%
 model.save_pretrained(work / "snn-bert")

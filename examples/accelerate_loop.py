@@ -21,7 +21,13 @@ import torch
 import transformers
 from accelerate import Accelerator
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, SchedulerType, get_scheduler, get_wsd_schedule
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    SchedulerType,
+    get_scheduler,
+    get_wsd_schedule,
+)
 
 import modeling_snn_bert
 from modeling_snn_bert.distillation import parameter_groups
@@ -220,6 +226,31 @@ class TrainingLoop:
             self.accelerator.end_training()
         return self.accelerator.unwrap_model(self.model)
 
+    def publish(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, results_file: str, results: dict[str, object]
+    ) -> None:
+        """Write model, tokenizer and results to `output_dir`, and send them to the Hub if the flags ask for it.
+
+        To `results` comes what every run has: parameters, steps, tokens, dev figures, flags, environment and log.
+        """
+        args = self.args
+        model.save_pretrained(args.output_dir)
+        tokenizer.save_pretrained(args.output_dir)
+        everything = {
+            **results,
+            "parameters": model.num_parameters(),
+            "training_tokens": self.tokens,
+            "steps": self.step,
+            "evaluation": self.last_evaluation(),
+            "arguments": flags_of(args),
+            "environment": environment(self.accelerator.device),
+            "log": self.log,
+        }
+        write_json(args.output_dir / results_file, everything)
+        print(f"written to {args.output_dir}: model, tokenizer, {results_file}")
+        if args.push_to_hub:
+            push(args, model, tokenizer, args.output_dir.resolve().name)
+
     def _record_evaluation(self) -> None:
         figures = self.evaluate_now()
         self.accelerator.print(f"step {self.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in figures.items()))
@@ -275,6 +306,12 @@ def make_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, n
             optimizer, warmup, min(decay, args.max_train_steps) * num_processes, total, decay_type="linear"
         )
     return get_scheduler(args.lr_scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=total)
+
+
+def push(args: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, default_id: str) -> None:
+    """Send both to the repository of the flags, or to `default_id`."""
+    for part in (model, tokenizer):
+        part.push_to_hub(args.hub_model_id or default_id, token=args.hub_token)
 
 
 def environment(device: torch.device) -> dict[str, object]:

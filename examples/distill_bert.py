@@ -13,17 +13,9 @@ import time
 
 import torch
 from accelerate.utils import set_seed
-from accelerate_loop import (
-    TrainingLoop,
-    add_loop_arguments,
-    check_loop_arguments,
-    environment,
-    flags_of,
-    make_accelerator,
-    write_json,
-)
+from accelerate_loop import TrainingLoop, add_loop_arguments, check_loop_arguments, make_accelerator
 from fetch_inputs import minilm_folder
-from glue_models import parse_overrides
+from glue_models import add_student_arguments, check_student_arguments, parse_overrides
 from text_blocks import TextBlocks, add_text_arguments, calibration_batches, check_text_arguments, token_file
 from transformers import AutoConfig, AutoTokenizer, BertModel, PreTrainedModel
 
@@ -38,25 +30,19 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", help="the BERT: folder or Hub id (default: all-MiniLM-L6-v2)")
     parser.add_argument("--student_name_or_path", help="an SNN-BERT to go on from, in place of a calibrated one")
-    parser.add_argument("--firing_rate", type=float, default=0.2, help="firing rate at calibration (default: 0.2)")
     parser.add_argument("--attention_weight", type=float, default=0.0, help="weight of the loss on attention maps")
     parser.add_argument("--freeze_embeddings", action="store_true", help="keep the BERT's embeddings as they are")
-    parser.add_argument("--config_overrides", help="settings of SNNBertConfig: spike_type=ternary,decay=0.1")
+    add_student_arguments(parser)
     add_text_arguments(parser)
     add_loop_arguments(parser, learning_rate=5e-4, max_train_steps=1000)
     args = parser.parse_args()
+    check_student_arguments(parser, args)
     check_text_arguments(parser, args)
     check_loop_arguments(parser, args)
-    if not 0 < args.firing_rate < 1:
-        parser.error(f"--firing_rate must lie in (0, 1), got {args.firing_rate}")
     if args.attention_weight < 0:
         parser.error(f"--attention_weight must be >= 0, got {args.attention_weight}")
     if args.student_name_or_path and args.config_overrides:
         parser.error("--config_overrides is for a new student, not for --student_name_or_path")
-    try:
-        parse_overrides(args.config_overrides)
-    except ValueError as error:
-        parser.error(str(error))
     return args
 
 
@@ -114,26 +100,12 @@ def main() -> None:
     if not accelerator.is_main_process:
         return
     student.embeddings.requires_grad_(True)
-    student.save_pretrained(args.output_dir)
-    tokenizer.save_pretrained(args.output_dir)
     results = {
         "teacher": teacher_path,
-        "parameters": student.num_parameters(),
         "text_tokens": blocks.blocks.size,
-        "training_tokens": loop.tokens,
-        "steps": loop.step,
-        "evaluation": loop.last_evaluation(),
         "seconds": {"calibration": round(calibration_seconds, 1), "training": round(loop.seconds, 1)},
-        "arguments": flags_of(args),
-        "environment": environment(accelerator.device),
-        "log": loop.log,
     }
-    write_json(args.output_dir / RESULTS_FILE, results)
-    print(f"written to {args.output_dir}: model, tokenizer, {RESULTS_FILE}")
-    if args.push_to_hub:
-        repository = args.hub_model_id or args.output_dir.resolve().name
-        student.push_to_hub(repository, token=args.hub_token)
-        tokenizer.push_to_hub(repository, token=args.hub_token)
+    loop.publish(student, tokenizer, RESULTS_FILE, results)
 
 
 def load_teacher(args: argparse.Namespace, path: str) -> BertModel:

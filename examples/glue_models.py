@@ -1,5 +1,6 @@
 """What the two GLUE scripts share: their flags, the model that is fine-tuned, its teacher, and what is written."""
 
+import argparse
 import dataclasses
 import statistics
 from collections.abc import Sequence
@@ -122,6 +123,22 @@ def check_arguments(parser: HfArgumentParser, model_args: ModelArguments, data_a
         parser.error(f"--seeds must differ from each other, got {data_args.seeds}")
     if data_args.text_pair_column and not data_args.text_column:
         parser.error("--text_pair_column needs --text_column")
+
+
+def add_student_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of an SNN-BERT that a script makes, by calibration or from scratch."""
+    parser.add_argument("--firing_rate", type=float, default=0.2, help="firing rate at calibration (default: 0.2)")
+    parser.add_argument("--config_overrides", help="settings of SNNBertConfig: spike_type=ternary,decay=0.1")
+
+
+def check_student_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End the program with a clear message if one of them is wrong."""
+    if not 0 < args.firing_rate < 1:
+        parser.error(f"--firing_rate must lie in (0, 1), got {args.firing_rate}")
+    try:
+        parse_overrides(args.config_overrides)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 def parse_overrides(text: str | None) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from accelerate_loop import (
     environment,
     flags_of,
     make_accelerator,
+    push,
     write_json,
 )
 from datasets import DatasetDict
@@ -181,9 +182,7 @@ def train_one(
             model.save_pretrained(args.output_dir)
             tokenizer.save_pretrained(args.output_dir)
             if args.push_to_hub:
-                repository = args.hub_model_id or f"{args.output_dir.parent.resolve().name}-{args.output_dir.name}"
-                model.push_to_hub(repository, token=args.hub_token)
-                tokenizer.push_to_hub(repository, token=args.hub_token)
+                push(args, model, tokenizer, f"{args.output_dir.parent.resolve().name}-{args.output_dir.name}")
     return run
 
 

@@ -14,17 +14,8 @@ import math
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from accelerate_loop import (
-    Batch,
-    TrainingLoop,
-    add_loop_arguments,
-    check_loop_arguments,
-    environment,
-    flags_of,
-    make_accelerator,
-    write_json,
-)
-from glue_models import parse_overrides
+from accelerate_loop import Batch, TrainingLoop, add_loop_arguments, check_loop_arguments, make_accelerator
+from glue_models import add_student_arguments, check_student_arguments, parse_overrides
 from text_blocks import TextBlocks, add_text_arguments, calibration_batches, check_text_arguments, token_file
 from transformers import (
     AutoConfig,
@@ -46,13 +37,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model_name_or_path", help="an SNN-BERT to go on from, or a BERT with --convert")
     parser.add_argument("--config_name", help="configuration of an SNN-BERT that is trained from scratch")
     parser.add_argument("--tokenizer_name", help="default: the model's")
-    parser.add_argument("--config_overrides", help="settings of SNNBertConfig: hidden_size=256,spike_type=ternary")
     parser.add_argument("--convert", action="store_true", help="convert the BERT by calibration on the text")
-    parser.add_argument("--firing_rate", type=float, default=0.2, help="firing rate at calibration (default: 0.2)")
     parser.add_argument("--mlm_probability", type=float, default=0.15, help="share of tokens that are to be predicted")
+    add_student_arguments(parser)
     add_text_arguments(parser)
     add_loop_arguments(parser, learning_rate=5e-4, max_train_steps=1000)
     args = parser.parse_args()
+    check_student_arguments(parser, args)
     check_text_arguments(parser, args)
     check_loop_arguments(parser, args)
     if bool(args.model_name_or_path) == bool(args.config_name):
@@ -63,12 +54,6 @@ def parse_args() -> argparse.Namespace:
         parser.error("--convert needs --model_name_or_path, a BERT")
     if not 0 < args.mlm_probability < 1:
         parser.error(f"--mlm_probability must lie in (0, 1), got {args.mlm_probability}")
-    if not 0 < args.firing_rate < 1:
-        parser.error(f"--firing_rate must lie in (0, 1), got {args.firing_rate}")
-    try:
-        parse_overrides(args.config_overrides)
-    except ValueError as error:
-        parser.error(str(error))
     return args
 
 
@@ -105,25 +90,8 @@ def main() -> None:
     model = loop.finish()
     if not accelerator.is_main_process:
         return
-    model.save_pretrained(args.output_dir)
-    tokenizer.save_pretrained(args.output_dir)
-    results = {
-        "parameters": model.num_parameters(),
-        "text_tokens": blocks.blocks.size,
-        "training_tokens": loop.tokens,
-        "steps": loop.step,
-        "evaluation": loop.last_evaluation(),
-        "seconds": round(loop.seconds, 1),
-        "arguments": flags_of(args),
-        "environment": environment(accelerator.device),
-        "log": loop.log,
-    }
-    write_json(args.output_dir / RESULTS_FILE, results)
-    print(f"written to {args.output_dir}: model, tokenizer, {RESULTS_FILE}")
-    if args.push_to_hub:
-        repository = args.hub_model_id or args.output_dir.resolve().name
-        model.push_to_hub(repository, token=args.hub_token)
-        tokenizer.push_to_hub(repository, token=args.hub_token)
+    results = {"text_tokens": blocks.blocks.size, "seconds": round(loop.seconds, 1)}
+    loop.publish(model, tokenizer, RESULTS_FILE, results)
 
 
 def load_config(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:

@@ -2,6 +2,7 @@
 
     python tests/hub_clients.py publish FOLDER    pushes everything, with the package, and has uploads fail
     python tests/hub_clients.py read FOLDER       loads everything without it, and has downloads fail
+    python tests/hub_clients.py train FOLDER      trains on a dataset of the hub, whole and as a stream
 
 FOLDER holds what the test has put there; results.json and what the models returned go to the same place.
 """
@@ -234,6 +235,43 @@ def read(folder):
     return {"loaded": loaded, "errors": errors, "faults": faults}
 
 
+def train(folder):
+    """Train on `tester/reviews`, whole and as a stream: the rows and the losses of both."""
+    import datasets
+
+    import modeling_snn_bert as snn
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    config = snn.SNNBertConfig(vocab_size=120, max_position_embeddings=64, initializer_range=0.1, **sizes)
+    results = {}
+    for streaming in (False, True):
+        rows = datasets.load_dataset("tester/reviews", split="train", streaming=streaming)
+        data = rows.map(
+            lambda row: {**tokenizer(row["sentence"]), "labels": row["label"]}, remove_columns=["sentence", "label"]
+        )
+        torch.manual_seed(0)
+        model = snn.SNNBertForSequenceClassification(config)
+        arguments = transformers.TrainingArguments(
+            str(folder / "run-on-data"),
+            max_steps=3,
+            per_device_train_batch_size=2,
+            train_sampling_strategy="sequential",
+            logging_steps=1,
+            learning_rate=1e-2,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        collate = transformers.DataCollatorWithPadding(tokenizer)
+        trainer = transformers.Trainer(model, arguments, train_dataset=data, data_collator=collate)
+        trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        results["stream" if streaming else "whole"] = {"rows": list(rows), "losses": losses}
+    return results
+
+
 if __name__ == "__main__":
     assert os.environ["HF_TOKEN"] == TOKEN
     action, folder = sys.argv[1], Path(sys.argv[2])
@@ -242,5 +280,6 @@ if __name__ == "__main__":
         from classify import BlockPackage
 
         sys.meta_path.insert(0, BlockPackage())
-    found = {"publish": publish, "read": read}[action](folder)
-    (folder / ("results.json" if action == "publish" else "read.json")).write_text(json.dumps(found, indent=1))
+    found = {"publish": publish, "read": read, "train": train}[action](folder)
+    names = {"publish": "results.json", "read": "read.json", "train": "train.json"}
+    (folder / names[action]).write_text(json.dumps(found, indent=1))

@@ -1,8 +1,9 @@
 """A Hugging Face Hub on 127.0.0.1, for the tests: repositories with commits over real HTTP, and faults to order.
 
 `Hub` speaks as much of the protocol as `huggingface_hub` uses for models: repositories (private ones too), branches,
-uploads by Git LFS, commits, and downloads of any revision, whole or from an offset. What it holds is read in the
-process that started it; the client that is tested runs in another one, and orders faults there:
+uploads by Git LFS, commits, and downloads of any revision, whole or from an offset. Of datasets it takes the reading.
+What it holds is read in the process that started it; the client that is tested runs in another one, and orders faults
+there:
 
     order(hub_url, "resolve", kind="truncate", times=1)
 
@@ -25,18 +26,20 @@ TOKEN = "a-made-up-word"
 USER = "tester"
 # Larger files go by Git LFS, as do weights of any size.
 LFS_BYTES = 200_000
+# A dataset goes by `datasets/namespace/name`.
+REPO = r"(?P<repo>(datasets/)?[^/]+/[^/]+)"
 ROUTES = {
     "create": ("POST", r"/api/repos/create"),
     "validate_card": ("POST", r"/api/validate-yaml"),
     "whoami": ("GET", r"/api/whoami-v2"),
-    "branch": ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/branch/(?P<revision>[^/]+)"),
-    "preupload": ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/preupload/(?P<revision>[^/]+)"),
-    "commit": ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/commit/(?P<revision>[^/]+)"),
-    "tree": ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)/tree/(?P<revision>[^/]+)(/(?P<path>.+))?"),
-    "info": ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)(/revision/(?P<revision>[^/]+))?"),
+    "branch": ("POST", rf"/api/(models/)?{REPO}/branch/(?P<revision>[^/]+)"),
+    "preupload": ("POST", rf"/api/(models/)?{REPO}/preupload/(?P<revision>[^/]+)"),
+    "commit": ("POST", rf"/api/(models/)?{REPO}/commit/(?P<revision>[^/]+)"),
+    "tree": ("GET", rf"/api/(models/)?{REPO}/tree/(?P<revision>[^/]+)(/(?P<path>.+))?"),
+    "info": ("GET", rf"/api/(models/)?{REPO}(/revision/(?P<revision>[^/]+))?"),
     "lfs_batch": ("POST", r"/(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch"),
     "lfs_upload": ("PUT", r"/lfs/(?P<oid>[0-9a-f]{64})"),
-    "resolve": ("GET", r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)"),
+    "resolve": ("GET", rf"/{REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)"),
     "order": ("POST", r"/test/order"),
     "counts": ("GET", r"/test/counts"),
 }

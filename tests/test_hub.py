@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from hub_clients import DOWNLOAD_FAULTS, UPLOAD_FAULTS
-from hub_server import TOKEN, Hub
+from hub_server import TOKEN, Hub, Repository
 from huggingface_hub import ModelCard
 
 from modeling_snn_bert import SNNBertConfig, SNNBertForSequenceClassification
@@ -196,6 +196,18 @@ def test_download_that_fails(hub, published, read, name):
 )
 def test_errors_name_what_is_wrong(read, what, message):
     assert message in read["errors"][what][1]
+
+
+def test_training_on_a_dataset_of_the_hub(hub, folder):
+    rows = [{"sentence": text, "label": label} for text, label in [("null", 0), ('he said "stop', 1), ("NA", 1)] * 2]
+    files = {"train.jsonl": "".join(json.dumps(row) + "\n" for row in rows).encode()}
+    repository = hub.repositories["datasets/tester/reviews"] = Repository(private=True)
+    repository.add("main", None, "six rows", files)
+    run_client("train", folder, hub)
+    found = json.loads((folder / "train.json").read_text())
+    assert found["whole"]["rows"] == found["stream"]["rows"] == rows
+    assert len(set(found["whole"]["losses"])) == 3
+    assert found["stream"]["losses"] == pytest.approx(found["whole"]["losses"], rel=1e-5)
 
 
 def test_no_request_went_past_the_hub(hub, read):

@@ -68,6 +68,18 @@ def test_fill_mask(saved, tokenizer):
     assert results[0]["token_str"] in results[0]["sequence"]
 
 
+def test_zero_shot_classification(saved, tokenizer, texts):
+    model, folder = saved(SNNBertForSequenceClassification, id2label={0: "contradiction", 1: "entailment"})
+    topics = ["the fox", "the river", "the dog"]
+    results = pipeline("zero-shot-classification", model=folder)(texts[:2], candidate_labels=topics, batch_size=3)
+    for text, result in zip(texts, results, strict=False):
+        pairs = [tokenizer(text, f"This example is {topic}.", return_tensors="pt") for topic in topics]
+        with torch.no_grad():
+            entailed = torch.stack([model(**pair).logits[0, 1] for pair in pairs]).softmax(0).tolist()
+        found = dict(zip(result["labels"], result["scores"], strict=True))
+        assert found == pytest.approx(dict(zip(topics, entailed, strict=True)), abs=1e-5)
+
+
 def test_feature_extraction(saved, tokenizer, texts):
     model, folder = saved(SNNBertModel)
     results = pipeline("feature-extraction", model=folder, return_tensors=True)(texts)
