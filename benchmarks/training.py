@@ -29,7 +29,7 @@ from registry import Settings, benchmark
 from report import Table
 from torch import nn
 from torch.profiler import ProfilerActivity
-from transformers import AutoModel, AutoModelForMaskedLM, BertConfig, PreTrainedConfig
+from transformers import AutoModel, AutoModelForMaskedLM, BertConfig, PreTrainedConfig, PreTrainedModel
 
 from modeling_snn_bert import SNNBertConfig
 
@@ -88,7 +88,9 @@ class Classifier(nn.Module):
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
-        self.encoder = AutoModel.from_config(config, attn_implementation="sdpa", add_pooling_layer=False)
+        self.encoder: PreTrainedModel = AutoModel.from_config(
+            config, attn_implementation="sdpa", add_pooling_layer=False
+        )
         self.head = nn.Linear(config.hidden_size, 2)
 
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -104,7 +106,7 @@ class MaskedLM(nn.Module):
         self.model = AutoModelForMaskedLM.from_config(config, attn_implementation="sdpa")
 
     @property
-    def encoder(self) -> nn.Module:
+    def encoder(self) -> PreTrainedModel:
         return self.model.base_model
 
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

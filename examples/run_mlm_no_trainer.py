@@ -90,7 +90,7 @@ def main() -> None:
     model = loop.finish()
     if not accelerator.is_main_process:
         return
-    results = {"text_tokens": blocks.blocks.size, "seconds": round(loop.seconds, 1)}
+    results: dict[str, object] = {"text_tokens": blocks.blocks.size, "seconds": round(loop.seconds, 1)}
     loop.publish(model, tokenizer, RESULTS_FILE, results)
 
 
