@@ -4,26 +4,25 @@
  * per row, and `event_linear` adds up the weights of the listed inputs; one set of lists serves every product of the
  * same spikes. Ternary spikes have a second list per row, for the spikes of -1.
  *
- * Weights lie in blocks of output columns, [blocks, inputs, 128 bytes]: 128 int8, 64 bfloat16 or 32 float32 columns,
+ * Weights lie in blocks of output columns, [blocks, inputs, row]: a row of 64 int8, 64 bfloat16 or 32 float32 columns,
  * the last block filled up with zeros. A block stays in the L2 cache while a tile of rows passes over it, and an
- * active input costs two cache lines of it.
+ * active input costs one cache line of int8 weights or two of the others.
  *
  * Sums of int8 weights run in 16 bits for at most 256 inputs at a time and go on in 32 bits: they are exact. A
  * bfloat16 weight is widened to float32 before it is added. */
 #include "event_driven.h"
 
-enum { BLOCK_BYTES = 128, MAX_COLUMNS = 128, MAX_16_BIT_INPUTS = 256, TILE_ROWS = 128 };
+enum { FLOAT_BYTES = 128, INT8_BYTES = 64, MAX_COLUMNS = 64, MAX_16_BIT_INPUTS = 256, TILE_ROWS = 128 };
 
-/* A block's row is VECTORS registers; LANES floats fill one. */
-enum { VECTORS = BLOCK_BYTES / VECTOR_BYTES, LANES = VECTOR_BYTES / 4 };
+/* The registers of a block's row; LANES floats fill one. */
+enum { FLOAT_VECTORS = FLOAT_BYTES / VECTOR_BYTES, INT8_VECTORS = INT8_BYTES / VECTOR_BYTES, LANES = VECTOR_BYTES / 4 };
 
 typedef uint16_t u16_vector __attribute__((vector_size(VECTOR_BYTES), aligned(VECTOR_BYTES), may_alias));
 typedef int16_t i16_vector __attribute__((vector_size(VECTOR_BYTES), aligned(VECTOR_BYTES), may_alias));
 typedef uint32_t u32_vector __attribute__((vector_size(VECTOR_BYTES), aligned(VECTOR_BYTES), may_alias));
 typedef float f32_vector __attribute__((vector_size(VECTOR_BYTES), aligned(VECTOR_BYTES), may_alias));
-typedef int32_t i32_vector __attribute__((vector_size(VECTOR_BYTES)));
-typedef uint16_t u16_half __attribute__((vector_size(VECTOR_BYTES / 2)));
-typedef int16_t i16_half __attribute__((vector_size(VECTOR_BYTES / 2)));
+typedef float loose_vector __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
+typedef int32_t i32_vector __attribute__((vector_size(VECTOR_BYTES), aligned(VECTOR_BYTES), may_alias));
 
 /* 8 bytes that are 0 or 1 to bits: byte i times 2^(56 - 7 i) lands on bit 56 + i, and nothing else reaches it. */
 INLINE unsigned pack8(const uint8_t *flags) {
@@ -120,135 +119,122 @@ int64_t LEVEL(list_packed_columns)(const struct spike_lists *p, const uint8_t *p
     return listed;
 }
 
-/* Half `k` of a register of 16-bit words, widened. */
-INLINE i32_vector widen_unsigned(u16_vector x, int k) {
-    u16_half half;
-    memcpy(&half, (const char *)&x + k * sizeof half, sizeof half);
-    return __builtin_convertvector(half, i32_vector);
-}
-
-INLINE i32_vector widen_signed(i16_vector x, int k) {
-    i16_half half;
-    memcpy(&half, (const char *)&x + k * sizeof half, sizeof half);
-    return __builtin_convertvector(half, i32_vector);
-}
-
-/* A block's row is two lines of 64 bytes, of 32 words of 16 bits. Word k of line l is 2^8 hi + lo with hi the weight of
- * column 64 l + 32 + k, signed, and lo that of column 64 l + k plus 128, unsigned. The sum of all words modulo 2^16 and
- * the exact sum of all hi give the sum of all lo: a shift and two additions for two columns. `sums` are 128 columns. */
-INLINE void add_int8(const uint16_t *list, int64_t n, const uint8_t *block, int negative,
-                     i32_vector sums[MAX_COLUMNS / LANES]) {
+/* Byte b of 32-bit word j of a row is the weight of column 16 b + j, plus 128 where b is even. So a word of 16 bits is
+ * 2^8 hi + lo with hi signed and lo unsigned: the sum of all words modulo 2^16 and the exact sum of all hi give the sum
+ * of all lo, a shift and two additions for two columns. */
+INLINE void add_int8(const uint16_t *list, int64_t n, const uint8_t *block, int negative, i32_vector *sums) {
     for (int64_t first = 0; first < n; first += MAX_16_BIT_INPUTS) {
         const int64_t end = n - first < MAX_16_BIT_INPUTS ? n : first + MAX_16_BIT_INPUTS;
-        u16_vector both[VECTORS] = {{0}};
-        i16_vector high[VECTORS] = {{0}};
+        u16_vector both[INT8_VECTORS] = {{0}};
+        i16_vector high[INT8_VECTORS] = {{0}};
+#pragma GCC unroll 2
         for (int64_t k = first; k < end; k++) {
-            const u16_vector *row = (const u16_vector *)(block + (int64_t)list[k] * BLOCK_BYTES);
-#pragma GCC unroll 8
-            for (int u = 0; u < VECTORS; u++) {
+            const u16_vector *row = (const u16_vector *)(block + (int64_t)list[k] * INT8_BYTES);
+#pragma GCC unroll 4
+            for (int u = 0; u < INT8_VECTORS; u++) {
                 both[u] += row[u];
                 high[u] += (i16_vector)row[u] >> 8;
             }
         }
         const int32_t excess = 128 * (int32_t)(end - first);
-#pragma GCC unroll 8
-        for (int u = 0; u < VECTORS; u++) {
-            const int word = u * VECTOR_BYTES / 2, at = (word / 32 * 64 + word % 32) / LANES;
-            const u16_vector low = both[u] - ((u16_vector)high[u] << 8);
-            for (int k = 0; k < 2; k++) {
-                const i32_vector lo = widen_unsigned(low, k) - excess, hi = widen_signed(high[u], k);
-                sums[at + k] += negative ? -lo : lo;
-                sums[at + 32 / LANES + k] += negative ? -hi : hi;
-            }
+#pragma GCC unroll 4
+        for (int u = 0; u < INT8_VECTORS; u++) {
+            const u32_vector low = (u32_vector)(both[u] - ((u16_vector)high[u] << 8));
+            const i32_vector even = (i32_vector)((u32_vector)high[u] << 16) >> 16, odd = (i32_vector)high[u] >> 16;
+            const i32_vector of_bytes[4] = {(i32_vector)(low & 0xffffu) - excess, even,
+                                            (i32_vector)(low >> 16) - excess, odd};
+#pragma GCC unroll 4
+            for (int b = 0; b < 4; b++) sums[INT8_VECTORS * b + u] += negative ? -of_bytes[b] : of_bytes[b];
         }
     }
 }
 
 /* 64 columns; the high half of 32-bit word k of line l is column 32 l + 16 + k, the low half column 32 l + k. */
-INLINE void add_bfloat16(const uint16_t *list, int64_t n, const uint8_t *block, float sign, f32_vector *sums) {
-    f32_vector low[VECTORS] = {{0}}, high[VECTORS] = {{0}};
+INLINE void add_bfloat16(const uint16_t *list, int64_t n, const uint8_t *block, int negative, f32_vector *sums) {
+    f32_vector low[FLOAT_VECTORS] = {{0}}, high[FLOAT_VECTORS] = {{0}};
     for (int64_t k = 0; k < n; k++) {
-        const u32_vector *row = (const u32_vector *)(block + (int64_t)list[k] * BLOCK_BYTES);
+        const u32_vector *row = (const u32_vector *)(block + (int64_t)list[k] * FLOAT_BYTES);
 #pragma GCC unroll 8
-        for (int u = 0; u < VECTORS; u++) {
+        for (int u = 0; u < FLOAT_VECTORS; u++) {
             low[u] += (f32_vector)(row[u] << 16);
             high[u] += (f32_vector)(row[u] & 0xffff0000u);
         }
     }
 #pragma GCC unroll 8
-    for (int u = 0; u < VECTORS; u++) {
+    for (int u = 0; u < FLOAT_VECTORS; u++) {
         const int word = u * LANES, at = (word / 16 * 32 + word % 16) / LANES;
-        sums[at] += sign * low[u];
-        sums[at + 16 / LANES] += sign * high[u];
+        sums[at] += negative ? -low[u] : low[u];
+        sums[at + 16 / LANES] += negative ? -high[u] : high[u];
     }
 }
 
 /* 32 columns. Two sums of every other input each, because one would wait for its own last addition. */
-INLINE void add_float32(const uint16_t *list, int64_t n, const uint8_t *block, float sign, f32_vector *sums) {
-    f32_vector even[VECTORS] = {{0}}, odd[VECTORS] = {{0}};
+INLINE void add_float32(const uint16_t *list, int64_t n, const uint8_t *block, int negative, f32_vector *sums) {
+    f32_vector even[FLOAT_VECTORS] = {{0}}, odd[FLOAT_VECTORS] = {{0}};
     int64_t k = 0;
     for (; k + 2 <= n; k += 2) {
-        const f32_vector *row = (const f32_vector *)(block + (int64_t)list[k] * BLOCK_BYTES);
-        const f32_vector *next = (const f32_vector *)(block + (int64_t)list[k + 1] * BLOCK_BYTES);
+        const f32_vector *row = (const f32_vector *)(block + (int64_t)list[k] * FLOAT_BYTES);
+        const f32_vector *next = (const f32_vector *)(block + (int64_t)list[k + 1] * FLOAT_BYTES);
 #pragma GCC unroll 8
-        for (int u = 0; u < VECTORS; u++) {
+        for (int u = 0; u < FLOAT_VECTORS; u++) {
             even[u] += row[u];
             odd[u] += next[u];
         }
     }
     if (k < n) {
-        const f32_vector *row = (const f32_vector *)(block + (int64_t)list[k] * BLOCK_BYTES);
-        for (int u = 0; u < VECTORS; u++) even[u] += row[u];
+        const f32_vector *row = (const f32_vector *)(block + (int64_t)list[k] * FLOAT_BYTES);
+        for (int u = 0; u < FLOAT_VECTORS; u++) even[u] += row[u];
     }
 #pragma GCC unroll 8
-    for (int u = 0; u < VECTORS; u++) sums[u] += sign * (even[u] + odd[u]);
+    for (int u = 0; u < FLOAT_VECTORS; u++) sums[u] += negative ? -even[u] - odd[u] : even[u] + odd[u];
 }
 
-INLINE int columns_per_block(int32_t weight_type) {
-    return weight_type == INT8 ? BLOCK_BYTES : weight_type == BFLOAT16 ? BLOCK_BYTES / 2 : BLOCK_BYTES / 4;
+INLINE int columns_per_block(int32_t weight_type) { return weight_type == FLOAT32 ? 32 : 64; }
+
+INLINE int64_t row_bytes(int32_t weight_type) { return weight_type == INT8 ? INT8_BYTES : FLOAT_BYTES; }
+
+INLINE void add_list(const struct spike_lists *p, int list, int64_t row, const uint8_t *block, int32_t weight_type,
+                     f32_vector *sums) {
+    const int64_t at = list * p->rows + row, n = p->counts[at];
+    const uint16_t *indices = p->indices + at * p->stride;
+    if (weight_type == INT8) add_int8(indices, n, block, list, (i32_vector *)sums);
+    else if (weight_type == BFLOAT16) add_bfloat16(indices, n, block, list, sums);
+    else add_float32(indices, n, block, list, sums);
 }
 
-/* The sums of one row and one block, scaled and with the bias. `weight_type` is a constant where this is called. */
-INLINE void row_sums(const struct spike_lists *p, const struct product *q, int64_t row, int64_t number,
-                     int32_t weight_type, float sums[MAX_COLUMNS]) {
-    const int columns = columns_per_block(weight_type);
-    const uint8_t *block = (const uint8_t *)q->weight + number * p->inputs * BLOCK_BYTES;
-    const int64_t column = number * columns;
-    i32_vector exact[MAX_COLUMNS / LANES];
-    if (weight_type == INT8) memset(exact, 0, sizeof exact);
-    else memset(sums, 0, sizeof(float) * (size_t)columns);
-    for (int32_t list = 0; list < p->lists; list++) {
-        const int64_t at = list * p->rows + row;
-        const uint16_t *indices = p->indices + at * p->stride;
-        const int sign = list ? -1 : 1;
-        if (weight_type == INT8 && !list) add_int8(indices, p->counts[at], block, 0, exact);
-        else if (weight_type == INT8) add_int8(indices, p->counts[at], block, 1, exact);
-        else if (weight_type == BFLOAT16) add_bfloat16(indices, p->counts[at], block, (float)sign, (f32_vector *)sums);
-        else add_float32(indices, p->counts[at], block, (float)sign, (f32_vector *)sums);
-    }
-    if (weight_type == INT8)
-        for (int v = 0; v < MAX_COLUMNS / LANES; v++) {
-            f32_vector scale;
-            memcpy(&scale, q->scale + column + LANES * v, sizeof scale);
-            ((f32_vector *)sums)[v] = __builtin_convertvector(exact[v], f32_vector) * scale;
-        }
-    if (q->bias)
-        for (int k = 0; k < columns; k++) sums[k] += q->bias[column + k];
-}
-
+/* The sums of rows [first, last) and one block, scaled, with the bias and the addend. `weight_type` is a constant where
+ * this is called. */
 INLINE void typed_block_sums(const struct spike_lists *p, const struct product *q, int64_t number, int64_t first,
                              int64_t last, const float *addend, float *result, int64_t stride, int64_t width,
                              int32_t weight_type) {
-    float sums[MAX_COLUMNS] __attribute__((aligned(64)));
-    for (int64_t row = first; row < last; row++) {
-        row_sums(p, q, row, number, weight_type, sums);
-        float *to = result + (row - first) * stride;
+    const int columns = columns_per_block(weight_type), vectors = columns / LANES;
+    const int64_t column = number * columns;
+    const uint8_t *block = (const uint8_t *)q->weight + number * p->inputs * row_bytes(weight_type);
+    /* Of a block that is only partly there the last columns pass through a buffer. */
+    const int whole = width == columns;
+    loose_vector buffer[MAX_COLUMNS / LANES] = {{0}};
+    for (int64_t row = first; row < last; row++, result += stride) {
+        f32_vector sums[MAX_COLUMNS / LANES] = {{0}};
+        add_list(p, 0, row, block, weight_type, sums);
+        if (p->lists == 2) add_list(p, 1, row, block, weight_type, sums);
+        const loose_vector *addends = buffer;
+        loose_vector *to = whole ? (loose_vector *)result : buffer;
         if (addend) {
             const float *from = addend + (row - first) * stride;
-            for (int64_t k = 0; k < width; k++) to[k] = sums[k] + from[k];
-        } else {
-            memcpy(to, sums, sizeof(float) * (size_t)width);
+            if (whole) addends = (const loose_vector *)from;
+            else memcpy(buffer, from, sizeof(float) * (size_t)width);
         }
+#pragma GCC unroll 16
+        for (int v = 0; v < vectors; v++) {
+            f32_vector sum = sums[v];
+            if (weight_type == INT8)
+                sum = __builtin_convertvector((i32_vector)sum, f32_vector) *
+                      ((const loose_vector *)(q->scale + column))[v];
+            if (q->bias) sum += ((const loose_vector *)(q->bias + column))[v];
+            if (addend) sum += addends[v];
+            to[v] = sum;
+        }
+        if (!whole) memcpy(result, buffer, sizeof(float) * (size_t)width);
     }
 }
 

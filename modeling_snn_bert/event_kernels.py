@@ -13,8 +13,9 @@ from torch import nn
 from .cpu_kernels import _LIBRARY, _Neuron
 
 WEIGHT_TYPES = {"float32": 0, "bfloat16": 1, "int8": 2}
-# Output columns of a block of 128 bytes; the kernels keep such a block in the cache.
-COLUMNS = {"float32": 32, "bfloat16": 64, "int8": 128}
+# Output columns of a block, of which an input's weights fill one cache line of int8 or two of the others; the kernels
+# keep such a block in the cache.
+COLUMNS = {"float32": 32, "bfloat16": 64, "int8": 64}
 # A view may start anywhere, where the kernels want a cache line.
 BLOCK_ALIGNMENT = 64
 LIST_SLACK = 64
@@ -111,7 +112,7 @@ def block_weights(
 ) -> BlockedWeights:
     """The layout of csrc/event_linear.c from weights `[outputs, inputs]` of the dtype named by `weight_dtype`.
 
-    int8 and bfloat16 columns are paired, `half` a vector apart, so that one word holds both.
+    A 32-bit word of a cache line holds two bfloat16 columns or four int8 columns that lie 16 apart.
     """
     outputs, inputs = weight.shape
     columns = COLUMNS[weight_dtype]
@@ -120,13 +121,12 @@ def block_weights(
         weight = nn.functional.pad(weight, (0, 0, 0, filling))
     if weight_dtype == "float32":
         blocks = weight.view(-1, columns, inputs).transpose(1, 2)
+    elif weight_dtype == "bfloat16":
+        blocks = weight.view(-1, 2, 2, columns // 4, inputs).permute(0, 4, 1, 3, 2)
     else:
-        pairs = weight.view(-1, 2, 2, columns // 4, inputs)
-        if weight_dtype == "int8":
-            pairs = pairs.to(torch.int16)
-            pairs[:, :, 0] += 128
-            pairs = pairs.to(torch.uint8)
-        blocks = pairs.permute(0, 4, 1, 3, 2)
+        fours = weight.view(-1, 4, columns // 4, inputs).to(torch.int16)
+        fours[:, ::2] += 128
+        blocks = fours.to(torch.uint8).permute(0, 3, 2, 1)
     blocks = blocks.contiguous()
     if blocks.data_ptr() % BLOCK_ALIGNMENT:
         blocks = blocks.clone()

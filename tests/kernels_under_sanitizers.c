@@ -114,18 +114,22 @@ static void run_neurons(int level, int64_t tokens, int64_t width, int ternary, i
     free_neuron(&p);
 }
 
+/* Columns of a block, and bytes of an input's weights in it. */
+static int columns_of(int32_t weight_type) { return weight_type == FLOAT32 ? 32 : 64; }
+static int64_t bytes_of(int32_t weight_type) { return weight_type == INT8 ? 64 : 128; }
+
 static float weight_at(const struct product *q, const struct spike_lists *lists, int64_t input, int64_t output) {
-    const int columns = q->weight_type == INT8 ? 128 : q->weight_type == BFLOAT16 ? 64 : 32;
+    const int columns = columns_of(q->weight_type);
     const int64_t block = output / columns, c = output % columns;
-    const uint8_t *row = (const uint8_t *)q->weight + (block * lists->inputs + input) * 128;
+    const uint8_t *row = (const uint8_t *)q->weight + (block * lists->inputs + input) * bytes_of(q->weight_type);
     if (q->weight_type == FLOAT32) return ((const float *)row)[c];
-    const int64_t half = columns / 4, vector = c / (2 * half), high = c / half % 2, k = c % half;
     if (q->weight_type == INT8) {
-        const uint8_t byte = row[64 * vector + 2 * k + high];
-        return q->scale[output] * (float)(high ? (int8_t)byte : (int)byte - 128);
+        const uint8_t byte = row[c % 16 * 4 + c / 16];
+        return q->scale[output] * (float)(c / 16 % 2 ? (int8_t)byte : (int)byte - 128);
     }
+    const int64_t line = c / 32, high = c / 16 % 2, k = c % 16;
     uint16_t word;
-    memcpy(&word, row + 64 * vector + 4 * k + 2 * high, 2);
+    memcpy(&word, row + 64 * line + 4 * k + 2 * high, 2);
     const uint32_t bits = (uint32_t)word << 16;
     float value;
     memcpy(&value, &bits, 4);
@@ -146,8 +150,9 @@ static void fill_weights(void *memory, int64_t bytes, int32_t weight_type) {
 static void run_products(int level, int64_t tokens, int64_t inputs, int64_t groups, int64_t width, int32_t weight_type,
                          int ternary, int threads) {
     const int64_t batch = 2, rows = batch * tokens, outputs = groups * width;
-    const int columns = weight_type == INT8 ? 128 : weight_type == BFLOAT16 ? 64 : 32;
-    const int64_t blocks = (outputs + columns - 1) / columns, bytes = blocks * inputs * 128, stride = inputs + LIST_SLACK;
+    const int columns = columns_of(weight_type);
+    const int64_t blocks = (outputs + columns - 1) / columns, stride = inputs + LIST_SLACK;
+    const int64_t bytes = blocks * inputs * bytes_of(weight_type);
     uint8_t *packed = packed_spikes(rows * inputs / 8, ternary);
     float *spikes = get(sizeof(float) * (size_t)(rows * inputs));
     for (int64_t k = 0; k < rows * inputs; k++)
