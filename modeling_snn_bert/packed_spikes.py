@@ -97,9 +97,10 @@ class _LinearOnSpikes(torch.autograd.Function):
     def forward(
         spikes: torch.Tensor, packed: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        lists = _by_events(list_packed_spikes, packed, spikes, weight)
         # The lists are of whole bytes of inputs.
-        if lists is None or weight.shape[1] % 8:
+        whole = weight.shape[1] % 8 == 0
+        lists = _by_events(list_packed_spikes, packed, spikes, weight) if whole else None
+        if lists is None:
             return nn.functional.linear(spikes, weight, bias)
         return event_linear(lists, block_weights(weight, None, bias, "float32")).unflatten(0, spikes.shape[:-1])
 
