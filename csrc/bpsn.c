@@ -1,8 +1,9 @@
 /* The Bidirectional Parallel Spiking Neuron from currents to spikes, and its gradients, in float32.
  *
  * The equations are those of the class BPSN in modeling_snn_bert/spiking_neurons.py. Arrays are [batch, tokens,
- * channels]; a work item is one row of the batch and one channel group, done in blocks of channels. What a block keeps
- * per token stays in the cache, so each call reads its inputs and writes its outputs once.
+ * channels]; a work item is one row of the batch and one channel group, done in blocks of channels and, where the row
+ * is long, in windows of tokens. What a block keeps per token of a window stays in the cache, so each call reads its
+ * inputs from memory once and writes its outputs once.
  *
  * This file is compiled once for each level of the instruction set, see kernels.h. */
 #include "kernels.h"
@@ -28,14 +29,39 @@ struct block {
     int vectors, narrow;
 };
 
-struct scratch {
-    float *reciprocal; /* [tokens] */
-    vector *grad_weight; /* [tokens], backward only: to n, not yet summed over the lanes */
-    vector *later, *potential, *partial, *received; /* [tokens, vectors] */
+/* How a group cuts its sequences: into windows of `step` tokens. `memory` is the number of tokens after which neither
+ * of its decays has left anything of what there was, so that a scan which starts so far outside of a window is as good
+ * inside it as one over the whole sequence. */
+struct plan {
+    int64_t step, memory;
 };
 
-struct group_gradients {
-    double decay_forward, decay_backward, reset;
+/* A window, in tokens from its first one. Its results are those of the tokens before `next`, where the next window
+ * begins. They need the gradients of the leaky sum up to `graded` (backward only), the potentials up to `end`, and the
+ * currents up to `seen`: each is scanned from later to earlier tokens on the way to the one before. */
+struct window {
+    int64_t next, graded, end, seen;
+};
+
+/* What a vector of channels hands from one window to the next: its scans from earlier to later tokens, and the sums
+ * over all tokens. */
+struct carried {
+    vector sum, earlier, to_later;
+    vector grad_threshold, grad_reset, grad_forward, grad_backward;
+};
+
+/* The same for a group, of the scans that make n and its derivatives to the decays. */
+struct group_carried {
+    double total, weight, slope, grad_forward, grad_backward;
+};
+
+struct scratch {
+    float *reciprocal; /* [tokens of a window] */
+    vector *grad_weight; /* [tokens], backward only: to n, not yet summed over the lanes */
+    vector *later, *potential, *partial, *received; /* [tokens, vectors] */
+    struct carried *carried; /* [vectors of a row] */
+    vector *sent; /* [vectors of a row, sweeps]: what spikes send to later tokens */
+    struct group_carried *groups; /* [groups of a row] */
 };
 
 INLINE vector load(const float *from, int narrow) {
@@ -50,10 +76,12 @@ INLINE void store(float *to, vector x, int narrow) {
     else memcpy(to, &x, sizeof x);
 }
 
-/* The rows that a block reads lie far apart, where the processor does not look ahead by itself. */
+/* The rows that a block reads lie far apart, where the processor does not look ahead by itself. So each loop over
+ * tokens fetches what the next loop will want, and the last one the currents of the block beside. The first block of a
+ * window has none before it: there the loop over the currents fetches some rows ahead. */
 #define ROWS_AHEAD 16
-INLINE void prefetch(const float *row, int64_t rows, int64_t stride, struct block block) {
-    for (int i = 0; i < block.vectors; i++) __builtin_prefetch(row + rows * stride + LANES * i);
+INLINE void prefetch(const float *rows, int64_t row, int64_t stride, struct block block) {
+    for (int i = 0; i < block.vectors; i++) __builtin_prefetch(rows + row * stride + LANES * i);
 }
 
 INLINE vector select_or_zero(int_vector mask, vector x) { return (vector)((int_vector)x & mask); }
@@ -118,63 +146,83 @@ INLINE void pack(uint8_t *to, int_vector fired, int narrow) {
     memcpy(to, &bits, narrow ? (size_t)narrow / 8 : sizeof bits);
 }
 
-/* 1 / n[t], the reciprocal of the total weight at each token, and 1 at masked tokens. */
-INLINE void reciprocal_weights(const struct neuron *p, const uint8_t *mask, float f, float b, float *reciprocal) {
-    int64_t tokens = p->tokens;
+/* 1 / n[t], the reciprocal of the total weight at each token of a window, and 1 at masked tokens. */
+INLINE void reciprocal_weights(const struct neuron *p, const uint8_t *mask, float f, float b, struct window w,
+                               double *total, float *reciprocal) {
     if (!p->normalize) {
-        for (int64_t t = 0; t < tokens; t++) reciprocal[t] = 1.0f;
+        for (int64_t t = 0; t < w.end; t++) reciprocal[t] = 1.0f;
         return;
     }
-    double later = 0, earlier = 0;
-    for (int64_t t = tokens - 1; t >= 0; t--) {
-        reciprocal[t] = (float)(later *= b);
+    double later = 0, earlier = *total;
+    for (int64_t t = w.seen - 1; t >= 0; t--) {
+        later *= b;
+        if (t < w.end) reciprocal[t] = (float)later;
         later += mask ? mask[t] != 0 : 1;
     }
-    for (int64_t t = 0; t < tokens; t++) {
+    for (int64_t t = 0; t < w.end; t++) {
         int valid = mask ? mask[t] != 0 : 1;
         earlier = f * earlier + valid;
         reciprocal[t] = valid ? (float)(1.0 / (earlier + reciprocal[t])) : 1.0f;
+        if (t == w.next - 1) *total = earlier;
     }
 }
 
 /* The potentials, and the sweeps of the reset but for the second half of the last one, which the callers do.
  *
  * Leaves in `later` the scan of the currents from the last token to the first, in `potential` v, in `partial` what
- * earlier tokens' spikes send in the last sweep, and in `received` the result of the sweep before that, if any. */
+ * earlier tokens' spikes send in the last sweep, and in `received` the result of the sweep before that, if any. Fetches
+ * the first `wanted_rows` rows of `wanted`, which are for the caller. */
 INLINE void integrate(const struct neuron *p, const uint8_t *mask, const float *x, const float *threshold_at, float f,
-                      float b, float reset, struct scratch s, struct block block, int several_sweeps) {
-    const int64_t tokens = p->tokens, stride = p->channels;
+                      float b, float reset, struct scratch s, struct block block, int several_sweeps, struct window w,
+                      const float *wanted, int64_t wanted_rows) {
+    const int64_t stride = p->channels, sweeps = p->reset_iterations;
     const int n = block.vectors, narrow = block.narrow, ternary = p->ternary;
     vector threshold[MAX_VECTORS], sum[MAX_VECTORS] = {{0}}, sent[MAX_VECTORS] = {{0}};
     for (int i = 0; i < n; i++) threshold[i] = load(threshold_at + LANES * i, narrow);
-    for (int64_t t = tokens - 1; t >= 0; t--) {
-        prefetch(x + t * stride, -ROWS_AHEAD, stride, block);
+    int64_t t = w.seen;
+    while (--t >= w.end)
+        for (int i = 0; i < n; i++) {
+            sum[i] *= b;
+            if (!mask || mask[t]) sum[i] += load(x + t * stride + LANES * i, narrow);
+        }
+    for (; t >= 0; t--) {
+        prefetch(x, t - ROWS_AHEAD, stride, block);
         for (int i = 0; i < n; i++) {
             sum[i] *= b;
             if (!mask || mask[t]) sum[i] += load(x + t * stride + LANES * i, narrow);
             s.later[t * n + i] = sum[i];
         }
     }
-    for (int i = 0; i < n; i++) sum[i] = (vector){0};
-    for (int64_t t = 0; t < tokens; t++) {
-        const int valid = !mask || mask[t];
-        prefetch(x + t * stride, ROWS_AHEAD, stride, block);
-        for (int i = 0; i < n; i++) {
-            vector before = f * sum[i];
-            sum[i] = valid ? before + load(x + t * stride + LANES * i, narrow) : before;
-            vector v = (before + s.later[t * n + i]) * s.reciprocal[t];
-            s.potential[t * n + i] = v;
-            if (!p->reset_iterations) continue;
-            sent[i] *= f;
-            s.partial[t * n + i] = sent[i];
-            if (valid) sent[i] += fire(v, threshold[i], ternary);
+    for (int i = 0; i < n; i++) {
+        sum[i] = s.carried[i].sum;
+        if (sweeps) sent[i] = s.sent[i * sweeps];
+    }
+    t = 0;
+    for (int64_t until = w.next; t < w.end; until = w.end) {
+        for (; t < until; t++) {
+            const int valid = !mask || mask[t];
+            if (t < wanted_rows) prefetch(wanted, t, stride, block);
+            for (int i = 0; i < n; i++) {
+                vector before = f * sum[i];
+                sum[i] = valid ? before + load(x + t * stride + LANES * i, narrow) : before;
+                vector v = (before + s.later[t * n + i]) * s.reciprocal[t];
+                s.potential[t * n + i] = v;
+                if (!sweeps) continue;
+                sent[i] *= f;
+                s.partial[t * n + i] = sent[i];
+                if (valid) sent[i] += fire(v, threshold[i], ternary);
+            }
+        }
+        for (int i = 0; until == w.next && i < n; i++) {
+            s.carried[i].sum = sum[i];
+            if (sweeps) s.sent[i * sweeps] = sent[i];
         }
     }
     if (!several_sweeps) return;
-    for (int64_t k = 0; k < tokens * n; k++) s.received[k] = (vector){0};
-    for (int sweep = 1; sweep < p->reset_iterations; sweep++) {
+    for (int64_t k = 0; k < w.end * n; k++) s.received[k] = (vector){0};
+    for (int sweep = 1; sweep < sweeps; sweep++) {
         for (int i = 0; i < n; i++) sent[i] = (vector){0};
-        for (int64_t t = tokens - 1; t >= 0; t--) {
+        for (t = w.end - 1; t >= 0; t--) {
             for (int i = 0; i < n; i++) {
                 vector spikes = fire(s.potential[t * n + i] - reset * s.received[t * n + i], threshold[i], ternary);
                 sent[i] *= b;
@@ -182,9 +230,10 @@ INLINE void integrate(const struct neuron *p, const uint8_t *mask, const float *
                 if (!mask || mask[t]) sent[i] += spikes;
             }
         }
-        for (int i = 0; i < n; i++) sent[i] = (vector){0};
-        for (int64_t t = 0; t < tokens; t++) {
+        for (int i = 0; i < n; i++) sent[i] = s.sent[i * sweeps + sweep];
+        for (t = 0; t < w.end; t++) {
             for (int i = 0; i < n; i++) {
+                if (t == w.next) s.sent[i * sweeps + sweep] = sent[i];
                 sent[i] *= f;
                 s.partial[t * n + i] = sent[i];
                 if (!mask || mask[t])
@@ -206,18 +255,23 @@ INLINE vector last_received(struct scratch s, int64_t at, int64_t t, vector *sen
 }
 
 INLINE void forward_block(const struct neuron *p, int64_t row, int64_t channel, float f, float b, float reset,
-                          struct scratch s, struct block block, int several_sweeps) {
-    const int64_t tokens = p->tokens, stride = p->channels, start = row * tokens * stride + channel;
-    const uint8_t *mask = p->mask ? p->mask + row * tokens : NULL;
+                          struct scratch s, struct block block, int several_sweeps, int64_t first, struct window w) {
+    const int64_t stride = p->channels, start = (row * p->tokens + first) * stride + channel;
+    const uint8_t *mask = p->mask ? p->mask + row * p->tokens + first : NULL;
     const int n = block.vectors, narrow = block.narrow;
-    const float *threshold_at = p->v_threshold + channel;
-    const int64_t plane = p->batch * tokens * stride / 8;
-    integrate(p, mask, p->current + start, threshold_at, f, b, reset, s, block, several_sweeps);
+    const float *threshold_at = p->v_threshold + channel, *x = p->current + start;
+    const int64_t plane = p->batch * p->tokens * stride / 8;
+    integrate(p, mask, x, threshold_at, f, b, reset, s, block, several_sweeps, w,
+              p->spikes ? p->spikes + start : NULL, p->spikes ? w.next : 0);
     vector threshold[MAX_VECTORS], sent[MAX_VECTORS] = {{0}};
     for (int i = 0; i < n; i++) threshold[i] = load(threshold_at + LANES * i, narrow);
-    for (int64_t t = tokens - 1; t >= 0; t--) {
+    for (int64_t t = w.end - 1; t >= w.next; t--)
+        for (int i = 0; i < n; i++)
+            last_received(s, t * n + i, t, sent + i, threshold[i], b, reset, !mask || mask[t], p->ternary,
+                          several_sweeps);
+    for (int64_t t = w.next - 1; t >= 0; t--) {
         const int valid = !mask || mask[t];
-        if (p->spikes) prefetch(p->spikes + start + t * stride, -ROWS_AHEAD, stride, block);
+        prefetch(x + LANES * n, t, stride, block);
         for (int i = 0; i < n; i++) {
             vector v = s.potential[t * n + i];
             if (p->reset_iterations)
@@ -232,6 +286,7 @@ INLINE void forward_block(const struct neuron *p, int64_t row, int64_t channel, 
             if (p->packed && p->ternary) pack(p->packed + plane + at / 8, down, narrow);
         }
     }
+    for (int64_t t = w.next; t < w.seen; t++) prefetch(x + LANES * n, t, stride, block);
 }
 
 INLINE float total(vector x) {
@@ -241,56 +296,72 @@ INLINE float total(vector x) {
 }
 
 INLINE void backward_block(const struct neuron *p, int64_t row, int64_t channel, float f, float b, float reset,
-                           struct scratch s, struct block block, int several_sweeps, struct group_gradients *grads) {
-    const int64_t tokens = p->tokens, stride = p->channels, start = row * tokens * stride + channel;
-    const uint8_t *mask = p->mask ? p->mask + row * tokens : NULL;
+                           struct scratch s, struct block block, int several_sweeps, int64_t first, struct window w) {
+    const int64_t stride = p->channels, start = (row * p->tokens + first) * stride + channel;
+    const uint8_t *mask = p->mask ? p->mask + row * p->tokens + first : NULL;
     const int n = block.vectors, narrow = block.narrow;
     const float *threshold_at = p->v_threshold + channel, *x = p->current + start;
-    integrate(p, mask, x, threshold_at, f, b, reset, s, block, several_sweeps);
+    integrate(p, mask, x, threshold_at, f, b, reset, s, block, several_sweeps, w,
+              p->grad_spikes + start, w.graded);
 
     vector threshold[MAX_VECTORS], sent[MAX_VECTORS] = {{0}}, to_earlier[MAX_VECTORS] = {{0}};
-    vector grad_threshold[MAX_VECTORS] = {{0}}, grad_reset[MAX_VECTORS] = {{0}};
+    vector grad_threshold[MAX_VECTORS], grad_reset[MAX_VECTORS];
     for (int i = 0; i < n; i++) threshold[i] = load(threshold_at + LANES * i, narrow);
+    int64_t t = w.end - 1;
+    for (; t >= w.graded; t--)
+        for (int i = 0; i < n; i++)
+            last_received(s, t * n + i, t, sent + i, threshold[i], b, reset, !mask || mask[t], p->ternary,
+                          several_sweeps);
     /* From the gradient of the spikes to that of the leaky sum, which takes the place of the potential; its scan from
      * later to earlier tokens takes the place of `partial`. */
-    for (int64_t t = tokens - 1; t >= 0; t--) {
-        const int valid = !mask || mask[t];
-        vector grad_mean = {0};
-        prefetch(p->grad_spikes + start + t * stride, -ROWS_AHEAD, stride, block);
-        for (int i = 0; i < n; i++) {
-            const int64_t at = t * n + i;
-            vector v = s.potential[at], margin = v, received = {0};
-            if (p->reset_iterations) {
-                received = last_received(s, at, t, sent + i, threshold[i], b, reset, valid, p->ternary, several_sweeps);
-                margin -= reset * received;
-            }
-            vector grad = {0};
-            if (valid) {
-                const vector grad_spikes = load(p->grad_spikes + start + t * stride + LANES * i, narrow);
-                grad = grad_spikes * derivative(margin - threshold[i], p->surrogate, p->alpha);
-                grad_threshold[i] -= grad;
-                if (p->ternary) {
-                    vector mirrored = grad_spikes * derivative(-margin - threshold[i], p->surrogate, p->alpha);
-                    grad_threshold[i] += mirrored;
-                    grad += mirrored;
+    int64_t from = w.next;
+    do {
+        /* The sums are over this window's own tokens. */
+        for (int i = 0; i < n; i++) grad_threshold[i] = grad_reset[i] = (vector){0};
+        for (; t >= from; t--) {
+            const int valid = !mask || mask[t];
+            vector grad_mean = {0};
+            if (t < w.next) prefetch(p->grad_current + start, t, stride, block);
+            for (int i = 0; i < n; i++) {
+                const int64_t at = t * n + i;
+                vector v = s.potential[at], margin = v, received = {0};
+                if (p->reset_iterations) {
+                    received = last_received(s, at, t, sent + i, threshold[i], b, reset, valid, p->ternary,
+                                             several_sweeps);
+                    margin -= reset * received;
                 }
+                vector grad = {0};
+                if (valid) {
+                    const vector grad_spikes = load(p->grad_spikes + start + t * stride + LANES * i, narrow);
+                    grad = grad_spikes * derivative(margin - threshold[i], p->surrogate, p->alpha);
+                    grad_threshold[i] -= grad;
+                    if (p->ternary) {
+                        vector mirrored = grad_spikes * derivative(-margin - threshold[i], p->surrogate, p->alpha);
+                        grad_threshold[i] += mirrored;
+                        grad += mirrored;
+                    }
+                }
+                grad_reset[i] -= received * grad;
+                grad_mean -= v * grad;
+                grad *= s.reciprocal[t];
+                to_earlier[i] = grad + f * to_earlier[i];
+                s.potential[at] = grad;
+                s.partial[at] = to_earlier[i];
             }
-            grad_reset[i] -= received * grad;
-            grad_mean -= v * grad;
-            grad *= s.reciprocal[t];
-            to_earlier[i] = grad + f * to_earlier[i];
-            s.potential[at] = grad;
-            s.partial[at] = to_earlier[i];
+            /* v = sum / n, so d loss / d n = - grad v / n, in the group as a whole. */
+            if (p->normalize) s.grad_weight[t] += grad_mean * s.reciprocal[t];
         }
-        /* v = sum / n, so d loss / d n = - grad v / n, in the group as a whole. */
-        if (p->normalize) s.grad_weight[t] += grad_mean * s.reciprocal[t];
-    }
-    vector earlier[MAX_VECTORS] = {{0}}, to_later[MAX_VECTORS] = {{0}};
+        from = 0;
+    } while (t >= 0);
+    vector earlier[MAX_VECTORS], to_later[MAX_VECTORS];
     vector grad_forward[MAX_VECTORS] = {{0}}, grad_backward[MAX_VECTORS] = {{0}};
-    for (int64_t t = 0; t < tokens; t++) {
+    for (int i = 0; i < n; i++) {
+        earlier[i] = s.carried[i].earlier;
+        to_later[i] = s.carried[i].to_later;
+    }
+    for (t = 0; t < w.next; t++) {
         const int valid = !mask || mask[t];
-        prefetch(x + t * stride, ROWS_AHEAD, stride, block);
-        prefetch(p->grad_current + start + t * stride, ROWS_AHEAD, stride, block);
+        prefetch(x + LANES * n, t, stride, block);
         for (int i = 0; i < n; i++) {
             const int64_t at = t * n + i;
             grad_forward[i] += earlier[i] * s.partial[at];
@@ -303,28 +374,33 @@ INLINE void backward_block(const struct neuron *p, int64_t row, int64_t channel,
             if (valid) earlier[i] += load(x + t * stride + LANES * i, narrow);
         }
     }
+    for (; t < w.seen; t++) prefetch(x + LANES * n, t, stride, block);
     for (int i = 0; i < n; i++) {
-        store(p->grad_v_threshold + row * p->channels + channel + LANES * i, grad_threshold[i], narrow);
-        grads->decay_forward += total(grad_forward[i]);
-        grads->decay_backward += total(grad_backward[i]);
-        grads->reset += total(grad_reset[i]);
+        s.carried[i].earlier = earlier[i];
+        s.carried[i].to_later = to_later[i];
+        s.carried[i].grad_threshold += grad_threshold[i];
+        s.carried[i].grad_reset += grad_reset[i];
+        s.carried[i].grad_forward += grad_forward[i];
+        s.carried[i].grad_backward += grad_backward[i];
     }
 }
 
 /* The part of the decays' gradients that comes through n, with the derivatives of n carried along its scans. */
-INLINE void weight_gradients(const struct neuron *p, const uint8_t *mask, float f, float b, const vector *grad_weight,
-                             struct group_gradients *grads) {
-    double weight = 0, slope = 0;
-    for (int64_t t = 0; t < p->tokens; t++) {
+INLINE void weight_gradients(const uint8_t *mask, float f, float b, struct window w, const vector *grad_weight,
+                             struct group_carried *group) {
+    double weight = group->weight, slope = group->slope;
+    for (int64_t t = 0; t < w.next; t++) {
         slope = weight + f * slope;
         weight = f * weight + (!mask || mask[t]);
-        grads->decay_forward += total(grad_weight[t]) * slope;
+        group->grad_forward += total(grad_weight[t]) * slope;
     }
+    group->weight = weight;
+    group->slope = slope;
     weight = slope = 0;
-    for (int64_t t = p->tokens - 1; t >= 0; t--) {
+    for (int64_t t = w.seen - 1; t >= 0; t--) {
         slope = weight + b * slope;
         weight = b * weight + (!mask || mask[t]);
-        grads->decay_backward += total(grad_weight[t]) * slope;
+        if (t < w.next) group->grad_backward += total(grad_weight[t]) * slope;
     }
 }
 
@@ -347,76 +423,181 @@ INLINE void weight_gradients(const struct neuron *p, const uint8_t *mask, float 
         }                                                                                                              \
     } while (0)
 
+/* A power of a decay below which a sum in float32 does not notice what it is multiplied with. */
+#define NEGLIGIBLE 1e-10
+/* Tokens of a window at least, and the most of them that it may touch for its scratch space to stay in the cache. */
+enum { SHORTEST_WINDOW = 512, LONGEST_WINDOW = 2048, SHORTEST_MEMORY = 16 };
+
+/* The plan of a group follows from its decays and the shapes alone, so that the threads change no result. */
+INLINE struct plan plan_group(const struct neuron *p, int64_t group) {
+    const struct plan whole = {p->tokens, 0};
+    if (p->tokens <= 2 * SHORTEST_WINDOW) return whole;
+    const float f = p->decay_forward[group], b = p->decay_backward[group];
+    double power = f > b ? f : b;
+    int64_t memory = 1;
+    while (memory < SHORTEST_MEMORY || (power > NEGLIGIBLE && memory < LONGEST_WINDOW)) {
+        power *= power;
+        memory *= 2;
+    }
+    const int64_t outside = (2 + (int64_t)p->reset_iterations) * memory;
+    const int64_t step = 2 * outside > SHORTEST_WINDOW ? 2 * outside : SHORTEST_WINDOW;
+    if (step + outside > LONGEST_WINDOW || p->tokens <= 2 * step) return whole;
+    const int64_t windows = (p->tokens + step - 1) / step;
+    return (struct plan){(p->tokens + windows - 1) / windows, memory};
+}
+
+INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+
+INLINE struct window window_at(const struct neuron *p, int64_t first, struct plan plan, int backward) {
+    const int64_t left = p->tokens - first, next = min(plan.step, left);
+    const int64_t graded = min(next + (backward ? plan.memory : 0), left);
+    const int64_t end = min(graded + p->reset_iterations * plan.memory, left);
+    return (struct window){next, graded, end, min(end + plan.memory, left)};
+}
+
 /* Vectors of the next block; 0 where fewer channels than lanes are left. */
 INLINE int block_vectors(int64_t channels_left) {
     const int64_t vectors = channels_left / LANES;
     return (int)(vectors < MAX_VECTORS ? vectors : MAX_VECTORS);
 }
 
-static void forward_item(const struct neuron *p, int64_t row, int64_t group, struct scratch s) {
-    const int64_t width = p->channels / p->groups;
+INLINE int64_t group_vectors(const struct neuron *p) { return (p->channels / p->groups + LANES - 1) / LANES; }
+
+static void forward_window(const struct neuron *p, int64_t row, int64_t group, int64_t first, struct window w,
+                           struct scratch s) {
+    const int64_t width = p->channels / p->groups, sweeps = p->reset_iterations;
     const float f = p->decay_forward[group], b = p->decay_backward[group], reset = p->reset[group];
-    reciprocal_weights(p, p->mask ? p->mask + row * p->tokens : NULL, f, b, s.reciprocal);
+    const uint8_t *mask = p->mask ? p->mask + row * p->tokens + first : NULL;
+    reciprocal_weights(p, mask, f, b, w, &s.groups->total, s.reciprocal);
     for (int64_t done = 0; done < width;) {
         const int64_t channel = group * width + done, left = width - done;
-#define FORWARD(block, several) forward_block(p, row, channel, f, b, reset, s, block, several)
+#define FORWARD(block, several) forward_block(p, row, channel, f, b, reset, s, block, several, first, w)
         FOR_BLOCK(FORWARD, block_vectors(left), (int)left);
 #undef FORWARD
+        s.carried += left >= LANES ? block_vectors(left) : 1;
+        s.sent += (left >= LANES ? block_vectors(left) : 1) * sweeps;
         done += left >= LANES ? LANES * block_vectors(left) : left;
     }
 }
 
-static void backward_item(const struct neuron *p, int64_t row, int64_t group, struct scratch s) {
-    const int64_t width = p->channels / p->groups;
+static void backward_window(const struct neuron *p, int64_t row, int64_t group, int64_t first, struct window w,
+                            struct scratch s) {
+    const int64_t width = p->channels / p->groups, sweeps = p->reset_iterations;
     const float f = p->decay_forward[group], b = p->decay_backward[group], reset = p->reset[group];
-    const uint8_t *mask = p->mask ? p->mask + row * p->tokens : NULL;
-    struct group_gradients grads = {0, 0, 0};
-    reciprocal_weights(p, mask, f, b, s.reciprocal);
-    memset(s.grad_weight, 0, sizeof(vector) * (size_t)p->tokens);
+    const uint8_t *mask = p->mask ? p->mask + row * p->tokens + first : NULL;
+    reciprocal_weights(p, mask, f, b, w, &s.groups->total, s.reciprocal);
+    memset(s.grad_weight, 0, sizeof(vector) * (size_t)w.graded);
     for (int64_t done = 0; done < width;) {
         const int64_t channel = group * width + done, left = width - done;
-#define BACKWARD(block, several) backward_block(p, row, channel, f, b, reset, s, block, several, &grads)
+#define BACKWARD(block, several) backward_block(p, row, channel, f, b, reset, s, block, several, first, w)
         FOR_BLOCK(BACKWARD, block_vectors(left), (int)left);
 #undef BACKWARD
+        s.carried += left >= LANES ? block_vectors(left) : 1;
+        s.sent += (left >= LANES ? block_vectors(left) : 1) * sweeps;
         done += left >= LANES ? LANES * block_vectors(left) : left;
     }
-    if (p->normalize) weight_gradients(p, mask, f, b, s.grad_weight, &grads);
-    p->grad_decay_forward[row * p->groups + group] = (float)grads.decay_forward;
-    p->grad_decay_backward[row * p->groups + group] = (float)grads.decay_backward;
-    p->grad_reset[row * p->groups + group] = (float)grads.reset;
+    if (p->normalize) weight_gradients(mask, f, b, w, s.grad_weight, s.groups);
 }
 
-/* Runs `item` for every row and group. Returns 0, or 1 if there is no memory for the scratch space. */
-static int run(const struct neuron *p, void (*item)(const struct neuron *, int64_t, int64_t, struct scratch),
-               int32_t threads) {
-    const size_t vectors = (size_t)p->tokens * MAX_VECTORS * sizeof(vector);
-    const size_t scalars = ((size_t)p->tokens * sizeof(float) + 63) / 64 * 64;
+/* The gradients of a group's parameters, from the sums over all windows. */
+static void write_gradients(const struct neuron *p, int64_t row, int64_t group, const struct carried *carried,
+                            const struct group_carried *sums) {
+    const int64_t width = p->channels / p->groups;
+    double decay_forward = 0, decay_backward = 0, reset = 0;
+    for (int64_t done = 0; done < width; done += LANES, carried++) {
+        store(p->grad_v_threshold + row * p->channels + group * width + done, carried->grad_threshold,
+              width - done < LANES ? (int)(width - done) : 0);
+        decay_forward += total(carried->grad_forward);
+        decay_backward += total(carried->grad_backward);
+        reset += total(carried->grad_reset);
+    }
+    p->grad_decay_forward[row * p->groups + group] = (float)(decay_forward + sums->grad_forward);
+    p->grad_decay_backward[row * p->groups + group] = (float)(decay_backward + sums->grad_backward);
+    p->grad_reset[row * p->groups + group] = (float)reset;
+}
+
+/* Groups of one row and one plan. They take each window together, so that a page of memory is visited once. */
+static void run_groups(const struct neuron *p, int64_t row, int64_t group, int64_t end, struct plan plan,
+                       struct scratch s, int backward) {
+    const int64_t vectors = group_vectors(p), sweeps = p->reset_iterations;
+    memset(s.carried, 0, sizeof *s.carried * (size_t)((end - group) * vectors));
+    memset(s.sent, 0, sizeof *s.sent * (size_t)((end - group) * vectors * sweeps));
+    memset(s.groups, 0, sizeof *s.groups * (size_t)(end - group));
+    for (int64_t first = 0; first < p->tokens; first += plan.step) {
+        const struct window w = window_at(p, first, plan, backward);
+        for (int64_t k = 0; k < end - group; k++) {
+            struct scratch own = s;
+            own.carried += k * vectors;
+            own.sent += k * vectors * sweeps;
+            own.groups += k;
+            (backward ? backward_window : forward_window)(p, row, group + k, first, w, own);
+        }
+    }
+    for (int64_t k = 0; backward && k < end - group; k++)
+        write_gradients(p, row, group + k, s.carried + k * vectors, s.groups + k);
+}
+
+/* The next `bytes` of the scratch space, from a cache line's start. */
+INLINE void *take(char *memory, size_t *used, size_t bytes) {
+    void *taken = memory ? memory + *used : NULL;
+    *used += (bytes + 63) / 64 * 64;
+    return taken;
+}
+
+/* The scratch space of one thread, or with no memory its size only, in `used`. */
+INLINE struct scratch divide(const struct neuron *p, int64_t tokens, char *memory, size_t *used) {
+    const size_t window = sizeof(vector) * MAX_VECTORS * (size_t)tokens;
+    const size_t vectors = (size_t)(p->groups * group_vectors(p));
+    struct scratch s;
+    s.later = take(memory, used, window);
+    s.potential = take(memory, used, window);
+    s.partial = take(memory, used, window);
+    s.received = take(memory, used, p->reset_iterations > 1 ? window : 0);
+    s.grad_weight = take(memory, used, sizeof(vector) * (size_t)tokens);
+    s.reciprocal = take(memory, used, sizeof(float) * (size_t)tokens);
+    s.carried = take(memory, used, sizeof(struct carried) * vectors);
+    s.sent = take(memory, used, sizeof(vector) * vectors * (size_t)p->reset_iterations);
+    s.groups = take(memory, used, sizeof(struct group_carried) * (size_t)p->groups);
+    return s;
+}
+
+/* Runs every group of every row. Returns 0, or 1 if there is no memory for the scratch space. */
+static int run(const struct neuron *p, int backward, int32_t threads) {
     const int64_t items = p->batch * p->groups;
+    int64_t tokens = 0;
+    for (int64_t group = 0; group < p->groups; group++) {
+        const int64_t touched = window_at(p, 0, plan_group(p, group), backward).end;
+        if (touched > tokens) tokens = touched;
+    }
+    size_t bytes = 0;
+    divide(p, tokens, NULL, &bytes);
     int failed = 0;
     if (threads > items) threads = (int32_t)items;
-#pragma omp parallel num_threads(threads)
-    {
-        char *memory = aligned_alloc(64, (4 * vectors + vectors / MAX_VECTORS + scalars + 63) / 64 * 64);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int32_t thread = 0; thread < threads; thread++) {
+        char *memory = aligned_alloc(64, bytes);
         const unsigned state = flush_denormals();
         if (!memory) {
 #pragma omp atomic write
             failed = 1;
         }
-        const struct scratch s = {(float *)(memory + 4 * vectors + vectors / MAX_VECTORS),
-                                  (vector *)(memory + 4 * vectors),
-                                  (vector *)memory,
-                                  (vector *)(memory + vectors),
-                                  (vector *)(memory + 2 * vectors),
-                                  (vector *)(memory + 3 * vectors)};
-#pragma omp for schedule(static)
-        for (int64_t k = 0; k < items; k++)
-            if (memory) item(p, k / p->groups, k % p->groups, s);
+        size_t used = 0;
+        const struct scratch s = divide(p, tokens, memory, &used);
+        const int64_t last = items * (thread + 1) / threads;
+        for (int64_t k = items * thread / threads, next; memory && k < last; k = next) {
+            const struct plan plan = plan_group(p, k % p->groups);
+            for (next = k + 1; next < last && next % p->groups; next++) {
+                const struct plan other = plan_group(p, next % p->groups);
+                if (other.step != plan.step || other.memory != plan.memory) break;
+            }
+            run_groups(p, k / p->groups, k % p->groups, k % p->groups + next - k, plan, s, backward);
+        }
         restore_denormals(state);
         free(memory);
     }
     return failed;
 }
 
-int LEVEL(bpsn_forward)(const struct neuron *p, int32_t threads) { return run(p, forward_item, threads); }
+int LEVEL(bpsn_forward)(const struct neuron *p, int32_t threads) { return run(p, 0, threads); }
 
-int LEVEL(bpsn_backward)(const struct neuron *p, int32_t threads) { return run(p, backward_item, threads); }
+int LEVEL(bpsn_backward)(const struct neuron *p, int32_t threads) { return run(p, 1, threads); }

@@ -61,14 +61,14 @@ static const int64_t WIDTHS[] = {8, 16, 24, 40, 64};
 static int64_t spikes_seen = 0;
 
 static struct neuron make_neuron(int64_t batch, int64_t tokens, int64_t groups, int64_t width, int ternary,
-                                 int iterations, int masked) {
+                                 int iterations, int masked, double longest_decay) {
     const int64_t channels = groups * width;
     uint8_t *mask = masked ? get((size_t)(batch * tokens)) : NULL;
     for (int64_t k = 0; mask && k < batch * tokens; k++) mask[k] = uniform() < 0.7;
     return (struct neuron){
         .batch = batch, .tokens = tokens, .channels = channels, .groups = groups, .mask = mask,
-        .v_threshold = floats(channels, 0.05, 0.4), .decay_forward = floats(groups, 0, 0.9),
-        .decay_backward = floats(groups, 0, 0.9), .reset = floats(groups, 0, 1), .normalize = 1,
+        .v_threshold = floats(channels, 0.05, 0.4), .decay_forward = floats(groups, 0, longest_decay),
+        .decay_backward = floats(groups, 0, longest_decay), .reset = floats(groups, 0, 1), .normalize = 1,
         .reset_iterations = iterations, .ternary = ternary, .surrogate = iterations, .alpha = 2.0f,
         .packed = get((size_t)(batch * tokens * channels / 8 * (1 + ternary)))};
 }
@@ -83,9 +83,9 @@ static void free_neuron(struct neuron *p) {
 }
 
 static void run_neurons(int level, int64_t tokens, int64_t width, int ternary, int iterations, int masked,
-                        int threads) {
+                        double longest_decay, int threads) {
     const int64_t batch = 2, groups = 3, channels = groups * width, n = batch * tokens * channels;
-    struct neuron p = make_neuron(batch, tokens, groups, width, ternary, iterations, masked);
+    struct neuron p = make_neuron(batch, tokens, groups, width, ternary, iterations, masked, longest_decay);
     float *current = floats(n, -1, 1), *grad = floats(n, -1, 1);
     p.current = current;
     p.grad_spikes = grad;
@@ -184,7 +184,7 @@ static void run_products(int level, int64_t tokens, int64_t inputs, int64_t grou
             if (!(fabs(sum - q.result[row * outputs + k]) < 1e-3)) fail("a product differs from its loop", k);
         }
     if (columns % width == 0 || width % columns == 0) {
-        struct neuron p = make_neuron(batch, tokens, groups, width, ternary, 1, 1);
+        struct neuron p = make_neuron(batch, tokens, groups, width, ternary, 1, 1, 0.9);
         if (CALL(event_linear_bpsn, &lists, &q, &p, threads)) fail("no memory behind a product", rows);
         free_neuron(&p);
     }
@@ -203,7 +203,7 @@ static void run_products(int level, int64_t tokens, int64_t inputs, int64_t grou
 
 static void run_attention(int level, int64_t tokens, int64_t head_size, int ternary, int masked, int threads) {
     const int64_t batch = 2, heads = 2, channels = heads * head_size, bytes = batch * tokens * channels / 8;
-    struct neuron p = make_neuron(batch, tokens, heads, head_size, ternary, 1, masked);
+    struct neuron p = make_neuron(batch, tokens, heads, head_size, ternary, 1, masked, 0.9);
     float *gain = floats(channels, 0.5, 1.5), *offset = floats(channels, -0.5, 0.5);
     uint8_t *query = packed_spikes(bytes, ternary), *key = packed_spikes(bytes, ternary);
     uint8_t *value = packed_spikes(bytes, ternary);
@@ -230,11 +230,13 @@ int main(void) {
             for (int64_t tokens = 1; tokens <= 70; tokens += tokens < 3 ? 1 : 33)
                 for (int k = 0; k < 5; k++) {
                     const int threads = 1 + k % 2;
-                    run_neurons(level, tokens, WIDTHS[k], ternary, k % 4, k % 2, threads);
+                    run_neurons(level, tokens, WIDTHS[k], ternary, k % 4, k % 2, 0.9, threads);
                     run_attention(level, tokens, WIDTHS[k], ternary, k % 2, threads);
                     for (int32_t type = FLOAT32; type <= INT8; type++)
                         run_products(level, tokens, 8 * (1 + 7 * k), 3, WIDTHS[k], type, ternary, threads);
                 }
+            /* Long enough, and soon enough forgotten, to go by windows. */
+            for (int k = 0; k < 4; k++) run_neurons(level, 1300, WIDTHS[k], ternary, k, k % 2, 0.3, 1 + k % 2);
             run_attention(level, 3, 512, ternary, 1, 1);
             run_products(level, 2, 1024, 2, 128, INT8, ternary, 2);
         }
