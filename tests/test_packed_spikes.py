@@ -152,7 +152,8 @@ class TestByEvents:
         got, got_grads = gradients(lambda x, *_: linear(x), [spikes, *linear.parameters()], grad)
         by_events = shape[-1] % 8 == 0 and rate < 0.3
         if shape[0] > 1:
-            assert [way is not None for way in ways] == [rate < 0.3] * 2
+            # Of inputs that are no whole bytes lists are made for the gradient to the weights only.
+            assert [way is not None for way in ways] == [rate < 0.3] * (2 if shape[-1] % 8 == 0 else 1)
             assert by_events or rate == 0.4 or shape[-1] == 20
         torch.testing.assert_close(got.double(), wanted, rtol=0, atol=1e-5)
         for a, b in zip(got_grads, wanted_grads, strict=True):
