@@ -50,7 +50,7 @@ def parse_args(benchmarks: dict[str, Benchmark]) -> argparse.Namespace:
         parser.error(f"--bandwidth must be positive and finite, got {args.bandwidth}")
     unknown = [name for name in args.names if name not in benchmarks]
     if unknown:
-        parser.error(f"no benchmark is named {', '.join(unknown)}; there are {', '.join(benchmarks)}")
+        parser.error(f"no benchmark is named {', '.join(unknown)}; there are {', '.join(sorted(benchmarks))}")
     # Not without being asked for, where there is nothing that it could measure.
     args.names = args.names or [name for name in benchmarks if name != "gpu" or torch.cuda.is_available()]
     for kind in ("sections", "subjects"):

@@ -4,6 +4,7 @@ python docs/build_reference.py outputs/docs
 """
 
 import argparse
+import pkgutil
 from pathlib import Path
 
 import modeling_snn_bert
@@ -18,8 +19,12 @@ def main() -> None:
     except ImportError as error:
         raise SystemExit("the reference is built by pdoc: `pip install pdoc`") from error
     pdoc.render.configure(docformat="google", search=True, footer_text=f"snn-bert {modeling_snn_bert.__version__}")
-    # Its modules come along; `__main__` only starts the command line.
-    pdoc.pdoc("modeling_snn_bert", "!modeling_snn_bert.__main__", output_directory=output_dir)
+    # What starts with an underscore is compiled or starts the command line. A module that has the name of something
+    # public comes along with the package.
+    modules = sorted(module.name for module in pkgutil.iter_modules(modeling_snn_bert.__path__))
+    modules = [name for name in modules if not name.startswith("_") and name not in modeling_snn_bert.__all__]
+    names = [f"modeling_snn_bert.{name}" for name in modules]
+    pdoc.pdoc("modeling_snn_bert", *names, output_directory=output_dir)
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ def test_list(main, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["neurons"], "no benchmark is named neurons; there are neuron,"),
+        (["neurons"], "no benchmark is named neurons; there are gpu, inference, neuron, sparsity, training"),
         (["neuron", "--sections", "step_384"], "--sections leaves nothing of neuron"),
         (["neuron", "--subjects", "bpsn", "robert"], "--subjects robert: there are"),
         (["--repeats", "0"], "--repeats must be >= 1, got 0"),

@@ -69,7 +69,9 @@ def test_fill_mask(saved, tokenizer):
 
 
 def test_zero_shot_classification(saved, tokenizer, texts):
-    model, folder = saved(SNNBertForSequenceClassification, id2label={0: "contradiction", 1: "entailment"})
+    names = {0: "contradiction", 1: "entailment"}
+    label2id = {name: index for index, name in names.items()}
+    model, folder = saved(SNNBertForSequenceClassification, id2label=names, label2id=label2id)
     topics = ["the fox", "the river", "the dog"]
     results = pipeline("zero-shot-classification", model=folder)(texts[:2], candidate_labels=topics, batch_size=3)
     for text, result in zip(texts, results, strict=False):
