@@ -17,7 +17,7 @@ from pathlib import Path
 from transformers import BertConfig, BertForSequenceClassification
 
 ROOT = Path(__file__).resolve().parents[1]
-SECONDS = 300
+SECONDS = 600
 FENCE = re.compile(r"^(?P<indent> *)```(?P<language>[^\n`]*)\n(?P<code>.*?)^(?P=indent)```", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 _SERVER = multiprocessing.get_context("forkserver")
