@@ -23,7 +23,7 @@ from transformers.hf_argparser import HfArg
 
 from modeling_snn_bert import SNNBertConfig, SNNBertForSequenceClassification
 from modeling_snn_bert.conversion import convert_bert
-from modeling_snn_bert.distillation import hidden_state_loss, logit_loss
+from modeling_snn_bert.distillation import attention_loss, hidden_state_loss, logit_loss
 from modeling_snn_bert.energy import energy_report
 
 SETTINGS = "neuron_type coding num_timesteps psn_length spike_type attention_type".split()
@@ -57,6 +57,9 @@ class ModelArguments:
     hidden_weight: float = dataclasses.field(
         default=0.0, metadata={"help": "weight of the loss on the teacher's hidden states, added to the others"}
     )
+    attention_weight: float = dataclasses.field(
+        default=0.0, metadata={"help": "weight of the loss on the teacher's attention weights, added to the others"}
+    )
     temperature: float = dataclasses.field(default=2.0, metadata={"help": "temperature of the logits' loss"})
 
     def settings(self) -> dict[str, Any]:
@@ -67,6 +70,10 @@ class ModelArguments:
         """
         settings = {name: getattr(self, name) for name in SETTINGS if getattr(self, name) is not None}
         return {**settings, **parse_overrides(self.config_overrides)}
+
+    def attn_implementation(self) -> str:
+        """The attention of student and teacher: only the eager one returns its weights."""
+        return "eager" if self.attention_weight else "sdpa"
 
 
 @dataclasses.dataclass
@@ -104,8 +111,11 @@ def check_arguments(parser: HfArgumentParser, model_args: ModelArguments, data_a
         parser.error(f"--firing_rate must lie in (0, 1), got {model_args.firing_rate}")
     if not 0 <= model_args.logit_weight <= 1:
         parser.error(f"--logit_weight must lie in [0, 1], got {model_args.logit_weight}")
-    if model_args.hidden_weight < 0:
-        parser.error(f"--hidden_weight must be >= 0, got {model_args.hidden_weight}")
+    for name in ("hidden_weight", "attention_weight"):
+        if getattr(model_args, name) < 0:
+            parser.error(f"--{name} must be >= 0, got {getattr(model_args, name)}")
+        if getattr(model_args, name) and not model_args.teacher_name_or_path:
+            parser.error(f"--{name} needs --teacher_name_or_path")
     if not model_args.temperature > 0:
         parser.error(f"--temperature must be positive, got {model_args.temperature}")
     if settings.get("psn_length") not in (None, data_args.max_seq_length):
@@ -226,7 +236,15 @@ def load_model(
     """
     config = AutoConfig.from_pretrained(args.model_name_or_path, revision=args.revision)
     settings = args.settings()
-    head = {
+    dropout = settings.get("attention_probs_dropout_prob", getattr(config, "attention_probs_dropout_prob", 0))
+    if args.attention_weight and dropout:
+        raise ValueError(
+            f"--attention_weight compares attention weights, to which a dropout of {dropout} would be applied: give "
+            "--config_overrides attention_probs_dropout_prob=0"
+        )
+    options = {
+        "revision": args.revision,
+        "attn_implementation": args.attn_implementation(),
         "num_labels": len(task.labels) or 1,
         "id2label": dict(enumerate(task.labels)) if task.labels else {0: "score"},
         "label2id": {name: index for index, name in enumerate(task.labels or ("score",))},
@@ -235,9 +253,9 @@ def load_model(
     if config.model_type == SNNBertConfig.model_type:
         if args.convert:
             raise ValueError(f"--convert is for a BERT, {args.model_name_or_path} is an SNN-BERT already")
-        return SNNBertForSequenceClassification.from_pretrained(
-            args.model_name_or_path, revision=args.revision, **head, **settings
-        ).to(device)
+        return SNNBertForSequenceClassification.from_pretrained(args.model_name_or_path, **options, **settings).to(
+            device
+        )
     if config.model_type != "bert":
         raise ValueError(
             f"--model_name_or_path must be an SNN-BERT or a BERT, {args.model_name_or_path} is of the type "
@@ -245,8 +263,7 @@ def load_model(
         )
     if settings and not args.convert:
         raise ValueError(f"{sorted(settings)} are settings of an SNN-BERT: give --convert to make one of the BERT")
-    bert = BertForSequenceClassification.from_pretrained(args.model_name_or_path, revision=args.revision, **head)
-    bert.to(device)
+    bert = BertForSequenceClassification.from_pretrained(args.model_name_or_path, **options).to(device)
     if not args.convert:
         return bert
     return convert_bert(bert, calibration_batches(train, tokenizer), args.firing_rate, **settings).train()
@@ -266,7 +283,7 @@ def calibration_batches(train: Dataset, tokenizer: PreTrainedTokenizerBase) -> l
 
 
 class Teacher:
-    """A fine-tuned BERT whose logits, and hidden states if wanted, enter the loss.
+    """A fine-tuned BERT whose logits, and hidden states and attention weights if wanted, enter the loss.
 
     Args:
         args: the flags.
@@ -279,7 +296,9 @@ class Teacher:
 
     def __init__(self, args: ModelArguments, task: Task, device: torch.device) -> None:
         assert args.teacher_name_or_path is not None
-        model = BertForSequenceClassification.from_pretrained(args.teacher_name_or_path)
+        model = BertForSequenceClassification.from_pretrained(
+            args.teacher_name_or_path, attn_implementation=args.attn_implementation()
+        )
         if model.config.num_labels != (len(task.labels) or 1):
             raise ValueError(
                 f"--teacher_name_or_path must have been fine-tuned on {task.name}, with {len(task.labels) or 1} "
@@ -287,20 +306,24 @@ class Teacher:
             )
         self.model = model.to(device).eval().requires_grad_(False)
         self.logit_weight, self.hidden_weight = args.logit_weight, args.hidden_weight
+        self.attention_weight = args.attention_weight
         self.temperature = args.temperature
 
     def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, Any]:
         """The mixed loss of `model` on a batch with labels, and its outputs."""
         inputs = {name: x for name, x in batch.items() if name != "labels"}
-        hidden = self.hidden_weight > 0
-        outputs = model(**batch, output_hidden_states=hidden)
+        mask = batch.get("attention_mask")
+        extras = {"output_hidden_states": self.hidden_weight > 0, "output_attentions": self.attention_weight > 0}
+        outputs = model(**batch, **extras)
         with torch.no_grad():
-            wanted = self.model(**inputs, output_hidden_states=hidden)
+            wanted = self.model(**inputs, **extras)
         loss = (1 - self.logit_weight) * outputs.loss
         loss = loss + self.logit_weight * logit_loss(outputs.logits, wanted.logits, self.temperature)
-        if hidden:
-            states = hidden_state_loss(outputs.hidden_states, wanted.hidden_states, batch.get("attention_mask"))
+        if self.hidden_weight:
+            states = hidden_state_loss(outputs.hidden_states, wanted.hidden_states, mask)
             loss = loss + self.hidden_weight * states
+        if self.attention_weight:
+            loss = loss + self.attention_weight * attention_loss(outputs.attentions, wanted.attentions, mask)
         return loss, outputs
 
 

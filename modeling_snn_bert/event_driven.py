@@ -204,19 +204,24 @@ class SharedLists:
 
 
 class Bags:
-    """The lists of `[rows, inputs]` spikes as `embedding_bag` takes them."""
+    """The lists of `[rows, inputs]` spikes as `embedding_bag` takes them, made when they are first needed."""
 
     def __init__(self, spikes: torch.Tensor, ternary: bool) -> None:
-        rows, inputs = spikes.shape
-        flat = spikes.reshape(-1)
-        active = flat.bool().nonzero().squeeze(1)
-        values = flat[active]
-        if not bool((values.abs() if ternary else values).eq(1).all()):
+        magnitudes = spikes.abs() if ternary else spikes
+        active = int(magnitudes.count_nonzero())
+        if active != int((magnitudes == 1).sum()):
             raise not_spikes(ternary)
-        self.offsets = torch.searchsorted(active, torch.arange(rows) * inputs)
-        self.indices = active.remainder(inputs)
-        self.signs = values.float() if ternary else None
-        self.firing_rate = len(active) / max(spikes.numel(), 1)
+        self._spikes, self._ternary = spikes, ternary
+        self.firing_rate = active / max(spikes.numel(), 1)
+
+    @functools.cached_property
+    def listed(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Indices of the active inputs, row after row; where each row starts among them; their signs if ternary."""
+        rows, inputs = self._spikes.shape
+        flat = self._spikes.reshape(-1)
+        active = flat.bool().nonzero().squeeze(1)
+        offsets = torch.searchsorted(active, torch.arange(rows) * inputs)
+        return active.remainder(inputs), offsets, flat[active].float() if self._ternary else None
 
 
 class EventDrivenProduct:
@@ -281,18 +286,17 @@ class EventDrivenProduct:
         return linear.weight.float(), None if linear.bias is None else linear.bias.float()
 
     def _run_bags(self, linear: nn.Linear, bags: Bags) -> torch.Tensor:
+        indices, offsets, signs = bags.listed
         if self.weight_dtype == "int8":
             table, scale = self._layout("table", linear, lambda w, scale: (_quantized_table(w), scale))
             result = torch.ops.quantized.embedding_bag_byte_rowwise_offsets(
-                table, bags.indices, bags.offsets, mode=0, per_sample_weights=bags.signs
+                table, indices, offsets, mode=0, per_sample_weights=signs
             )
             result = result.mul_(scale)
         else:
             table = self._layout("table", linear, lambda w, _: w.t().contiguous())
-            signs = None if bags.signs is None else bags.signs.to(table.dtype)
-            result = nn.functional.embedding_bag(
-                bags.indices, table, bags.offsets, mode="sum", per_sample_weights=signs
-            ).float()
+            signs = None if signs is None else signs.to(table.dtype)
+            result = nn.functional.embedding_bag(indices, table, offsets, mode="sum", per_sample_weights=signs).float()
         return result if linear.bias is None else result + linear.bias
 
     def rounded(self, linear: nn.Linear) -> torch.Tensor:

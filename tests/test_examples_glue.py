@@ -266,7 +266,8 @@ def test_teacher(tmp_path, bert):
         "--teacher_name_or_path",
         tmp_path / "teacher/seed_0",
     ]
-    student += ["--logit_weight", 1.0, "--hidden_weight", 0.1, "--skip_saving"]
+    student += ["--logit_weight", 1.0, "--hidden_weight", 0.1, "--attention_weight", 0.1, "--skip_saving"]
+    student += ["--config_overrides", "attention_probs_dropout_prob=0"]
     run_script("run_glue_no_trainer", *student, "--output_dir", tmp_path / "student")
     assert read(tmp_path / "student")["mean"]["accuracy"] >= 0.9
     assert not (tmp_path / "student" / "seed_0" / "model.safetensors").exists()
@@ -311,6 +312,7 @@ def test_trainer(tmp_path, bert):
         pytest.param(["--config_overrides", "decays=0.1"], "must be name=value", id="override"),
         pytest.param(["--config_overrides", "decay=much"], "--config_overrides", id="override-type"),
         pytest.param(["--logit_weight", 2], "--logit_weight must lie in", id="weight"),
+        pytest.param(["--hidden_weight", 1], "--hidden_weight needs --teacher_name_or_path", id="no-teacher"),
         pytest.param(["--seeds", 1, 1], "must differ", id="seeds"),
         pytest.param(["--spike_type", "ternary"], "give --convert", id="settings-of-a-bert"),
         pytest.param(["--task_name", "glue"], "must be one of cola", id="task"),
@@ -324,6 +326,14 @@ def test_no_trainer_refuses(tmp_path, bert, capsys, arguments, message):
     common = [*BASE, "--model_name_or_path", bert, "--data_dir", glue, "--output_dir", tmp_path / "out"]
     assert message in refused(capsys, "run_glue_no_trainer", *common, *arguments)
     assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_attention_weights_under_dropout_are_refused(tmp_path, bert, capsys):
+    glue = write_glue(tmp_path / "glue", "sst2")
+    arguments = [*BASE, "--model_name_or_path", bert, "--data_dir", glue, "--output_dir", tmp_path / "out", "--convert"]
+    arguments += ["--teacher_name_or_path", bert, "--attention_weight", 0.1]
+    message = refused(capsys, "run_glue_no_trainer", *arguments)
+    assert "a dropout of 0.1 would be applied: give --config_overrides attention_probs_dropout_prob=0" in message
 
 
 def test_a_teacher_of_another_task_is_refused(tmp_path, bert, capsys):
