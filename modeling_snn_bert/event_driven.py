@@ -77,8 +77,7 @@ def event_driven(model: Model, weight_dtype: str = "float32", *, dense_above: fl
         TypeError: if there is no encoder layer of an SNN-BERT in `model`.
         ValueError: if an argument is outside its range, the model is in training mode, or it is not on the CPU.
     """
-    if weight_dtype not in WEIGHT_TYPES:
-        raise ValueError(f"`weight_dtype` must be one of {list(WEIGHT_TYPES)}, got {weight_dtype!r}")
+    _check_weight_dtype(weight_dtype)
     if dense_above is not None and not 0 <= dense_above <= 1:
         raise ValueError(f"`dense_above` must lie in [0, 1] or be None, got {dense_above}")
     layers = _layers(model)
@@ -94,13 +93,7 @@ def event_driven(model: Model, weight_dtype: str = "float32", *, dense_above: fl
         for names in PRODUCTS:
             shared = SharedLists(ternary, on_kernels)
             for name in names:
-                linear = layer.get_submodule(name)
-                # A Linear that an adapter has wrapped stands one level deeper.
-                linear = getattr(linear, "base_layer", linear)
-                if not isinstance(linear, nn.Linear) or linear.in_features > MAX_INPUTS:
-                    raise TypeError(
-                        f"{name} must be a Linear of at most {MAX_INPUTS} inputs, got {type(linear).__name__}"
-                    )
+                linear = _linear(layer, name)
                 shape = (linear.in_features, linear.out_features)
                 rate = crossover_rate(*shape, weight_dtype, on_kernels) if dense_above is None else dense_above
                 state = EventDrivenProduct(weight_dtype, rate, shared, type(linear))
@@ -131,6 +124,34 @@ def dense(model: Model) -> Model:
     return model
 
 
+@torch.no_grad()
+def round_products(model: Model, weight_dtype: str) -> Model:
+    """Replace the weights of the encoder's products by what `weight_dtype` makes of them, in place.
+
+    A neuron fires or not by however little its potential misses the threshold, so the smallest rounding moves some
+    spikes, which move others in the layers behind. A model that is rounded before it is evaluated has that behind it:
+    dense in float32 and event-driven with `weight_dtype` weights it then has the same weights. Parameters keep their
+    dtype; rounding a second time changes nothing (for int8, nothing beyond the last bit).
+
+    Args:
+        model: an SNN-BERT with any head, or a module that holds one, dense or event-driven, on any device.
+        weight_dtype: `"float32"` (which does nothing), `"bfloat16"` or `"int8"`, as for `event_driven`.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        TypeError: if there is no encoder layer of an SNN-BERT in `model`.
+        ValueError: if `weight_dtype` is none of these.
+    """
+    _check_weight_dtype(weight_dtype)
+    for layer in _layers(model):
+        for name in (name for names in PRODUCTS for name in names):
+            linear = _linear(layer, name)
+            linear.weight.copy_(rounded_floats(linear.weight, weight_dtype))
+    return model
+
+
 def is_event_driven(model: nn.Module) -> bool:
     """Whether `event_driven` has been called on `model`, and not `dense` since."""
     return any(isinstance(module, EventDrivenLinear) for module in model.modules())
@@ -154,6 +175,20 @@ def _layers(model: nn.Module) -> list[SNNBertLayer]:
     return layers
 
 
+def _check_weight_dtype(weight_dtype: str) -> None:
+    if weight_dtype not in WEIGHT_TYPES:
+        raise ValueError(f"`weight_dtype` must be one of {list(WEIGHT_TYPES)}, got {weight_dtype!r}")
+
+
+def _linear(layer: SNNBertLayer, name: str) -> nn.Linear:
+    linear = layer.get_submodule(name)
+    # A Linear that an adapter has wrapped stands one level deeper.
+    linear = getattr(linear, "base_layer", linear)
+    if not isinstance(linear, nn.Linear) or linear.in_features > MAX_INPUTS:
+        raise TypeError(f"{name} must be a Linear of at most {MAX_INPUTS} inputs, got {type(linear).__name__}")
+    return linear
+
+
 def stamp(*tensors: torch.Tensor | None) -> tuple:
     """Changes whenever one of `tensors` is replaced, moved or written to, as far as torch keeps count."""
     return tuple(
@@ -174,6 +209,12 @@ def round_weights(weight: torch.Tensor, weight_dtype: str) -> tuple[torch.Tensor
     largest = weight.abs().amax(1)
     scale = torch.where(largest > 0, largest / 127, 1.0)
     return (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8), scale
+
+
+def rounded_floats(weight: torch.Tensor, weight_dtype: str) -> torch.Tensor:
+    """`weight` after rounding, as floats."""
+    rounded, scale = round_weights(weight, weight_dtype)
+    return rounded.float() if scale is None else rounded.float() * scale[:, None]
 
 
 class SharedLists:
@@ -301,8 +342,7 @@ class EventDrivenProduct:
 
     def rounded(self, linear: nn.Linear) -> torch.Tensor:
         """The rounded weights as floats."""
-        weight, scale = round_weights(linear.weight, self.weight_dtype)
-        return weight.float() if scale is None else weight.float() * scale[:, None]
+        return rounded_floats(linear.weight, self.weight_dtype)
 
 
 def _quantized_table(weight: torch.Tensor) -> torch.Tensor:
@@ -545,4 +585,4 @@ def _measure_crossover(inputs: int, outputs: int, weight_dtype: str, on_kernels:
     return min(max(CROSSOVER_RATES[0] + (dense_seconds - low) / slope, 0.0), 1.0)
 
 
-__all__ = ["EventDrivenLinear", "dense", "event_driven", "is_event_driven"]
+__all__ = ["EventDrivenLinear", "dense", "event_driven", "is_event_driven", "round_products"]

@@ -636,6 +636,13 @@ class SNNBertPreTrainedModel(PreTrainedModel):
 
         return event_driven(self, weight_dtype, dense_above=dense_above)
 
+    def round_products(self, weight_dtype: str):
+        """Round the weights of the encoder's products in place, and return the model; see
+        `event_driven.round_products`."""
+        from .event_driven import round_products
+
+        return round_products(self, weight_dtype)
+
     def to_dense(self):
         """Undo `to_event_driven`, in place, and return the model."""
         from .event_driven import dense

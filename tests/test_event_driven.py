@@ -23,6 +23,7 @@ from modeling_snn_bert.event_driven import (
     dense_rates,
     event_driven,
     is_event_driven,
+    round_products,
     round_weights,
 )
 
@@ -395,3 +396,36 @@ def test_crossover_is_measured_once(kernels):
     rate = crossover_rate(64, 96, "int8", kernels)
     assert 0 <= rate <= 1
     assert crossover_rate(64, 96, "int8", kernels) == rate
+
+
+@pytest.mark.parametrize("weight_dtype", ["bfloat16", "int8"])
+def test_rounded_once_both_forms_have_the_same_weights(make_model, batch, assert_spikes_flow, weight_dtype):
+    model = make_model()
+    before = {name: x.clone() for name, x in model.named_parameters()}
+    with torch.no_grad():
+        exact = model(**batch).last_hidden_state
+    assert model.round_products(weight_dtype) is model
+    changed = {name for name, x in model.named_parameters() if not torch.equal(x, before[name])}
+    products = {f"encoder.layer.{i}.{name}.weight" for i in range(2) for names in module.PRODUCTS for name in names}
+    assert changed == products
+    after = {name: x.clone() for name, x in model.named_parameters()}
+    round_products(model, weight_dtype)
+    for name, x in model.named_parameters():
+        torch.testing.assert_close(x, after[name], rtol=1e-6, atol=0)
+    with torch.no_grad():
+        outputs = model(**batch)
+        events = event_driven(copy.deepcopy(model), weight_dtype, dense_above=1.0)(**batch)
+    assert_spikes_flow(model, **batch)
+    assert not torch.equal(outputs.last_hidden_state, exact)
+    torch.testing.assert_close(events.last_hidden_state, outputs.last_hidden_state, rtol=1e-4, atol=1e-4)
+
+
+def test_rounding_refuses_what_it_cannot_round(make_model):
+    model = make_model()
+    before = [x.clone() for x in model.parameters()]
+    assert round_products(model, "float32") is model
+    assert all(torch.equal(x, y) for x, y in zip(model.parameters(), before, strict=True))
+    with pytest.raises(ValueError, match=r"`weight_dtype` must be one of .*, got 'int4'"):
+        round_products(model, "int4")
+    with pytest.raises(TypeError, match="must be an SNN-BERT"):
+        round_products(nn.Linear(2, 2), "int8")

@@ -332,6 +332,7 @@ def test_attention_weights_under_dropout_are_refused(tmp_path, bert, capsys):
     glue = write_glue(tmp_path / "glue", "sst2")
     arguments = [*BASE, "--model_name_or_path", bert, "--data_dir", glue, "--output_dir", tmp_path / "out", "--convert"]
     arguments += ["--teacher_name_or_path", bert, "--attention_weight", 0.1]
+    arguments += ["--config_overrides", "attention_probs_dropout_prob=0.1"]
     message = refused(capsys, "run_glue_no_trainer", *arguments)
     assert "a dropout of 0.1 would be applied: give --config_overrides attention_probs_dropout_prob=0" in message
 
