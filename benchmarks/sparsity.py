@@ -258,7 +258,7 @@ def draw(table: Table, path: Path) -> None:
         axes.plot(x, accuracies, marker="o", color="tab:blue")
         for row, at in zip(table.rows, x, strict=True):
             text = f"{row['target']} ({row['firing_rate']:.2f})"
-            axes.annotate(text, (at, row["accuracy"]), textcoords="offset points", xytext=(5, 6), fontsize=8)
+            axes.annotate(text, (at, row["accuracy"]), textcoords="offset points", xytext=(7, -12), fontsize=8)
         axes.set_xlabel(label)
         axes.margins(0.15)
         axes.spines[["top", "right"]].set_visible(False)

@@ -310,11 +310,16 @@ class EventDrivenProduct:
     def run_dense(self, linear: nn.Linear, spikes: torch.Tensor) -> torch.Tensor:
         """The dense product of `[rows, inputs]` spikes with the rounded weights.
 
-        With bfloat16 weights the result is rounded to bfloat16 too; with int8 weights it is exact before the scale.
+        With int8 weights it is exact before the scale. bfloat16 weights are widened where the sums by events are in
+        float32 too; a bfloat16 product, whose result is rounded, would move spikes. `embedding_bag` rounds its sums as
+        well, so beside it the bfloat16 product is taken.
         """
         bias = linear.bias
         if self.weight_dtype == "float32":
             return nn.functional.linear(spikes.float(), *self._floats(linear))
+        if self.weight_dtype == "bfloat16" and self.shared.on_kernels:
+            weight = self._layout("dense", linear, lambda w, _: w.float())
+            return nn.functional.linear(spikes.float(), weight, None if bias is None else bias.float())
         if self.weight_dtype == "bfloat16":
             weight = self._layout("dense", linear, lambda w, _: w)
             result = nn.functional.linear(spikes.bfloat16(), weight).float()
