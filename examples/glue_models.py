@@ -71,9 +71,9 @@ class ModelArguments:
         settings = {name: getattr(self, name) for name in SETTINGS if getattr(self, name) is not None}
         return {**settings, **parse_overrides(self.config_overrides)}
 
-    def attn_implementation(self) -> str:
-        """The attention of student and teacher: only the eager one returns its weights."""
-        return "eager" if self.attention_weight else "sdpa"
+    def attn_implementation(self) -> str | None:
+        """The attention of student and teacher if it is not the default: only the eager one returns its weights."""
+        return "eager" if self.attention_weight else None
 
 
 @dataclasses.dataclass

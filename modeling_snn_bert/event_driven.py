@@ -315,9 +315,7 @@ class EventDrivenProduct:
         well, so beside it the bfloat16 product is taken.
         """
         bias = linear.bias
-        if self.weight_dtype == "float32":
-            return nn.functional.linear(spikes.float(), *self._floats(linear))
-        if self.weight_dtype == "bfloat16" and self.shared.on_kernels:
+        if self.weight_dtype == "float32" or (self.weight_dtype == "bfloat16" and self.shared.on_kernels):
             weight = self._layout("dense", linear, lambda w, _: w.float())
             return nn.functional.linear(spikes.float(), weight, None if bias is None else bias.float())
         if self.weight_dtype == "bfloat16":
@@ -327,9 +325,6 @@ class EventDrivenProduct:
             weight, scale = self._layout("dense", linear, lambda w, scale: (w.t(), scale))
             result = torch._int_mm(spikes.to(torch.int8), weight).float().mul_(scale)
         return result if bias is None else result.add_(bias)
-
-    def _floats(self, linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return linear.weight.float(), None if linear.bias is None else linear.bias.float()
 
     def _run_bags(self, linear: nn.Linear, bags: Bags) -> torch.Tensor:
         indices, offsets, signs = bags.listed
