@@ -56,7 +56,16 @@ def neuron_shapes(settings: Settings) -> list[NeuronShape]:
     """The shapes of the tables: one batch size a length, at a constant number of tokens."""
     if settings.quick:
         return [NeuronShape(2, 16, 48), NeuronShape(1, 32, 48)]
-    return [NeuronShape(TOKENS // length, length, channels) for length in LENGTHS for channels in (HIDDEN, 4 * HIDDEN)]
+    lengths = chosen_lengths(settings)
+    return [NeuronShape(TOKENS // length, length, channels) for length in lengths for channels in (HIDDEN, 4 * HIDDEN)]
+
+
+def chosen_lengths(settings: Settings) -> list[int]:
+    """Those of `LENGTHS` that `--lengths` leaves; ends the program with one line if that is none."""
+    lengths = [length for length in LENGTHS if not settings.lengths or length in settings.lengths]
+    if not lengths or len(lengths) < len(set(settings.lengths)):
+        raise SystemExit(f"--lengths must be of {', '.join(map(str, LENGTHS))}; got {list(settings.lengths)}")
+    return lengths
 
 
 def floors(settings: Settings) -> Iterator[Table]:
@@ -232,7 +241,7 @@ def training_shapes(settings: Settings) -> list[Shape]:
     """The shape that the targets are for, and longer sequences of as many tokens."""
     if settings.quick:
         return [Shape(2, 48, 96, 4, 2, 16, 200)]
-    return [Shape(12, HIDDEN, 4 * HIDDEN, 12, TOKENS // length, length) for length in LENGTHS]
+    return [Shape(12, HIDDEN, 4 * HIDDEN, 12, TOKENS // length, length) for length in chosen_lengths(settings)]
 
 
 def measure_apart(

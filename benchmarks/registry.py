@@ -24,6 +24,8 @@ class Settings:
     seed: int
     # Bytes per second that `gpu` works out its floors with.
     bandwidth: float = 4.8e12
+    # Tokens in a row of the shapes of `gpu`; empty for all that it has.
+    lengths: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ def parse_args(benchmarks: dict[str, Benchmark]) -> argparse.Namespace:
         default=4.8,
         help="memory bandwidth for the floors of `gpu`, TB/s (default: 4.8, the nominal figure of an H200)",
     )
+    parser.add_argument("--lengths", nargs="+", type=int, default=[], help="of `gpu`: only shapes of such a length")
     args = parser.parse_args()
     for name in ("threads", "repeats"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -81,6 +82,7 @@ def run_benchmark(benchmark: Benchmark, args: argparse.Namespace) -> Path:
         repeats=args.repeats or benchmark.repeats,
         seed=args.seed,
         bandwidth=1e12 * args.bandwidth,
+        lengths=tuple(args.lengths),
     )
     started = time.perf_counter()
     tables = []

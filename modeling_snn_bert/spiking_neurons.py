@@ -345,8 +345,10 @@ class BPSNByKernel(torch.autograd.Function):
     weight.
     """
 
+    # Not by `setup_context`, before which torch looks up this function's signature in each call.
     @staticmethod
     def forward(
+        ctx,
         current: torch.Tensor,
         attention_mask: torch.Tensor | None,
         v_threshold: torch.Tensor,
@@ -372,13 +374,11 @@ class BPSNByKernel(torch.autograd.Function):
             reset_iterations,
             ternary,
         )
+        ctx.save_for_backward(current, attention_mask, v_threshold, decay_forward, decay_backward, reset)
+        ctx.by_triton = by_triton
+        ctx.settings = normalize, reset_iterations, ternary, surrogate, alpha
+        ctx.mark_non_differentiable(packed)
         return spikes.to(current.dtype), packed
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        ctx.save_for_backward(*inputs[:6])
-        ctx.by_triton, *ctx.settings = inputs[6:]
-        ctx.mark_non_differentiable(output[1])
 
     @staticmethod
     @once_differentiable
