@@ -137,7 +137,9 @@ class TrainingLoop:
         # An AcceleratedScheduler steps once per process, to make up for the batches that the processes share out.
         scheduler = make_scheduler(args, optimizer, accelerator.num_processes)
         self.model, self.optimizer, self.scheduler = accelerator.prepare(model, optimizer, scheduler)
-        self.step, self.tokens, self.seconds = 0, 0, 0.0
+        self.step, self.seconds = 0, 0.0
+        # Counted on the device: reading the number after each batch would make the processor wait for the GPU.
+        self._tokens = torch.zeros((), dtype=torch.long, device=accelerator.device)
         self.log: list[dict] = []
         if args.with_tracking:
             # Trackers take numbers and strings only.
@@ -171,7 +173,7 @@ class TrainingLoop:
             for number in range(self.step * accumulate, (self.step + 1) * accumulate):
                 batch = {name: x.to(accelerator.device) for name, x in batch_of(number).items()}
                 valid = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
-                self.tokens += int(accelerator.reduce(valid.sum(), reduction="sum"))
+                self._tokens += accelerator.reduce(valid.sum(), reduction="sum")
                 with accelerator.accumulate(self.model):
                     with accelerator.autocast():
                         loss, figures = self.loss_of(self.model, batch)
@@ -203,6 +205,11 @@ class TrainingLoop:
             self._record_evaluation()
         progress.close()
         self.seconds = time.perf_counter() - started
+
+    @property
+    def tokens(self) -> int:
+        """Valid tokens that all processes have trained on."""
+        return int(self._tokens)
 
     def evaluate_now(self) -> dict[str, float]:
         """The dev figures, with the model's mode left as it was."""
@@ -293,7 +300,8 @@ class TrainingLoop:
 
     def _load(self, folder: Path) -> None:
         state = json.loads((folder / STATE_FILE).read_text())
-        self.step, self.tokens, self.seconds, self.log = (state[k] for k in ("step", "tokens", "seconds", "log"))
+        self.step, self.seconds, self.log = (state[k] for k in ("step", "seconds", "log"))
+        self._tokens.fill_(state["tokens"])
         self.accelerator.load_state(str(folder))
 
 

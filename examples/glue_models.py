@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from augmentation import WordReplacement
 from datasets import Dataset, DatasetDict
 from glue_tasks import METRICS_FROM, Task, load_task
 from transformers import (
@@ -61,6 +62,10 @@ class ModelArguments:
         default=0.0, metadata={"help": "weight of the loss on the teacher's attention weights, added to the others"}
     )
     temperature: float = dataclasses.field(default=2.0, metadata={"help": "temperature of the logits' loss"})
+    augment_probability: float = dataclasses.field(
+        default=0.0,
+        metadata={"help": "share of the batches whose words are replaced by like ones, for the teacher alone to label"},
+    )
 
     def settings(self) -> dict[str, Any]:
         """The settings of `SNNBertConfig` that the flags change.
@@ -116,6 +121,10 @@ def check_arguments(parser: HfArgumentParser, model_args: ModelArguments, data_a
             parser.error(f"--{name} must be >= 0, got {getattr(model_args, name)}")
         if getattr(model_args, name) and not model_args.teacher_name_or_path:
             parser.error(f"--{name} needs --teacher_name_or_path")
+    if not 0 <= model_args.augment_probability <= 1:
+        parser.error(f"--augment_probability must lie in [0, 1], got {model_args.augment_probability}")
+    if model_args.augment_probability and not model_args.teacher_name_or_path:
+        parser.error("--augment_probability needs --teacher_name_or_path")
     if not model_args.temperature > 0:
         parser.error(f"--temperature must be positive, got {model_args.temperature}")
     if settings.get("psn_length") not in (None, data_args.max_seq_length):
@@ -288,13 +297,16 @@ class Teacher:
     Args:
         args: the flags.
         task: the task that it must have been fine-tuned on.
+        tokenizer: what the batches are made with.
         device: where it runs.
 
     Raises:
         ValueError: if it has another number of labels than the task.
     """
 
-    def __init__(self, args: ModelArguments, task: Task, device: torch.device) -> None:
+    def __init__(
+        self, args: ModelArguments, task: Task, tokenizer: PreTrainedTokenizerBase, device: torch.device
+    ) -> None:
         assert args.teacher_name_or_path is not None
         model = BertForSequenceClassification.from_pretrained(
             args.teacher_name_or_path, attn_implementation=args.attn_implementation()
@@ -308,23 +320,42 @@ class Teacher:
         self.logit_weight, self.hidden_weight = args.logit_weight, args.hidden_weight
         self.attention_weight = args.attention_weight
         self.temperature = args.temperature
+        self.augment_probability = args.augment_probability
+        words = self.model.get_input_embeddings().weight
+        self.replace_words = WordReplacement(words, tokenizer) if args.augment_probability else None
 
     def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, Any]:
-        """The mixed loss of `model` on a batch with labels, and its outputs."""
+        """The mixed loss of `model` on a batch with labels, and its outputs.
+
+        With the share `augment_probability` it is that on a variant of the batch, whose labels nobody knows.
+        """
         inputs = {name: x for name, x in batch.items() if name != "labels"}
+        logit_weight = self.logit_weight
+        if self.replace_words is not None and torch.rand(()) < self.augment_probability:
+            inputs["input_ids"] = self.replace_words(inputs["input_ids"])
+            batch, logit_weight = {**batch, **inputs}, 1.0
         mask = batch.get("attention_mask")
         extras = {"output_hidden_states": self.hidden_weight > 0, "output_attentions": self.attention_weight > 0}
         outputs = model(**batch, **extras)
         with torch.no_grad():
             wanted = self.model(**inputs, **extras)
-        loss = (1 - self.logit_weight) * outputs.loss
-        loss = loss + self.logit_weight * logit_loss(outputs.logits, wanted.logits, self.temperature)
+        loss = (1 - logit_weight) * outputs.loss
+        loss = loss + logit_weight * logit_loss(outputs.logits, wanted.logits, self.temperature)
+        penalty = getattr(outputs, "firing_rate_penalty", None)
+        if penalty is not None:
+            # The part of it that the weight of the labels' loss has taken away.
+            loss = loss + logit_weight * self.firing_rate_weight(model) * penalty
         if self.hidden_weight:
             states = hidden_state_loss(outputs.hidden_states, wanted.hidden_states, mask)
             loss = loss + self.hidden_weight * states
         if self.attention_weight:
             loss = loss + self.attention_weight * attention_loss(outputs.attentions, wanted.attentions, mask)
         return loss, outputs
+
+    @staticmethod
+    def firing_rate_weight(model: torch.nn.Module) -> float:
+        """The weight of the firing-rate penalty of a model that may be wrapped for several processes."""
+        return getattr(model, "module", model).config.firing_rate_weight
 
 
 def measure_energy(

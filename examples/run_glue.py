@@ -130,7 +130,9 @@ def train_one(
     set_seed(args.seed)
     try:
         model = load_model(model_args, task, data["train"], tokenizer, args.device)
-        teacher = Teacher(model_args, task, args.device) if model_args.teacher_name_or_path else None
+        teacher = None
+        if model_args.teacher_name_or_path:
+            teacher = Teacher(model_args, task, tokenizer, args.device)
     except ValueError as error:
         raise SystemExit(str(error)) from error
 

@@ -136,7 +136,9 @@ def train_one(
     collate = DataCollatorWithPadding(tokenizer)
     try:
         model = load_model(model_args, task, data["train"], tokenizer, accelerator.device)
-        teacher = Teacher(model_args, task, accelerator.device) if model_args.teacher_name_or_path else None
+        teacher = None
+        if model_args.teacher_name_or_path:
+            teacher = Teacher(model_args, task, tokenizer, accelerator.device)
     except ValueError as error:
         raise SystemExit(str(error)) from error
     model.train()

@@ -24,6 +24,8 @@ KINDS = {".txt": "text", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl"
 # Long documents are cut, so that one novel does not fill the tokens of its source at once.
 PIECE_CHARACTERS = 10_000
 DOCUMENTS_AT_ONCE = 64
+# The shortest block: [CLS], a token or two for each segment of a pair, two [SEP].
+MIN_SEQ_LENGTH = 8
 
 
 def add_text_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,6 +44,13 @@ def add_text_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.0,
         help="share of the blocks that are cut into a pair of segments, as tasks on pairs of sentences have them",
     )
+    group.add_argument(
+        "--short_probability",
+        type=float,
+        default=0.0,
+        help="share of the batches whose blocks are cut to a shorter length, the same for the batch and drawn anew for "
+        "each, so that short inputs are seen as well",
+    )
     group.add_argument("--calibration_tokens", type=int, default=10_000, help="to convert a BERT (default: 10,000)")
 
 
@@ -54,16 +63,17 @@ def check_text_arguments(parser: argparse.ArgumentParser, args: argparse.Namespa
             parser.error(f"--train_file: there is no file {file}")
         if kind_of(Path(file)) is None:
             parser.error(f"--train_file must be one of {', '.join(KINDS)}, may be packed as .xz or .gz; got {file}")
-    if args.max_seq_length < 8:
-        parser.error(f"--max_seq_length must be >= 8, got {args.max_seq_length}")
+    if args.max_seq_length < MIN_SEQ_LENGTH:
+        parser.error(f"--max_seq_length must be >= {MIN_SEQ_LENGTH}, got {args.max_seq_length}")
     if args.max_text_tokens is not None and args.max_text_tokens < 1:
         parser.error(f"--max_text_tokens must be >= 1, got {args.max_text_tokens}")
     if args.validation_blocks < 1:
         parser.error(f"--validation_blocks must be >= 1, got {args.validation_blocks}")
     if args.calibration_tokens < 1:
         parser.error(f"--calibration_tokens must be >= 1, got {args.calibration_tokens}")
-    if not 0 <= args.pair_probability <= 1:
-        parser.error(f"--pair_probability must lie in [0, 1], got {args.pair_probability}")
+    for name in ("pair_probability", "short_probability"):
+        if not 0 <= getattr(args, name) <= 1:
+            parser.error(f"--{name} must lie in [0, 1], got {getattr(args, name)}")
 
 
 def kind_of(path: Path) -> str | None:
@@ -161,6 +171,7 @@ class TextBlocks:
         max_seq_length: tokens in a block.
         validation_blocks: so many blocks, the same ones whatever the seed, are held out.
         pair_probability: share of the blocks that are cut in two: `[CLS] a [SEP] b [SEP]`, with token types 0 and 1.
+        short_probability: share of the training batches whose blocks are cut to one shorter length.
         seed: seed of the order and of the cuts.
 
     Raises:
@@ -175,6 +186,7 @@ class TextBlocks:
         *,
         validation_blocks: int,
         pair_probability: float = 0.0,
+        short_probability: float = 0.0,
         seed: int = 0,
     ) -> None:
         body = max_seq_length - 2
@@ -187,7 +199,7 @@ class TextBlocks:
             )
         self.blocks = tokens[: count * body].reshape(count, body)
         self.cls_id, self.sep_id = tokenizer.cls_token_id, tokenizer.sep_token_id
-        self.pair_probability, self.seed = pair_probability, seed
+        self.pair_probability, self.short_probability, self.seed = pair_probability, short_probability, seed
         order = np.random.default_rng(0).permutation(count)
         self.held_out, self.training = order[:validation_blocks], order[validation_blocks:]
 
@@ -200,6 +212,7 @@ class TextBlocks:
             args.max_seq_length,
             validation_blocks=args.validation_blocks,
             pair_probability=args.pair_probability,
+            short_probability=args.short_probability,
             seed=args.seed,
         )
 
@@ -210,22 +223,27 @@ class TextBlocks:
         for position in range(first, first + batch_size):
             epoch, place = divmod(position, len(self.training))
             indices.append(self.training[self._epoch_order(epoch)[place]])
-        return self._assemble(indices, np.random.default_rng([self.seed, step, part]))
+        generator = np.random.default_rng([self.seed, step, part])
+        length = self.blocks.shape[1] + 2
+        if self.short_probability and generator.random() < self.short_probability:
+            length = int(generator.integers(MIN_SEQ_LENGTH, length + 1))
+        return self._assemble(indices, generator, length)
 
     def validation(self, batch_size: int, part: int = 0, parts: int = 1) -> Iterator[dict[str, torch.Tensor]]:
         """The held-out blocks of one of `parts` processes."""
         starts = range(0, len(self.held_out), batch_size)
         for number, start in enumerate(starts):
             if number % parts == part:
-                yield self._assemble(self.held_out[start : start + batch_size], np.random.default_rng([0, number]))
+                indices = self.held_out[start : start + batch_size]
+                yield self._assemble(indices, np.random.default_rng([0, number]), self.blocks.shape[1] + 2)
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
         if getattr(self, "_order", (None, None))[0] != epoch:
             self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.training))
         return self._order[1]
 
-    def _assemble(self, indices, generator: np.random.Generator) -> dict[str, torch.Tensor]:
-        body = np.stack([self.blocks[index] for index in indices])
+    def _assemble(self, indices, generator: np.random.Generator, length: int) -> dict[str, torch.Tensor]:
+        body = np.stack([self.blocks[index, : length - 2] for index in indices])
         ids = np.pad(body, ((0, 0), (1, 1)))
         ids[:, 0], ids[:, -1] = self.cls_id, self.sep_id
         types = np.zeros_like(ids)

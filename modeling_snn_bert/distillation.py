@@ -39,12 +39,10 @@ def hidden_state_loss(
             raise ValueError(
                 f"student and teacher states must agree in shape, got {list(student.shape)} and {list(teacher.shape)}"
             )
-        if attention_mask is not None:
-            valid = attention_mask != 0
-            student, teacher = student[valid], teacher[valid]
-        student, teacher = student.float().flatten(0, -2), teacher.float().flatten(0, -2)
-        variance = (teacher - teacher.mean(0)).square().mean()
-        losses.append((student - teacher).square().mean() / variance.clamp(min=1e-6))
+        student, teacher = student.float(), teacher.float()
+        variance = _mean_over_tokens((teacher - _mean_over_tokens(teacher, attention_mask)).square(), attention_mask)
+        error = _mean_over_tokens((student - teacher).square(), attention_mask)
+        losses.append(error.mean() / variance.mean().clamp(min=1e-6))
     return torch.stack(losses).mean()
 
 
@@ -53,6 +51,17 @@ def _average_timesteps(student: torch.Tensor, teacher: torch.Tensor) -> torch.Te
     if student.shape[0] != teacher.shape[0] and student.shape[0] % teacher.shape[0] == 0:
         student = student.unflatten(0, (-1, teacher.shape[0])).mean(0)
     return student
+
+
+def _mean_over_tokens(x: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """The mean of `x`, `[batch, seq_len, ...]`, over valid tokens.
+
+    By a sum and not by picking them out: that would make a GPU wait for their number.
+    """
+    if attention_mask is None:
+        return x.flatten(0, 1).mean(0)
+    valid = (attention_mask != 0).unflatten(1, (-1, *[1] * (x.dim() - 2)))
+    return torch.where(valid, x, 0).sum((0, 1)) / valid.sum().clamp(min=1)
 
 
 def attention_loss(
@@ -89,12 +98,9 @@ def attention_loss(
                 f"{list(teacher.shape)}"
             )
         student, teacher = student.float().transpose(1, 2), teacher.float().transpose(1, 2)
-        if attention_mask is not None:
-            valid = attention_mask != 0
-            student, teacher = student[valid], teacher[valid]
         # Weights of 0, at padding, are the teacher's as well and must not become -inf times 0.
-        logarithm = student.clamp(min=1e-9).log()
-        losses.append((torch.xlogy(teacher, teacher) - teacher * logarithm).sum(-1).mean())
+        divergence = torch.xlogy(teacher, teacher) - teacher * student.clamp(min=1e-9).log()
+        losses.append(_mean_over_tokens(divergence.sum(-1), attention_mask).mean())
     return torch.stack(losses).mean()
 
 

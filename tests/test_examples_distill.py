@@ -100,6 +100,23 @@ def test_sources_share_the_tokens(tmp_path, tokenizer):
     assert len(ids) == 4000 and the == 1200 and fox == 1800
 
 
+def test_short_batches(make_blocks):
+    """Some training batches are cut to one shorter length each; the order, and what is held out, stay as they were."""
+    blocks, whole = make_blocks(short_probability=0.5), make_blocks()
+    blocks.blocks = whole.blocks = np.arange(20 * 50, dtype=np.int32).reshape(50, 20)
+    lengths = set()
+    for step in range(40):
+        batch, wanted = blocks.batch(step, 3), whole.batch(step, 3)
+        length = batch["input_ids"].shape[1]
+        lengths.add(length)
+        assert batch["token_type_ids"].shape == batch["input_ids"].shape == (3, length)
+        assert torch.equal(batch["input_ids"][:, : length - 1], wanted["input_ids"][:, : length - 1])
+        assert torch.equal(batch["input_ids"], blocks.batch(step, 3)["input_ids"])
+        assert (batch["input_ids"][:, -1] == blocks.sep_id).all()
+    assert min(lengths) >= 8 and max(lengths) == 22 and len(lengths) > 5
+    assert all(batch["input_ids"].shape[1] == 22 for batch in blocks.validation(2))
+
+
 def test_every_block_once_an_epoch(make_blocks):
     """The blocks of an epoch are all but the held-out ones, whatever the processes; each epoch has its own order."""
     blocks = make_blocks(seed=1)

@@ -9,10 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from augmentation import WordReplacement
 from example_scripts import EXAMPLES, interrupt_after, refused, run_script
+from glue_models import ModelArguments, Teacher
 from glue_tasks import METRICS_FROM, TASKS, load_task, score
 from safetensors.torch import load_file
 from transformers import BertConfig, BertModel
+
+from modeling_snn_bert import SNNBertConfig, SNNBertForSequenceClassification
 
 
 @pytest.fixture(scope="module")
@@ -267,7 +271,7 @@ def test_teacher(tmp_path, bert):
         tmp_path / "teacher/seed_0",
     ]
     student += ["--logit_weight", 1.0, "--hidden_weight", 0.1, "--attention_weight", 0.1, "--skip_saving"]
-    student += ["--config_overrides", "attention_probs_dropout_prob=0"]
+    student += ["--config_overrides", "attention_probs_dropout_prob=0", "--augment_probability", 0.3]
     run_script("run_glue_no_trainer", *student, "--output_dir", tmp_path / "student")
     assert read(tmp_path / "student")["mean"]["accuracy"] >= 0.9
     assert not (tmp_path / "student" / "seed_0" / "model.safetensors").exists()
@@ -313,6 +317,8 @@ def test_trainer(tmp_path, bert):
         pytest.param(["--config_overrides", "decay=much"], "--config_overrides", id="override-type"),
         pytest.param(["--logit_weight", 2], "--logit_weight must lie in", id="weight"),
         pytest.param(["--hidden_weight", 1], "--hidden_weight needs --teacher_name_or_path", id="no-teacher"),
+        pytest.param(["--augment_probability", 1.5], "--augment_probability must lie in", id="augment"),
+        pytest.param(["--augment_probability", 1], "--augment_probability needs --teacher", id="augment-no-teacher"),
         pytest.param(["--seeds", 1, 1], "must differ", id="seeds"),
         pytest.param(["--spike_type", "ternary"], "give --convert", id="settings-of-a-bert"),
         pytest.param(["--task_name", "glue"], "must be one of cola", id="task"),
@@ -342,6 +348,54 @@ def test_a_teacher_of_another_task_is_refused(tmp_path, bert, capsys):
     arguments = ["--model_name_or_path", bert, "--data_dir", glue, "--output_dir", tmp_path / "out"]
     message = refused(capsys, "run_glue_no_trainer", *arguments, "--task_name", "stsb", "--teacher_name_or_path", bert)
     assert "must have been fine-tuned on stsb, with 1 labels; it has 2" in message
+
+
+def test_words_are_replaced_by_their_neighbours(tokenizer):
+    torch.manual_seed(0)
+    words = torch.randn(len(tokenizer), 16)
+    replace = WordReplacement(words, tokenizer, max_share=0.5, neighbours=2)
+    ids = tokenizer(["the old clock", "the quick fox"] * 50, return_tensors="pt", padding="max_length", max_length=12)
+    ids = ids["input_ids"]
+    variant = replace(ids)
+    special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids))
+    changed = variant != ids
+    assert 0.1 < changed[~special].float().mean() < 0.4 and not changed[special].any()
+    cosine = torch.nn.functional.cosine_similarity(words[:, None], words[None], dim=-1)
+    cosine.fill_diagonal_(-2)[:, tokenizer.all_special_ids] = -2
+    for before, after in zip(ids[changed].tolist(), variant[changed].tolist(), strict=True):
+        assert after in cosine[before].topk(2).indices.tolist()
+    torch.manual_seed(1)
+    again = replace(ids)
+    torch.manual_seed(1)
+    assert torch.equal(replace(ids), again) and not torch.equal(again, variant)
+
+
+@pytest.mark.parametrize(("argument", "value"), [("max_share", 0), ("max_share", 1.5), ("neighbours", 10**6)])
+def test_word_replacement_refuses(tokenizer, argument, value):
+    with pytest.raises(ValueError, match=f"`{argument}` must"):
+        WordReplacement(torch.randn(len(tokenizer), 16), tokenizer, **{argument: value})
+
+
+@pytest.mark.parametrize("augment", [0.0, 1.0])
+def test_a_teacher_leaves_the_firing_rate_penalty_whole(bert, tokenizer, augment):
+    """However little the labels count beside the teacher, or not at all, the penalty has the configuration's weight."""
+    args = ModelArguments(str(bert), teacher_name_or_path=str(bert), logit_weight=0.7, augment_probability=augment)
+    teacher = Teacher(args, TASKS["sst2"], tokenizer, torch.device("cpu"))
+    config = SNNBertConfig.from_pretrained(bert, firing_rate_target=0.01, num_labels=2)
+    torch.manual_seed(0)
+    model = SNNBertForSequenceClassification(config).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    batch = {**tokenizer(["the old clock", "the quick fox"], return_tensors="pt"), "labels": torch.tensor([0, 1])}
+    losses = []
+    for weight in (0.0, 2.0):
+        model.config.firing_rate_weight = weight
+        torch.manual_seed(0)
+        loss, outputs = teacher.loss(model, batch)
+        losses.append(loss)
+    assert outputs.firing_rate_penalty > 0
+    torch.testing.assert_close(losses[1] - losses[0], 2 * outputs.firing_rate_penalty)
 
 
 def test_metrics_are_named():
