@@ -5,7 +5,7 @@ import dataclasses
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from augmentation import WordReplacement
@@ -344,18 +344,15 @@ class Teacher:
         penalty = getattr(outputs, "firing_rate_penalty", None)
         if penalty is not None:
             # The part of it that the weight of the labels' loss has taken away.
-            loss = loss + logit_weight * self.firing_rate_weight(model) * penalty
+            # In several processes the model is wrapped.
+            config = cast(SNNBertConfig, getattr(model, "module", model).config)
+            loss = loss + logit_weight * config.firing_rate_weight * penalty
         if self.hidden_weight:
             states = hidden_state_loss(outputs.hidden_states, wanted.hidden_states, mask)
             loss = loss + self.hidden_weight * states
         if self.attention_weight:
             loss = loss + self.attention_weight * attention_loss(outputs.attentions, wanted.attentions, mask)
         return loss, outputs
-
-    @staticmethod
-    def firing_rate_weight(model: torch.nn.Module) -> float:
-        """The weight of the firing-rate penalty of a model that may be wrapped for several processes."""
-        return getattr(model, "module", model).config.firing_rate_weight
 
 
 def measure_energy(

@@ -1,0 +1,254 @@
+"""Fine-tune an SNN-BERT, or a BERT, as a sentence encoder on pairs with a similarity score, with Accelerate.
+
+    python examples/run_sts_no_trainer.py --model_name_or_path outputs/snn-bert-minilm-distilled \\
+        --data_dir glue_data --num_train_epochs 2 --seeds 0 1 2 --output_dir outputs/sts
+
+A sentence's embedding is the mean of its tokens' last hidden states, and two sentences are as similar as the cosine of
+theirs. Each sentence is read alone, so embeddings can be kept and searched; `run_glue*.py --task_name stsb` reads both
+at once. The data are STS-B by default; `--train_file` / `--validation_file` or `--dataset_name` give others. Writes a
+model for each seed, which SentenceTransformer loads, and results.json: figures before training and at the last step.
+"""
+
+import argparse
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object, set_seed
+from accelerate_loop import (
+    Batch,
+    RowBatches,
+    TrainingLoop,
+    add_loop_arguments,
+    check_loop_arguments,
+    environment,
+    flags_of,
+    make_accelerator,
+    push,
+    write_json,
+)
+from datasets import Dataset, DatasetDict
+from glue_models import seed_folder, summarize, summary_line
+from glue_tasks import Task, load_task, score
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+import modeling_snn_bert  # noqa: F401  (registers SNN-BERT with the Auto classes)
+
+RESULTS_FILE = "results.json"
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name_or_path", required=True, help="an SNN-BERT or a BERT: folder or Hub id")
+    parser.add_argument("--teacher_name_or_path", help="a BERT whose embeddings of the sentences are taught as well")
+    parser.add_argument("--embedding_weight", type=float, default=1.0, help="weight of that loss (default: 1)")
+    parser.add_argument("--data_dir", help="GLUE's folder in its standard layout")
+    parser.add_argument("--dataset_name", help="a dataset on the Hub")
+    parser.add_argument("--train_file", help=".csv, .tsv, .json or .jsonl: sentence1, sentence2, label")
+    parser.add_argument("--validation_file")
+    parser.add_argument("--max_score", type=float, default=5.0, help="score of two that say the same (default: 5)")
+    parser.add_argument("--max_seq_length", type=int, default=128, help="longer sentences are truncated")
+    parser.add_argument("--num_train_epochs", type=float, default=2.0, help="default: 2; or give --max_train_steps")
+    parser.add_argument("--seeds", type=int, nargs="+", help="a run for each seed, and mean and spread")
+    parser.add_argument("--skip_saving", action="store_true", help="write the results only, no models")
+    add_loop_arguments(parser, learning_rate=1e-4, max_train_steps=None)
+    args = parser.parse_args()
+    check_loop_arguments(parser, args)
+    for name in ("num_train_epochs", "max_score"):
+        if not getattr(args, name) > 0:
+            parser.error(f"--{name} must be positive, got {getattr(args, name)}")
+    if not args.embedding_weight >= 0:
+        parser.error(f"--embedding_weight must be >= 0, got {args.embedding_weight}")
+    if args.seeds is not None and len(set(args.seeds)) != len(args.seeds):
+        parser.error(f"--seeds must differ from each other, got {args.seeds}")
+    if args.resume_from_checkpoint is not None and args.seeds is not None and len(args.seeds) > 1:
+        parser.error("--resume_from_checkpoint is for a call with one seed")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    accelerator = make_accelerator(args)
+    try:
+        task, rows = load_pairs(args)
+        tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
+        teacher = load_teacher(args, tokenizer, accelerator.device)
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(str(error)) from error
+    with accelerator.main_process_first():
+        data = tokenize(rows, tokenizer, args)
+    runs = []
+    for seed in args.seeds if args.seeds is not None else [args.seed]:
+        run_args = copy.copy(args)
+        run_args.seed, run_args.output_dir = seed, seed_folder(args.output_dir, seed)
+        runs.append(train_one(accelerator, run_args, task, data, tokenizer, teacher))
+        accelerator.wait_for_everyone()
+        accelerator.free_memory()
+    if accelerator.is_main_process:
+        summary = summarize(runs)
+        results = {
+            "task": f"{task.name} as a sentence encoder",
+            **summary,
+            "runs": runs,
+            "rows": {split: len(part) for split, part in data.items()},
+            "arguments": flags_of(args),
+            "environment": environment(accelerator.device),
+        }
+        write_json(args.output_dir / RESULTS_FILE, results)
+        print(summary_line(task, summary))
+
+
+def load_pairs(args: argparse.Namespace) -> tuple[Task, DatasetDict]:
+    """Pairs of sentences with scores.
+
+    Raises:
+        ValueError, FileNotFoundError: as `load_task`, and if the labels are no scores.
+    """
+    task, data = load_task(
+        task_name="stsb" if not (args.train_file or args.dataset_name) else None,
+        data_dir=args.data_dir,
+        dataset_name=args.dataset_name,
+        train_file=args.train_file,
+        validation_file=args.validation_file,
+    )
+    if not task.is_regression or len(task.columns) != 2:
+        raise ValueError("the data must be pairs of sentences, sentence1 and sentence2, with real numbers as label")
+    for split, rows in data.items():
+        outside = [x for x in rows[task.label_column] if not 0 <= x <= args.max_score]
+        if outside:
+            raise ValueError(f"scores must lie in [0, {args.max_score}] (--max_score), {split} has {outside[0]}")
+    return task, data
+
+
+def load_teacher(
+    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> PreTrainedModel | None:
+    """The teacher, frozen.
+
+    Raises:
+        ValueError: if its tokenizer gives other token ids than the model's, or its embeddings have another width.
+    """
+    if args.teacher_name_or_path is None:
+        return None
+    if AutoTokenizer.from_pretrained(args.teacher_name_or_path).get_vocab() != tokenizer.get_vocab():
+        raise ValueError("the teacher must have the vocabulary of the model, their tokenizers differ")
+    widths = [AutoConfig.from_pretrained(x).hidden_size for x in (args.teacher_name_or_path, args.model_name_or_path)]
+    if widths[0] != widths[1]:
+        raise ValueError(f"the teacher's hidden_size must be the model's, {widths[1]}; it is {widths[0]}")
+    return AutoModel.from_pretrained(args.teacher_name_or_path).to(device).eval().requires_grad_(False)
+
+
+def tokenize(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> DatasetDict:
+    """`input_ids` of the first sentence, `second_ids`, and `labels` in [0, 1]."""
+
+    def encode(rows: dict) -> dict:
+        first, second = (
+            tokenizer(rows[column], truncation=True, max_length=args.max_seq_length)["input_ids"]
+            for column in ("sentence1", "sentence2")
+        )
+        return {"input_ids": first, "second_ids": second, "labels": [x / args.max_score for x in rows["label"]]}
+
+    return data.map(encode, batched=True, remove_columns=data["train"].column_names, load_from_cache_file=False)
+
+
+def make_collate(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict]], Batch]:
+    """Makes one padded batch of all first sentences, then all second ones: both go through the model at once."""
+
+    def collate(rows: list[dict]) -> Batch:
+        ids = [row["input_ids"] for row in rows] + [row["second_ids"] for row in rows]
+        batch = dict(tokenizer.pad({"input_ids": ids}, return_tensors="pt"))
+        return {**batch, "labels": torch.tensor([row["labels"] for row in rows])}
+
+    return collate
+
+
+def embed(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """Mean last hidden state over the valid tokens of each sentence, `[sentences, hidden]`."""
+    states = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state.float()
+    valid = batch["attention_mask"][..., None].to(states.dtype)
+    return (states * valid).sum(1) / valid.sum(1)
+
+
+def similarity(embeddings: torch.Tensor) -> torch.Tensor:
+    """Cosine of each first sentence with its second, `[pairs]`."""
+    first, second = embeddings.chunk(2)
+    return torch.nn.functional.cosine_similarity(first, second)
+
+
+def train_one(
+    accelerator: Accelerator,
+    args: argparse.Namespace,
+    task: Task,
+    data: DatasetDict,
+    tokenizer: PreTrainedTokenizerBase,
+    teacher: PreTrainedModel | None,
+) -> dict[str, Any]:
+    """Train with one seed; what the results say of it."""
+    set_seed(args.seed)
+    collate = make_collate(tokenizer)
+    model = AutoModel.from_pretrained(args.model_name_or_path, **NO_DROPOUT).to(accelerator.device).train()
+    batches = RowBatches(
+        data["train"],
+        collate,
+        args.per_device_train_batch_size,
+        args.seed,
+        part=accelerator.process_index,
+        parts=accelerator.num_processes,
+    )
+    if args.max_train_steps is None:
+        steps = args.num_train_epochs * batches.per_epoch / args.gradient_accumulation_steps
+        args.max_train_steps = max(1, math.ceil(steps))
+
+    def loss_of(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        embeddings = embed(model, batch)
+        loss = (similarity(embeddings) - batch["labels"]).square().mean()
+        if teacher is None:
+            return loss, {}
+        with torch.no_grad():
+            wanted = embed(teacher, batch)
+        error = (embeddings - wanted).square().mean() / (wanted - wanted.mean(0)).square().mean()
+        return loss + args.embedding_weight * error, {"score_loss": loss, "embedding_loss": error}
+
+    def evaluate(model: torch.nn.Module) -> dict[str, float]:
+        return score_pairs(accelerator, model, task, data["validation"], collate, args.per_device_eval_batch_size)
+
+    loop = TrainingLoop(accelerator, model, args, loss_of, evaluate, "run_sts_no_trainer")
+    before = loop.evaluate_now()
+    loop.run(batches.batch, f"sentence encoder, seed {args.seed}")
+    model = loop.finish()
+    if accelerator.is_main_process and not args.skip_saving:
+        model.save_pretrained(args.output_dir)
+        tokenizer.save_pretrained(args.output_dir)
+        if args.push_to_hub:
+            push(args, model, tokenizer, f"{args.output_dir.parent.resolve().name}-{args.output_dir.name}")
+    return {
+        "seed": args.seed,
+        "before_training": before,
+        "metrics": {name.removeprefix("eval_"): x for name, x in loop.last_evaluation().items()},
+        "last_step": loop.step,
+        "training_tokens": loop.tokens,
+        "seconds": round(loop.seconds, 1),
+        "log": loop.log,
+    }
+
+
+def score_pairs(
+    accelerator: Accelerator, model: torch.nn.Module, task: Task, rows: Dataset, collate: Callable, batch_size: int
+) -> dict[str, float]:
+    """Correlation of the cosines with the scores, over all processes."""
+    found: list[tuple[float, float]] = []
+    starts = range(0, len(rows), batch_size)
+    for start in starts[accelerator.process_index :: accelerator.num_processes]:
+        batch = collate([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
+        batch = {name: x.to(accelerator.device) for name, x in batch.items()}
+        found += zip(similarity(embed(model, batch)).tolist(), batch["labels"].tolist(), strict=True)
+    cosines, labels = zip(*gather_object(found), strict=True)
+    return score(task, [[x] for x in cosines], labels)
+
+
+if __name__ == "__main__":
+    main()

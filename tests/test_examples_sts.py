@@ -1,0 +1,111 @@
+"""The script that trains sentence encoders, on a small random BERT and made-up pairs."""
+
+import json
+import random
+
+import pytest
+import torch
+from example_scripts import refused, run_script
+from run_sts_no_trainer import embed
+from sentence_transformers import SentenceTransformer
+from transformers import BertConfig, BertModel
+
+from modeling_snn_bert import SNNBertModel
+from modeling_snn_bert.conversion import convert_bert
+
+WORDS = ["river", "fox", "film", "night", "clock", "dog"]
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("bert")
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        initializer_range=0.1,
+    )
+    torch.manual_seed(0)
+    BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def snn_bert(tmp_path_factory, bert, tokenizer, texts):
+    folder = tmp_path_factory.mktemp("snn_bert")
+    batch = dict(tokenizer(texts, padding=True, return_tensors="pt"))
+    convert_bert(BertModel.from_pretrained(bert), [batch]).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """Pairs of two words each; the score says how many they share."""
+    generator = random.Random(0)
+    for name, count in (("train", 48), ("dev", 24)):
+        rows = []
+        for _ in range(count):
+            first, second = generator.sample(WORDS, 2), generator.sample(WORDS, 2)
+            score = 2.5 * len({*first} & {*second})
+            rows.append({"sentence1": " ".join(first), "sentence2": " ".join(second), "label": score})
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return ["--train_file", tmp_path / "train.jsonl", "--validation_file", tmp_path / "dev.jsonl"]
+
+
+def test_trains_a_sentence_encoder(tmp_path, snn_bert, bert, pairs, tokenizer, texts):
+    arguments = [*pairs, "--model_name_or_path", snn_bert, "--teacher_name_or_path", bert, "--embedding_weight", 0.01]
+    arguments += ["--learning_rate", 3e-3, "--num_train_epochs", 12, "--per_device_train_batch_size", 16]
+    run_script("run_sts_no_trainer", *arguments, "--seeds", 1, 2, "--output_dir", tmp_path / "out")
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["seeds"] == [1, 2] and results["standard_deviation"]["combined"] is not None
+    for run in results["runs"]:
+        losses = [entry["score_loss"] for entry in run["log"] if "score_loss" in entry]
+        # A random BERT takes all sentences for alike.
+        assert losses[-1] < 0.8 * losses[0] and set(run["before_training"]) == set(run["metrics"]) == set(
+            results["mean"]
+        )
+        assert run["last_step"] == 36
+    # Mean pooling is what SentenceTransformer takes by itself, so the saved folder gives the embeddings of the script.
+    encoder = SentenceTransformer(str(tmp_path / "out" / "seed_1"), device="cpu")
+    model = SNNBertModel.from_pretrained(tmp_path / "out" / "seed_1")
+    batch = dict(tokenizer(texts, padding=True, return_tensors="pt"))
+    assert all(0 < rate.mean() < 1 for rate in model(**batch, output_firing_rates=True).firing_rates)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder.encode(texts, convert_to_tensor=True), embed(model, batch))
+
+
+def test_a_bert_is_trained_alike(tmp_path, bert, pairs):
+    arguments = [*pairs, "--model_name_or_path", bert, "--max_train_steps", 1, "--skip_saving"]
+    run_script("run_sts_no_trainer", *arguments, "--output_dir", tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.is_file()] == ["results.json"]
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param(["--max_score", 2.5], "scores must lie in [0, 2.5] (--max_score), train has 5.0", id="score"),
+        pytest.param(["--max_score", 0], "--max_score must be positive", id="max-score"),
+        pytest.param(["--embedding_weight", -1], "--embedding_weight must be >= 0", id="weight"),
+        pytest.param(["--seeds", 1, 1], "must differ", id="seeds"),
+    ],
+)
+def test_refuses(tmp_path, bert, pairs, capsys, arguments, message):
+    common = [*pairs, "--model_name_or_path", bert, "--output_dir", tmp_path / "out"]
+    assert message in refused(capsys, "run_sts_no_trainer", *common, *arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_teacher_of_another_width_is_refused(tmp_path, bert, pairs, tokenizer, capsys):
+    BertModel(BertConfig(vocab_size=len(tokenizer), hidden_size=48, num_hidden_layers=1)).save_pretrained(
+        tmp_path / "b"
+    )
+    tokenizer.save_pretrained(tmp_path / "b")
+    arguments = [*pairs, "--model_name_or_path", bert, "--teacher_name_or_path", tmp_path / "b"]
+    message = refused(capsys, "run_sts_no_trainer", *arguments, "--output_dir", tmp_path / "out")
+    assert "the teacher's hidden_size must be the model's, 32; it is 48" in message
