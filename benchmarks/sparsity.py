@@ -3,11 +3,13 @@
     python benchmarks/sparsity.py                                        film reviews, all-MiniLM-L6-v2
     python benchmarks/sparsity.py --train_file t.tsv --validation_file v.tsv --targets none 0.1 0.05
 
-A BERT is fine-tuned, then for every target converted with that firing rate, distilled briefly, and fine-tuned with the
-target in its configuration, on the same batches each time, as in examples/quickstart.py; `none` is converted with that
-example's firing rate and has no target. Then it is scored on held-out sentences, its operations are counted there, and
-it is timed on a batch of them in its dense and in its event-driven form. Of the event-driven forms with rounded weights
-the labels are counted that differ from those of the dense model, and of the dense model with the same rounded weights.
+A BERT is fine-tuned, and for every target the distilled SNN-BERT is fine-tuned with the BERT as its teacher and the
+target in its configuration, on the same batches each time, as in examples/quickstart.py. With `--convert`, or another
+BERT, each target's model is the BERT converted with that firing rate and distilled briefly; `none` is converted with
+that example's firing rate, and has no target. Then it is scored on held-out sentences, its operations are counted
+there, and it is timed on a batch of them in its dense and in its event-driven form. Of the event-driven forms with
+rounded weights the labels are counted that differ from those of the dense model, and of the dense model with the same
+rounded weights.
 Writes sparsity.json and sparsity.png.
 """
 
@@ -37,7 +39,6 @@ from transformers import (
     PreTrainedModel,
 )
 
-from modeling_snn_bert.conversion import convert_bert
 from modeling_snn_bert.energy import energy_report
 from modeling_snn_bert.energy_plots import import_pyplot, save_figure
 from modeling_snn_bert.event_driven import event_driven, round_products
@@ -54,10 +55,13 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--validation_file", help="the same for validation")
     parser.add_argument("--text_column", default="sentence")
     parser.add_argument("--label_column", default="label")
+    parser.add_argument("--convert", action="store_true", help="convert the fine-tuned BERT, whichever it is")
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), help="firing rates in (0, 1), or `none`")
     parser.add_argument("--firing_rate_weight", type=float, default=1.0)
     parser.add_argument("--firing_rate", type=float, default=0.2, help="at calibration, where there is no target")
-    parser.add_argument("--distillation_steps", type=int, default=130, help="for each target")
+    parser.add_argument(
+        "--distillation_steps", type=int, help="for each target (default: 130 for a BERT that is converted, else 0)"
+    )
     parser.add_argument("--steps", type=int, default=160, help="of fine-tuning, of the BERT and for each target")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=5e-4, help="of the SNN-BERT")
@@ -71,7 +75,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", type=Path, default=DEFAULT_OUTPUT)
     # What the loader of the example also looks at.
-    parser.set_defaults(dataset_name=None, dataset_config_name=None)
+    parser.set_defaults(dataset_name=None, dataset_config_name=None, student_name_or_path=None)
     args = parser.parse_args(arguments)
     if (args.train_file is None) != (args.validation_file is None):
         parser.error("--train_file and --validation_file must be given together")
@@ -134,6 +138,7 @@ def measure(args: argparse.Namespace) -> Table:
     from accelerate.utils import set_seed
 
     accelerator = Accelerator(cpu=True)
+    quickstart.choose_student(args)
     data, labels = quickstart.load_data(args)
     path = args.model_name_or_path or str(quickstart.minilm_folder())
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -177,15 +182,9 @@ def measure(args: argparse.Namespace) -> Table:
         set_seed(args.seed)
         rate = None if target == "none" else float(target)
         batches = quickstart.training_batches(data["train"], tokenizer, args.batch_size, args.seed)
-        calibration = [next(batches) for _ in range(12)]
-        model = convert_bert(
-            bert,
-            calibration,
-            rate or args.firing_rate,
-            firing_rate_target=rate,
-            firing_rate_weight=args.firing_rate_weight,
-            **quickstart.NO_DROPOUT,
-        )
+        student_args = argparse.Namespace(**{**vars(args), "firing_rate": rate or args.firing_rate})
+        model = quickstart.make_student(student_args, bert, batches)
+        model.config.firing_rate_target, model.config.firing_rate_weight = rate, args.firing_rate_weight
         quickstart.teach(accelerator, model, bert, batches, args.learning_rate, args.logit_weight, **stages)
         model.eval()
         wanted = labels_of(model, validation)

