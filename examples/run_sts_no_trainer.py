@@ -1,16 +1,19 @@
-"""Fine-tune an SNN-BERT, or a BERT, as a sentence encoder on pairs with a similarity score, with Accelerate.
+"""Fine-tune an SNN-BERT, or a BERT, as a sentence encoder on pairs that are more or less alike, with Accelerate.
 
     python examples/run_sts_no_trainer.py --model_name_or_path outputs/snn-bert-minilm-distilled \\
         --data_dir glue_data --num_train_epochs 2 --seeds 0 1 2 --output_dir outputs/sts
 
 A sentence's embedding is the mean of its tokens' last hidden states, and two sentences are as similar as the cosine of
 theirs. Each sentence is read alone, so embeddings can be kept and searched; `run_glue*.py --task_name stsb` reads both
-at once. The data are STS-B by default; `--train_file` / `--validation_file` or `--dataset_name` give others. Writes a
-model for each seed, which SentenceTransformer loads, and results.json: figures before training and at the last step.
+at once. The data are STS-B by default; `--task_name mrpc` (or qqp), `--train_file` / `--validation_file` and
+`--dataset_name` give others. Pairs have a score, or one of two labels: then those count as alike whose cosine is above
+the threshold that has the most training pairs right. Writes a model for each seed, which SentenceTransformer loads, and
+results.json: figures before training and at the last step.
 """
 
 import argparse
 import copy
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -38,6 +41,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, 
 import modeling_snn_bert  # noqa: F401  (registers SNN-BERT with the Auto classes)
 
 RESULTS_FILE = "results.json"
+PAIR_TASKS = ("stsb", "mrpc", "qqp")
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
@@ -46,9 +50,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model_name_or_path", required=True, help="an SNN-BERT or a BERT: folder or Hub id")
     parser.add_argument("--teacher_name_or_path", help="a BERT whose embeddings of the sentences are taught as well")
     parser.add_argument("--embedding_weight", type=float, default=1.0, help="weight of that loss (default: 1)")
+    parser.add_argument("--task_name", choices=PAIR_TASKS, help="default: stsb, if no other data are given")
     parser.add_argument("--data_dir", help="GLUE's folder in its standard layout")
     parser.add_argument("--dataset_name", help="a dataset on the Hub")
-    parser.add_argument("--train_file", help=".csv, .tsv, .json or .jsonl: sentence1, sentence2, label")
+    parser.add_argument("--train_file", help=".csv, .tsv, .json or .jsonl: sentence1, sentence2, label (two, or real)")
     parser.add_argument("--validation_file")
     parser.add_argument("--max_score", type=float, default=5.0, help="score of two that say the same (default: 5)")
     parser.add_argument("--max_seq_length", type=int, default=128, help="longer sentences are truncated")
@@ -80,7 +85,7 @@ def main() -> None:
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(str(error)) from error
     with accelerator.main_process_first():
-        data = tokenize(rows, tokenizer, args)
+        data = tokenize(rows, task, tokenizer, args)
     runs = []
     for seed in args.seeds if args.seeds is not None else [args.seed]:
         run_args = copy.copy(args)
@@ -103,22 +108,25 @@ def main() -> None:
 
 
 def load_pairs(args: argparse.Namespace) -> tuple[Task, DatasetDict]:
-    """Pairs of sentences with scores.
+    """Pairs of sentences with scores, or with two labels of which the second stands for alike.
 
     Raises:
-        ValueError, FileNotFoundError: as `load_task`, and if the labels are no scores.
+        ValueError, FileNotFoundError: as `load_task`, and if the labels are neither.
     """
+    default = None if args.train_file or args.dataset_name else "stsb"
     task, data = load_task(
-        task_name="stsb" if not (args.train_file or args.dataset_name) else None,
+        task_name=args.task_name or default,
         data_dir=args.data_dir,
         dataset_name=args.dataset_name,
         train_file=args.train_file,
         validation_file=args.validation_file,
     )
-    if not task.is_regression or len(task.columns) != 2:
-        raise ValueError("the data must be pairs of sentences, sentence1 and sentence2, with real numbers as label")
+    if len(task.columns) != 2 or len(task.labels) not in (0, 2):
+        raise ValueError("the data must be pairs of sentences, with real numbers or two labels as label")
+    if not task.is_regression:
+        args.max_score = 1.0
     for split, rows in data.items():
-        outside = [x for x in rows[task.label_column] if not 0 <= x <= args.max_score]
+        outside = [x for x in rows["label"] if not 0 <= x <= args.max_score]
         if outside:
             raise ValueError(f"scores must lie in [0, {args.max_score}] (--max_score), {split} has {outside[0]}")
     return task, data
@@ -142,13 +150,15 @@ def load_teacher(
     return AutoModel.from_pretrained(args.teacher_name_or_path).to(device).eval().requires_grad_(False)
 
 
-def tokenize(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> DatasetDict:
+def tokenize(
+    data: DatasetDict, task: Task, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace
+) -> DatasetDict:
     """`input_ids` of the first sentence, `second_ids`, and `labels` in [0, 1]."""
 
     def encode(rows: dict) -> dict:
         first, second = (
             tokenizer(rows[column], truncation=True, max_length=args.max_seq_length)["input_ids"]
-            for column in ("sentence1", "sentence2")
+            for column in task.columns
         )
         return {"input_ids": first, "second_ids": second, "labels": [x / args.max_score for x in rows["label"]]}
 
@@ -214,7 +224,11 @@ def train_one(
         return loss + args.embedding_weight * error, {"score_loss": loss, "embedding_loss": error}
 
     def evaluate(model: torch.nn.Module) -> dict[str, float]:
-        return score_pairs(accelerator, model, task, data["validation"], collate, args.per_device_eval_batch_size)
+        found = {
+            split: cosines(accelerator, model, data[split], collate, args.per_device_eval_batch_size)
+            for split in (["validation"] if task.is_regression else ["train", "validation"])
+        }
+        return score_pairs(task, **found)
 
     loop = TrainingLoop(accelerator, model, args, loss_of, evaluate, "run_sts_no_trainer")
     before = loop.evaluate_now()
@@ -236,18 +250,41 @@ def train_one(
     }
 
 
-def score_pairs(
-    accelerator: Accelerator, model: torch.nn.Module, task: Task, rows: Dataset, collate: Callable, batch_size: int
-) -> dict[str, float]:
-    """Correlation of the cosines with the scores, over all processes."""
+def cosines(
+    accelerator: Accelerator, model: torch.nn.Module, rows: Dataset, collate: Callable, batch_size: int
+) -> list[tuple[float, float]]:
+    """Cosine and label of every pair, from all processes."""
     found: list[tuple[float, float]] = []
     starts = range(0, len(rows), batch_size)
     for start in starts[accelerator.process_index :: accelerator.num_processes]:
         batch = collate([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
         batch = {name: x.to(accelerator.device) for name, x in batch.items()}
         found += zip(similarity(embed(model, batch)).tolist(), batch["labels"].tolist(), strict=True)
-    cosines, labels = zip(*gather_object(found), strict=True)
-    return score(task, [[x] for x in cosines], labels)
+    return gather_object(found)
+
+
+def score_pairs(
+    task: Task, validation: list[tuple[float, float]], train: list[tuple[float, float]] | None = None
+) -> dict[str, float]:
+    """The task's figures: correlation of the cosines with the scores, or those of the labels by a threshold."""
+    found, labels = zip(*validation, strict=True)
+    if train is None:
+        return score(task, [[x] for x in found], labels)
+    threshold = best_threshold(train)
+    return {**score(task, [[threshold, x] for x in found], labels), "threshold": threshold}
+
+
+def best_threshold(pairs: list[tuple[float, float]]) -> float:
+    """Where the most pairs of cosine and label (0 or 1) are on the right side; the lowest of several such places."""
+    ordered = sorted(pairs)
+    # From below the first cosine, where all count as alike, upwards: each step takes one pair to the other side.
+    right = sum(label for _, label in ordered)
+    best, place = right, ordered[0][0] - 1
+    for (cosine, label), (following, _) in itertools.pairwise([*ordered, (ordered[-1][0] + 1, 0.0)]):
+        right += 1 - 2 * label
+        if right > best and following > cosine:
+            best, place = right, (cosine + following) / 2
+    return place
 
 
 if __name__ == "__main__":

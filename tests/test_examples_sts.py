@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 from example_scripts import refused, run_script
-from run_sts_no_trainer import embed
+from run_sts_no_trainer import best_threshold, embed
 from sentence_transformers import SentenceTransformer
 from transformers import BertConfig, BertModel
 
@@ -84,6 +84,32 @@ def test_a_bert_is_trained_alike(tmp_path, bert, pairs):
     run_script("run_sts_no_trainer", *arguments, "--output_dir", tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir() if path.is_file()] == ["results.json"]
     assert not list((tmp_path / "out").rglob("*.safetensors"))
+
+
+def test_labels_are_told_apart_by_a_threshold(tmp_path, bert):
+    for name, count in (("train", 40), ("dev", 20)):
+        pairs = [(i, WORDS[i % 6], WORDS[(i + i % 2) % 6]) for i in range(count)]
+        rows = [{"sentence1": one, "sentence2": two, "label": 1 - i % 2} for i, one, two in pairs]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = ["--train_file", tmp_path / "train.jsonl", "--validation_file", tmp_path / "dev.jsonl"]
+    arguments += ["--model_name_or_path", bert, "--max_train_steps", 1, "--skip_saving"]
+    run_script("run_sts_no_trainer", *arguments, "--output_dir", tmp_path / "out")
+    (run,) = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
+    assert run["before_training"]["accuracy"] == 1 and run["before_training"]["threshold"] < 1
+
+
+@pytest.mark.parametrize(
+    ("pairs", "wanted"),
+    [
+        ([(0.1, 0), (0.2, 0), (0.6, 1), (0.8, 1)], 0.4),
+        ([(0.1, 0), (0.2, 1), (0.6, 0), (0.8, 1), (0.9, 1)], 0.15),
+        ([(0.3, 0), (0.3, 1), (0.5, 1)], 0.3 - 1),
+        ([(0.3, 1)], 0.3 - 1),
+        ([(0.3, 0)], 0.8),
+    ],
+)
+def test_best_threshold(pairs, wanted):
+    assert best_threshold(pairs) == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize(
