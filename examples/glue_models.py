@@ -17,6 +17,7 @@ from transformers import (
     BertForSequenceClassification,
     DataCollatorWithPadding,
     HfArgumentParser,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -24,7 +25,7 @@ from transformers.hf_argparser import HfArg
 
 from modeling_snn_bert import SNNBertConfig, SNNBertForSequenceClassification
 from modeling_snn_bert.conversion import convert_bert
-from modeling_snn_bert.distillation import attention_loss, hidden_state_loss, logit_loss
+from modeling_snn_bert.distillation import attention_loss, hidden_state_loss, label_and_logit_loss
 from modeling_snn_bert.energy import energy_report
 
 SETTINGS = "neuron_type coding num_timesteps psn_length spike_type attention_type".split()
@@ -339,14 +340,15 @@ class Teacher:
         outputs = model(**batch, **extras)
         with torch.no_grad():
             wanted = self.model(**inputs, **extras)
-        loss = (1 - logit_weight) * outputs.loss
-        loss = loss + logit_weight * logit_loss(outputs.logits, wanted.logits, self.temperature)
-        penalty = getattr(outputs, "firing_rate_penalty", None)
-        if penalty is not None:
-            # The part of it that the weight of the labels' loss has taken away.
-            # In several processes the model is wrapped.
-            config = cast(SNNBertConfig, getattr(model, "module", model).config)
-            loss = loss + logit_weight * config.firing_rate_weight * penalty
+        # In several processes the model is wrapped. A BERT has no firing rates.
+        config = cast(PreTrainedConfig, getattr(model, "module", model).config)
+        loss = label_and_logit_loss(
+            outputs,
+            wanted.logits,
+            logit_weight,
+            firing_rate_weight=getattr(config, "firing_rate_weight", 0.0),
+            temperature=self.temperature,
+        )
         if self.hidden_weight:
             states = hidden_state_loss(outputs.hidden_states, wanted.hidden_states, mask)
             loss = loss + self.hidden_weight * states

@@ -46,7 +46,7 @@ from transformers import (
 
 from modeling_snn_bert import BPSN, SNNBertConfig, SNNBertForSequenceClassification, SNNBertModel
 from modeling_snn_bert.conversion import convert_bert
-from modeling_snn_bert.distillation import hidden_state_loss, logit_loss, parameter_groups
+from modeling_snn_bert.distillation import hidden_state_loss, label_and_logit_loss, parameter_groups
 from modeling_snn_bert.energy import energy_report
 from modeling_snn_bert.energy_plots import plot_firing_rates, plot_spikes
 from modeling_snn_bert.energy_tables import EnergyReport, markdown_table, operations_table, raster_panels
@@ -84,7 +84,7 @@ def parse_args() -> argparse.Namespace:
         type=int,
         help="without labels, before the fine-tuning (default: 130 for a BERT that is converted, else 0)",
     )
-    parser.add_argument("--num_train_epochs", type=float, default=0.6, help="of fine-tuning, of each of the two")
+    parser.add_argument("--num_train_epochs", type=float, default=1.0, help="of fine-tuning, of each of the two")
     parser.add_argument("--learning_rate", type=float, default=5e-4, help="of the SNN-BERT")
     parser.add_argument("--bert_learning_rate", type=float, default=5e-5)
     parser.add_argument("--logit_weight", type=float, default=0.5, help="share of the BERT's logits in the loss")
@@ -370,7 +370,8 @@ def teach(
         loss = hidden_state_loss(outputs.hidden_states, wanted.hidden_states, inputs["attention_mask"])
         if step < distillation_steps:
             return loss
-        return loss + (1 - logit_weight) * outputs.loss + logit_weight * logit_loss(outputs.logits, wanted.logits)
+        firing_rate_weight = student.config.firing_rate_weight
+        return loss + label_and_logit_loss(outputs, wanted.logits, logit_weight, firing_rate_weight=firing_rate_weight)
 
     steps = distillation_steps + finetuning_steps
     train(accelerator, student, batches, steps, learning_rate, "distil and fine-tune the SNN-BERT", loss_of)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from .conversion import is_neuron_parameter
 
@@ -129,6 +130,38 @@ def logit_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, tempe
     student = (student_logits / temperature).log_softmax(-1).flatten(0, -2)
     teacher = (teacher_logits / temperature).log_softmax(-1).flatten(0, -2)
     return nn.functional.kl_div(student, teacher, log_target=True, reduction="batchmean") * temperature**2
+
+
+def label_and_logit_loss(
+    outputs: SequenceClassifierOutput,
+    teacher_logits: torch.Tensor,
+    logit_weight: float,
+    *,
+    firing_rate_weight: float = 0.0,
+    temperature: float = 2.0,
+) -> torch.Tensor:
+    """The labels' loss of a head and `logit_loss` on its teacher, weighted.
+
+    The head's loss holds the penalty on firing rates, if there is a target. That keeps its weight, however little the
+    labels count.
+
+    Args:
+        outputs: of the student's head, with the labels' loss.
+        teacher_logits: as for `logit_loss`.
+        logit_weight: share of the teacher's logits, in [0, 1]; the labels have the rest.
+        firing_rate_weight: that of the student's configuration.
+        temperature: as for `logit_loss`.
+
+    Raises:
+        ValueError: if `outputs` has no loss, or an argument is outside its range.
+    """
+    if outputs.loss is None:
+        raise ValueError("`outputs` must have a loss: call the student with `labels`")
+    if not 0 <= logit_weight <= 1:
+        raise ValueError(f"`logit_weight` must lie in [0, 1], got {logit_weight}")
+    loss = (1 - logit_weight) * outputs.loss + logit_weight * logit_loss(outputs.logits, teacher_logits, temperature)
+    penalty = getattr(outputs, "firing_rate_penalty", None)
+    return loss if penalty is None else loss + logit_weight * firing_rate_weight * penalty
 
 
 def parameter_groups(

@@ -2,9 +2,17 @@
 
 import pytest
 import torch
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from modeling_snn_bert import SNNBertConfig, SNNBertModel
-from modeling_snn_bert.distillation import attention_loss, hidden_state_loss, logit_loss, parameter_groups
+from modeling_snn_bert.distillation import (
+    attention_loss,
+    hidden_state_loss,
+    label_and_logit_loss,
+    logit_loss,
+    parameter_groups,
+)
+from modeling_snn_bert.modeling_snn_bert import SNNBertSequenceClassifierOutput
 
 
 def states(layers=3, batch=2, seed=0):
@@ -44,6 +52,23 @@ def test_logit_loss():
     p, q = (teacher / 2).softmax(-1), (student / 2).softmax(-1)
     torch.testing.assert_close(logit_loss(student, teacher), 4 * (p * (p / q).log()).sum(-1).mean())
     torch.testing.assert_close(logit_loss(student[:, :1], teacher[:, :1]), (student - teacher)[:, 0].square().mean())
+
+
+def test_labels_and_logits_share_the_loss_and_the_penalty_stays_whole():
+    logits, wanted, penalty = torch.randn(4, 3), torch.randn(4, 3), torch.tensor(0.7)
+    outputs = SNNBertSequenceClassifierOutput(loss=2.0 + 5 * penalty, logits=logits, firing_rate_penalty=penalty)
+    for weight in (0.0, 0.3, 1.0):
+        expected = (1 - weight) * 2.0 + weight * logit_loss(logits, wanted, 3.0) + 5 * penalty
+        loss = label_and_logit_loss(outputs, wanted, weight, firing_rate_weight=5.0, temperature=3.0)
+        torch.testing.assert_close(loss, expected)
+    plain = SequenceClassifierOutput(loss=torch.tensor(2.0), logits=logits)
+    torch.testing.assert_close(label_and_logit_loss(plain, wanted, 0.0), torch.tensor(2.0))
+    for bad, weight, message in (
+        (SequenceClassifierOutput(logits=logits), 0.5, "labels"),
+        (plain, 1.5, "logit_weight"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            label_and_logit_loss(bad, wanted, weight)
 
 
 def test_every_parameter_is_in_one_group():
