@@ -9,8 +9,7 @@ BERT, each target's model is the BERT converted with that firing rate and distil
 that example's firing rate, and has no target. Then it is scored on held-out sentences, its operations are counted
 there, and it is timed on a batch of them in its dense and in its event-driven form. Of the event-driven forms with
 rounded weights the labels are counted that differ from those of the dense model, and of the dense model with the same
-rounded weights.
-Writes sparsity.json and sparsity.png.
+rounded weights. Writes sparsity.json and sparsity.png.
 """
 
 import argparse

@@ -216,10 +216,14 @@ def load_tokenizer(args: ModelArguments) -> PreTrainedTokenizerBase:
     """
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_name or args.model_name_or_path, revision=args.revision)
     if args.teacher_name_or_path:
-        teacher = AutoTokenizer.from_pretrained(args.teacher_name_or_path)
-        if teacher.get_vocab() != tokenizer.get_vocab():
-            raise ValueError("the teacher must have the vocabulary of the model, their tokenizers differ")
+        check_vocabulary(args.teacher_name_or_path, tokenizer)
     return tokenizer
+
+
+def check_vocabulary(teacher_path: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise a `ValueError` if the teacher's tokenizer gives other token ids than `tokenizer`."""
+    if AutoTokenizer.from_pretrained(teacher_path).get_vocab() != tokenizer.get_vocab():
+        raise ValueError("the teacher must have the vocabulary of the model, their tokenizers differ")
 
 
 def tokenize(data: DatasetDict, task: Task, tokenizer: PreTrainedTokenizerBase, args: DataArguments) -> DatasetDict:

@@ -34,7 +34,7 @@ from accelerate_loop import (
     write_json,
 )
 from datasets import Dataset, DatasetDict
-from glue_models import seed_folder, summarize, summary_line
+from glue_models import check_vocabulary, seed_folder, summarize, summary_line
 from glue_tasks import Task, load_task, score
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -142,8 +142,7 @@ def load_teacher(
     """
     if args.teacher_name_or_path is None:
         return None
-    if AutoTokenizer.from_pretrained(args.teacher_name_or_path).get_vocab() != tokenizer.get_vocab():
-        raise ValueError("the teacher must have the vocabulary of the model, their tokenizers differ")
+    check_vocabulary(args.teacher_name_or_path, tokenizer)
     widths = [AutoConfig.from_pretrained(x).hidden_size for x in (args.teacher_name_or_path, args.model_name_or_path)]
     if widths[0] != widths[1]:
         raise ValueError(f"the teacher's hidden_size must be the model's, {widths[1]}; it is {widths[0]}")

@@ -14,8 +14,6 @@ import traceback
 import types
 from pathlib import Path
 
-from transformers import BertConfig, BertForSequenceClassification
-
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 600
 FENCE = re.compile(r"^(?P<indent> *)```(?P<language>[^\n`]*)\n(?P<code>.*?)^(?P=indent)```", re.DOTALL | re.MULTILINE)
@@ -39,20 +37,6 @@ def relative_links(page: Path) -> list[str]:
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
     targets = [target.split("#")[0] for target in LINK.findall(text)]
     return [target for target in targets if target and not re.match(r"[a-z]+:", target)]
-
-
-def write_bert(folder: Path, tokenizer) -> None:
-    """A small random BERT with a classifier, and its tokenizer."""
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        initializer_range=0.1,
-    )
-    BertForSequenceClassification(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def run_page(page: Path, bert: Path, folder: Path) -> str:

@@ -4,7 +4,8 @@ import pytest
 import torch
 from distilled_checkpoint import CHECKPOINT, ENCODER_FILE, main, pack, unpack
 from safetensors.torch import load_file
-from transformers import AutoModel, BertConfig, BertModel
+from small_bert import write_bert
+from transformers import AutoModel, BertModel
 
 from modeling_snn_bert import SNNBertConfig, SNNBertModel
 from modeling_snn_bert.conversion import convert_bert
@@ -13,16 +14,7 @@ from modeling_snn_bert.event_driven import round_products
 
 @pytest.fixture
 def bert(tmp_path, tokenizer):
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        initializer_range=0.1,
-    )
-    BertModel(config).save_pretrained(tmp_path / "bert")
-    tokenizer.save_pretrained(tmp_path / "bert")
+    write_bert(tmp_path / "bert", tokenizer, BertModel)
     return BertModel.from_pretrained(tmp_path / "bert")
 
 

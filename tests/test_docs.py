@@ -7,7 +7,9 @@ import subprocess
 import sys
 
 import pytest
-from snippets import FENCE, ROOT, python_blocks, relative_links, run_page, write_bert
+from small_bert import write_bert
+from snippets import FENCE, ROOT, python_blocks, relative_links, run_page
+from transformers import BertForSequenceClassification
 
 import modeling_snn_bert
 
@@ -20,7 +22,7 @@ LANGUAGES = {"python", "bash", "text", "json", "yaml", ""}
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("bert")
-    write_bert(folder, tokenizer)
+    write_bert(folder, tokenizer, BertForSequenceClassification)
     return folder
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
-from transformers import BertConfig, BertModel
+from small_bert import write_bert
+from transformers import BertModel
 
 from modeling_snn_bert import SNNBertModel
 from modeling_snn_bert.conversion import convert_bert
@@ -27,16 +28,7 @@ def run(script, *arguments, check=True):
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("bert")
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        initializer_range=0.1,
-    )
-    BertModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    write_bert(folder, tokenizer, BertModel)
     return folder
 
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from example_scripts import interrupt_after, refused, run_script
 from safetensors.torch import load_file
+from small_bert import write_bert
 from text_blocks import TextBlocks, sources, token_file, tokenize_sources
-from transformers import BertConfig, BertForMaskedLM
+from transformers import BertForMaskedLM
 
 from modeling_snn_bert import SNNBertForMaskedLM, SNNBertModel
 
@@ -18,18 +19,8 @@ from modeling_snn_bert import SNNBertForMaskedLM, SNNBertModel
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("bert")
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=64,
-        initializer_range=0.1,
-    )
     torch.manual_seed(0)
-    BertForMaskedLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    write_bert(folder, tokenizer, BertForMaskedLM, max_position_embeddings=64)
     return folder
 
 

@@ -14,7 +14,8 @@ from example_scripts import EXAMPLES, interrupt_after, refused, run_script
 from glue_models import ModelArguments, Teacher
 from glue_tasks import METRICS_FROM, TASKS, load_task, score
 from safetensors.torch import load_file
-from transformers import BertConfig, BertModel
+from small_bert import write_bert
+from transformers import BertModel
 
 from modeling_snn_bert import SNNBertConfig, SNNBertForSequenceClassification
 
@@ -22,18 +23,8 @@ from modeling_snn_bert import SNNBertConfig, SNNBertForSequenceClassification
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("bert")
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=64,
-        initializer_range=0.1,
-    )
     torch.manual_seed(0)
-    BertModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    write_bert(folder, tokenizer, BertModel, max_position_embeddings=64)
     return folder
 
 

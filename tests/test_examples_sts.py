@@ -8,6 +8,7 @@ import torch
 from example_scripts import refused, run_script
 from run_sts_no_trainer import best_threshold, embed
 from sentence_transformers import SentenceTransformer
+from small_bert import write_bert
 from transformers import BertConfig, BertModel
 
 from modeling_snn_bert import SNNBertModel
@@ -19,18 +20,8 @@ WORDS = ["river", "fox", "film", "night", "clock", "dog"]
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("bert")
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=64,
-        initializer_range=0.1,
-    )
     torch.manual_seed(0)
-    BertModel(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    write_bert(folder, tokenizer, BertModel, max_position_embeddings=64)
     return folder
 
 

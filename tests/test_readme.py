@@ -1,7 +1,9 @@
 """Runs the README's snippets one after the other, as a newcomer would, on a small random BERT."""
 
 import pytest
-from snippets import ROOT, python_blocks, run_page, write_bert
+from small_bert import write_bert
+from snippets import ROOT, python_blocks, run_page
+from transformers import BertForSequenceClassification
 
 README = ROOT / "README.md"
 
@@ -10,7 +12,7 @@ README = ROOT / "README.md"
 def test_snippets_run(tmp_path, tokenizer):
     assert len(python_blocks(README)) == 4
     bert = tmp_path / "bert"
-    write_bert(bert, tokenizer)
+    write_bert(bert, tokenizer, BertForSequenceClassification)
     printed = run_page(README, bert, tmp_path)
     assert "query_neuron" in printed and "LABEL_" in printed
 
