@@ -36,12 +36,14 @@ from accelerate_loop import (
 from datasets import Dataset, DatasetDict
 from glue_models import check_vocabulary, seed_folder, summarize, summary_line
 from glue_tasks import Task, load_task, score
+from pair_similarity import PAIR_LOSSES, SIMILARITIES, mean_embeddings
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-import modeling_snn_bert  # noqa: F401  (registers SNN-BERT with the Auto classes)
+from modeling_snn_bert.distillation import hidden_state_loss
 
 RESULTS_FILE = "results.json"
-PAIR_TASKS = ("stsb", "mrpc", "qqp")
+PAIR_TASKS = ("stsb", "mrpc", "qqp", "rte")
+ALIKE = ("equivalent", "duplicate", "entailment")
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
@@ -50,6 +52,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model_name_or_path", required=True, help="an SNN-BERT or a BERT: folder or Hub id")
     parser.add_argument("--teacher_name_or_path", help="a BERT whose embeddings of the sentences are taught as well")
     parser.add_argument("--embedding_weight", type=float, default=1.0, help="weight of that loss (default: 1)")
+    parser.add_argument(
+        "--similarity",
+        choices=list(SIMILARITIES),
+        default="cosine",
+        help="of the mean embeddings (default), or by the best match of each token: of both sentences, of the second",
+    )
+    parser.add_argument("--pair_loss", choices=list(PAIR_LOSSES), default="squared", help="default: squared")
     parser.add_argument("--task_name", choices=PAIR_TASKS, help="default: stsb, if no other data are given")
     parser.add_argument("--data_dir", help="GLUE's folder in its standard layout")
     parser.add_argument("--dataset_name", help="a dataset on the Hub")
@@ -123,9 +132,7 @@ def load_pairs(args: argparse.Namespace) -> tuple[Task, DatasetDict]:
     )
     if len(task.columns) != 2 or len(task.labels) not in (0, 2):
         raise ValueError("the data must be pairs of sentences, with real numbers or two labels as label")
-    if not task.is_regression:
-        args.max_score = 1.0
-    for split, rows in data.items():
+    for split, rows in data.items() if task.is_regression else ():
         outside = [x for x in rows["label"] if not 0 <= x <= args.max_score]
         if outside:
             raise ValueError(f"scores must lie in [0, {args.max_score}] (--max_score), {split} has {outside[0]}")
@@ -159,9 +166,19 @@ def tokenize(
             tokenizer(rows[column], truncation=True, max_length=args.max_seq_length)["input_ids"]
             for column in task.columns
         )
-        return {"input_ids": first, "second_ids": second, "labels": [x / args.max_score for x in rows["label"]]}
+        return {"input_ids": first, "second_ids": second, "labels": [likeness(task, args, x) for x in rows["label"]]}
 
     return data.map(encode, batched=True, remove_columns=data["train"].column_names, load_from_cache_file=False)
+
+
+def likeness(task: Task, args: argparse.Namespace, label: float) -> float:
+    """A pair's label as how alike its sentences are, in [0, 1]."""
+    return label / args.max_score if task.is_regression else float(label == alike_label(task))
+
+
+def alike_label(task: Task) -> int:
+    """Which of two labels stands for alike: the one that says so by its name, else the second."""
+    return next((i for i, name in enumerate(task.labels) if name in ALIKE), 1)
 
 
 def make_collate(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict]], Batch]:
@@ -175,17 +192,18 @@ def make_collate(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict]], B
     return collate
 
 
-def embed(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """Mean last hidden state over the valid tokens of each sentence, `[sentences, hidden]`."""
-    states = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state.float()
-    valid = batch["attention_mask"][..., None].to(states.dtype)
-    return (states * valid).sum(1) / valid.sum(1)
+def hidden_states(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """The last hidden states of all sentences, each read alone, `[2 * pairs, seq_len, hidden]`."""
+    return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
 
 
-def similarity(embeddings: torch.Tensor) -> torch.Tensor:
-    """Cosine of each first sentence with its second, `[pairs]`."""
-    first, second = embeddings.chunk(2)
-    return torch.nn.functional.cosine_similarity(first, second)
+def teacher_error(states: torch.Tensor, wanted: torch.Tensor, mask: torch.Tensor, of_tokens: bool) -> torch.Tensor:
+    """Squared error of the embeddings, or of the tokens' states, in units of the teacher's variance."""
+    if of_tokens:
+        # The loss leaves out the first of the states, which are commonly the embeddings of the words.
+        return hidden_state_loss((states, states), (wanted, wanted), mask)
+    embeddings, wanted = mean_embeddings(states, mask), mean_embeddings(wanted, mask)
+    return (embeddings - wanted).square().mean() / (wanted - wanted.mean(0)).square().mean()
 
 
 def train_one(
@@ -212,19 +230,22 @@ def train_one(
         steps = args.num_train_epochs * batches.per_epoch / args.gradient_accumulation_steps
         args.max_train_steps = max(1, math.ceil(steps))
 
+    similarity, pair_loss = SIMILARITIES[args.similarity], PAIR_LOSSES[args.pair_loss]
+
     def loss_of(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        embeddings = embed(model, batch)
-        loss = (similarity(embeddings) - batch["labels"]).square().mean()
+        mask = batch["attention_mask"]
+        states = hidden_states(model, batch)
+        loss = pair_loss(similarity(states, mask), batch["labels"])
         if teacher is None:
             return loss, {}
         with torch.no_grad():
-            wanted = embed(teacher, batch)
-        error = (embeddings - wanted).square().mean() / (wanted - wanted.mean(0)).square().mean()
+            wanted = hidden_states(teacher, batch)
+        error = teacher_error(states, wanted, mask, of_tokens=args.similarity != "cosine")
         return loss + args.embedding_weight * error, {"score_loss": loss, "embedding_loss": error}
 
     def evaluate(model: torch.nn.Module) -> dict[str, float]:
         found = {
-            split: cosines(accelerator, model, data[split], collate, args.per_device_eval_batch_size)
+            split: similarities(accelerator, args, model, data[split], collate)
             for split in (["validation"] if task.is_regression else ["train", "validation"])
         }
         return score_pairs(task, **found)
@@ -249,40 +270,44 @@ def train_one(
     }
 
 
-def cosines(
-    accelerator: Accelerator, model: torch.nn.Module, rows: Dataset, collate: Callable, batch_size: int
+def similarities(
+    accelerator: Accelerator, args: argparse.Namespace, model: torch.nn.Module, rows: Dataset, collate: Callable
 ) -> list[tuple[float, float]]:
-    """Cosine and label of every pair, from all processes."""
+    """Similarity and label of every pair, from all processes."""
     found: list[tuple[float, float]] = []
+    batch_size = args.per_device_eval_batch_size
     starts = range(0, len(rows), batch_size)
     for start in starts[accelerator.process_index :: accelerator.num_processes]:
         batch = collate([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
         batch = {name: x.to(accelerator.device) for name, x in batch.items()}
-        found += zip(similarity(embed(model, batch)).tolist(), batch["labels"].tolist(), strict=True)
+        alike = SIMILARITIES[args.similarity](hidden_states(model, batch), batch["attention_mask"])
+        found += zip(alike.tolist(), batch["labels"].tolist(), strict=True)
     return gather_object(found)
 
 
 def score_pairs(
     task: Task, validation: list[tuple[float, float]], train: list[tuple[float, float]] | None = None
 ) -> dict[str, float]:
-    """The task's figures: correlation of the cosines with the scores, or those of the labels by a threshold."""
-    found, labels = zip(*validation, strict=True)
+    """The task's figures: correlation of similarities and scores, or those of the labels by a threshold."""
+    found, likenesses = zip(*validation, strict=True)
     if train is None:
-        return score(task, [[x] for x in found], labels)
-    threshold = best_threshold(train)
-    return {**score(task, [[threshold, x] for x in found], labels), "threshold": threshold}
+        return score(task, [[x] for x in found], likenesses)
+    threshold, alike = best_threshold(train), alike_label(task)
+    logits = [[x, threshold] if alike == 0 else [threshold, x] for x in found]
+    labels = [alike if x else 1 - alike for x in likenesses]
+    return {**score(task, logits, labels), "threshold": threshold}
 
 
 def best_threshold(pairs: list[tuple[float, float]]) -> float:
-    """Where the most pairs of cosine and label (0 or 1) are on the right side; the lowest of several such places."""
+    """Where the most pairs of similarity and label (0 or 1) are on the right side; the lowest of several such places."""
     ordered = sorted(pairs)
-    # From below the first cosine, where all count as alike, upwards: each step takes one pair to the other side.
+    # From below the first similarity, where all count as alike, upwards: each step takes one pair to the other side.
     right = sum(label for _, label in ordered)
     best, place = right, ordered[0][0] - 1
-    for (cosine, label), (following, _) in itertools.pairwise([*ordered, (ordered[-1][0] + 1, 0.0)]):
+    for (similarity, label), (following, _) in itertools.pairwise([*ordered, (ordered[-1][0] + 1, 0.0)]):
         right += 1 - 2 * label
-        if right > best and following > cosine:
-            best, place = right, (cosine + following) / 2
+        if right > best and following > similarity:
+            best, place = right, (similarity + following) / 2
     return place
 
 

@@ -6,7 +6,8 @@ import random
 import pytest
 import torch
 from example_scripts import refused, run_script
-from run_sts_no_trainer import best_threshold, embed
+from pair_similarity import mean_embeddings
+from run_sts_no_trainer import best_threshold
 from sentence_transformers import SentenceTransformer
 from small_bert import write_bert
 from transformers import BertConfig, BertModel
@@ -67,7 +68,8 @@ def test_trains_a_sentence_encoder(tmp_path, snn_bert, bert, pairs, tokenizer, t
     batch = dict(tokenizer(texts, padding=True, return_tensors="pt"))
     assert all(0 < rate.mean() < 1 for rate in model(**batch, output_firing_rates=True).firing_rates)
     with torch.no_grad():
-        torch.testing.assert_close(encoder.encode(texts, convert_to_tensor=True), embed(model, batch))
+        embeddings = mean_embeddings(model(**batch).last_hidden_state, batch["attention_mask"])
+        torch.testing.assert_close(encoder.encode(texts, convert_to_tensor=True), embeddings)
 
 
 def test_a_bert_is_trained_alike(tmp_path, bert, pairs):
@@ -77,13 +79,16 @@ def test_a_bert_is_trained_alike(tmp_path, bert, pairs):
     assert not list((tmp_path / "out").rglob("*.safetensors"))
 
 
-def test_labels_are_told_apart_by_a_threshold(tmp_path, bert):
+@pytest.mark.parametrize("labels", [(0, 1), ("not_entailment", "entailment"), ("other", "same")])
+@pytest.mark.parametrize("similarity", ["cosine", "second_in_first"])
+def test_labels_are_told_apart_by_a_threshold(tmp_path, bert, labels, similarity):
     for name, count in (("train", 40), ("dev", 20)):
         pairs = [(i, WORDS[i % 6], WORDS[(i + i % 2) % 6]) for i in range(count)]
-        rows = [{"sentence1": one, "sentence2": two, "label": 1 - i % 2} for i, one, two in pairs]
+        rows = [{"sentence1": one, "sentence2": two, "label": labels[1 - i % 2]} for i, one, two in pairs]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     arguments = ["--train_file", tmp_path / "train.jsonl", "--validation_file", tmp_path / "dev.jsonl"]
     arguments += ["--model_name_or_path", bert, "--max_train_steps", 1, "--skip_saving"]
+    arguments += ["--similarity", similarity, "--pair_loss", "ranking"]
     run_script("run_sts_no_trainer", *arguments, "--output_dir", tmp_path / "out")
     (run,) = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
     assert run["before_training"]["accuracy"] == 1 and run["before_training"]["threshold"] < 1
