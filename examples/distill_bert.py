@@ -19,9 +19,9 @@ from glue_models import add_student_arguments, check_student_arguments, parse_ov
 from text_blocks import TextBlocks, add_text_arguments, calibration_batches, check_text_arguments, token_file
 from transformers import AutoConfig, AutoTokenizer, BertModel, PreTrainedModel
 
-from modeling_snn_bert import SNNBertConfig, SNNBertModel
+from modeling_snn_bert import SNNBertModel
 from modeling_snn_bert.conversion import convert_bert
-from modeling_snn_bert.distillation import attention_loss, hidden_state_loss
+from modeling_snn_bert.distillation import attention_loss, check_same_shape, hidden_state_loss
 
 RESULTS_FILE = "distillation_results.json"
 
@@ -63,7 +63,10 @@ def main() -> None:
     started = time.perf_counter()
     student = make_student(args, teacher, blocks)
     calibration_seconds = time.perf_counter() - started
-    check_match(student.config, teacher)
+    try:
+        check_same_shape(student.config, teacher.config)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
     if args.freeze_embeddings:
         student.embeddings.requires_grad_(False)
     # Dropout off in both: the student is to hit the teacher's states, and noise in either only blurs them. The student
@@ -132,16 +135,6 @@ def make_student(args: argparse.Namespace, teacher: BertModel, blocks: TextBlock
     if args.resume_from_checkpoint is not None:
         batches = batches[:1]
     return convert_bert(teacher, batches, args.firing_rate, **parse_overrides(args.config_overrides))
-
-
-def check_match(config: SNNBertConfig, teacher: BertModel) -> None:
-    """End the program unless student and teacher have hidden states of the same number and width."""
-    for name in ("hidden_size", "num_hidden_layers", "vocab_size"):
-        if getattr(config, name) != getattr(teacher.config, name):
-            raise SystemExit(
-                f"the student must have the {name} of its BERT, {getattr(teacher.config, name)}; "
-                f"it has {getattr(config, name)}"
-            )
 
 
 def evaluate_states(

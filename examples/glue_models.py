@@ -3,14 +3,12 @@
 import argparse
 import dataclasses
 import statistics
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from augmentation import WordReplacement
 from datasets import Dataset, DatasetDict
-from glue_tasks import METRICS_FROM, Task, load_task
+from glue_tasks import Task, load_task
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -388,34 +386,3 @@ def measure_energy(
             for cost in report.costs
         },
     }
-
-
-def summarize(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and sample standard deviation over the seeds of every figure, and what they are of."""
-    names = list(runs[0]["metrics"])
-    values = {name: [run["metrics"][name] for run in runs] for name in names}
-    return {
-        "seeds": [run["seed"] for run in runs],
-        "mean": {name: statistics.fmean(figures) for name, figures in values.items()},
-        # One seed has no spread.
-        "standard_deviation": {
-            name: statistics.stdev(figures) if len(figures) > 1 else None for name, figures in values.items()
-        },
-        "taken_at": "last step",
-        "metrics_from": METRICS_FROM,
-    }
-
-
-def summary_line(task: Task, summary: dict[str, Any]) -> str:
-    """The summary for a reader."""
-    parts = []
-    for name, mean in summary["mean"].items():
-        spread = summary["standard_deviation"][name]
-        parts.append(f"{name} {100 * mean:.1f}" + ("" if spread is None else f" +- {100 * spread:.1f}"))
-    count = len(summary["seeds"])
-    return f"{task.name}: {', '.join(parts)} (last step, {count} seed{'s' if count > 1 else ''})"
-
-
-def seed_folder(output_dir: str | Path, seed: int) -> Path:
-    """Where the run with that seed is kept."""
-    return Path(output_dir) / f"seed_{seed}"

@@ -46,7 +46,7 @@ from transformers import (
 
 from modeling_snn_bert import BPSN, SNNBertConfig, SNNBertForSequenceClassification, SNNBertModel
 from modeling_snn_bert.conversion import convert_bert
-from modeling_snn_bert.distillation import hidden_state_loss, label_and_logit_loss, parameter_groups
+from modeling_snn_bert.distillation import check_same_shape, hidden_state_loss, label_and_logit_loss, parameter_groups
 from modeling_snn_bert.energy import energy_report
 from modeling_snn_bert.energy_plots import plot_firing_rates, plot_spikes
 from modeling_snn_bert.energy_tables import EnergyReport, markdown_table, operations_table, raster_panels
@@ -194,12 +194,10 @@ def make_student(
         encoder = SNNBertModel.from_pretrained(args.student_name_or_path)
     else:
         encoder, _ = unpack()
-    for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
-        if getattr(encoder.config, name) != getattr(bert.config, name):
-            raise SystemExit(
-                f"--student_name_or_path must have the {name} of the BERT, {getattr(bert.config, name)}; "
-                f"it has {getattr(encoder.config, name)}"
-            )
+    try:
+        check_same_shape(encoder.config, bert.config)
+    except ValueError as error:
+        raise SystemExit(f"--student_name_or_path: {error}") from error
     labels = {name: getattr(bert.config, name) for name in ("id2label", "label2id")}
     student = SNNBertForSequenceClassification(SNNBertConfig(**{**encoder.config.to_dict(), **NO_DROPOUT, **labels}))
     head = {name: x for name, x in bert.state_dict().items() if name.startswith(("bert.pooler.", "classifier."))}

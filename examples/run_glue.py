@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate_loop import environment, write_json
 from datasets import DatasetDict
 from glue_models import (
     DataArguments,
@@ -24,12 +23,10 @@ from glue_models import (
     load_model,
     load_tokenizer,
     measure_energy,
-    seed_folder,
-    summarize,
-    summary_line,
     tokenize,
 )
 from glue_tasks import Task, score
+from seeds import seed_folder, write_results
 from transformers import (
     DataCollatorWithPadding,
     EvalPrediction,
@@ -104,18 +101,9 @@ def main() -> None:
         )
         runs.append(train_one(model_args, data_args, run_args, task, data, tokenizer))
     if training_args.do_eval and training_args.process_index == 0:
-        summary = summarize(runs)
         arguments = training_args.to_sanitized_dict()
-        results = {
-            "task": task.name,
-            **summary,
-            "runs": runs,
-            "rows": {split: len(part) for split, part in data.items()},
-            "arguments": {**vars(model_args), **vars(data_args), **{k: arguments[k] for k in sorted(arguments)}},
-            "environment": environment(training_args.device),
-        }
-        write_json(Path(training_args.output_dir) / "results.json", results)
-        print(summary_line(task, summary))
+        flags = {**vars(model_args), **vars(data_args), **{k: arguments[k] for k in sorted(arguments)}}
+        write_results(Path(training_args.output_dir), task, runs, data, flags, training_args.device)
 
 
 def train_one(

@@ -9,10 +9,7 @@ and versions. `run_glue.py` does the same with transformers' Trainer.
 """
 
 import argparse
-import copy
-import json
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,11 +21,9 @@ from accelerate_loop import (
     TrainingLoop,
     add_loop_arguments,
     check_loop_arguments,
-    environment,
     flags_of,
     make_accelerator,
     push,
-    write_json,
 )
 from datasets import DatasetDict
 from glue_models import (
@@ -40,15 +35,11 @@ from glue_models import (
     load_model,
     load_tokenizer,
     measure_energy,
-    seed_folder,
-    summarize,
-    summary_line,
     tokenize,
 )
 from glue_tasks import Task, score
+from seeds import run_seeds, write_results
 from transformers import DataCollatorWithPadding, HfArgumentParser, PreTrainedTokenizerBase
-
-RESULTS_FILE = "results.json"
 
 
 def parse_args() -> tuple[ModelArguments, DataArguments, argparse.Namespace]:
@@ -77,49 +68,16 @@ def main() -> None:
     with accelerator.main_process_first():
         data = tokenize(rows, task, tokenizer, data_args)
     flags = {**vars(model_args), **vars(data_args), **flags_of(args)}
-    runs = []
-    for seed in data_args.seeds if data_args.seeds is not None else [args.seed]:
-        run_args = copy.copy(args)
-        run_args.seed, run_args.output_dir = seed, seed_folder(args.output_dir, seed)
-        finished = finished_run(run_args, flags)
-        if finished is not None:
-            accelerator.print(f"seed {seed} is done already")
-            runs.append(finished)
-            continue
-        if args.resume_from_checkpoint is not None and args.resume_from_checkpoint.parent.name != f"seed_{seed}":
-            run_args.resume_from_checkpoint = None
-        runs.append(train_one(accelerator, model_args, data_args, run_args, task, data, tokenizer))
-        if accelerator.is_main_process:
-            write_json(run_args.output_dir / RESULTS_FILE, {**runs[-1], "arguments": flags})
-        accelerator.wait_for_everyone()
-        accelerator.free_memory()
+    seeds = data_args.seeds if data_args.seeds is not None else [args.seed]
+    runs = run_seeds(
+        accelerator,
+        args,
+        seeds,
+        flags,
+        lambda run_args: train_one(accelerator, model_args, data_args, run_args, task, data, tokenizer),
+    )
     if accelerator.is_main_process:
-        summary = summarize(runs)
-        results = {
-            "task": task.name,
-            **summary,
-            "runs": runs,
-            "rows": {split: len(part) for split, part in data.items()},
-            "arguments": flags,
-            "environment": environment(accelerator.device),
-        }
-        write_json(args.output_dir / RESULTS_FILE, results)
-        print(summary_line(task, summary))
-
-
-def finished_run(args: argparse.Namespace, flags: dict[str, Any]) -> dict[str, Any] | None:
-    """What an interrupted call with the same flags has written for this seed, if this call resumes it."""
-    file: Path = args.output_dir / RESULTS_FILE
-    if args.resume_from_checkpoint is None or not file.is_file():
-        return None
-    results = json.loads(file.read_text())
-    written = results.pop("arguments")
-    free = ("resume_from_checkpoint", "seeds", "output_dir")
-    comparable = json.loads(json.dumps(flags))
-    different = [k for k in comparable if k not in free and comparable[k] != written.get(k)]
-    if different:
-        raise SystemExit(f"{file} was made with other flags ({', '.join(different)}): choose another --output_dir")
-    return results
+        write_results(args.output_dir, task, runs, data, flags, accelerator.device)
 
 
 def train_one(

@@ -12,7 +12,6 @@ results.json: figures before training and at the last step.
 """
 
 import argparse
-import copy
 import itertools
 import math
 from collections.abc import Callable
@@ -27,21 +26,19 @@ from accelerate_loop import (
     TrainingLoop,
     add_loop_arguments,
     check_loop_arguments,
-    environment,
     flags_of,
     make_accelerator,
     push,
-    write_json,
 )
 from datasets import Dataset, DatasetDict
-from glue_models import check_vocabulary, seed_folder, summarize, summary_line
+from glue_models import check_vocabulary
 from glue_tasks import Task, load_task, score
 from pair_similarity import PAIR_LOSSES, SIMILARITIES, mean_embeddings
+from seeds import run_seeds, write_results
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_snn_bert.distillation import hidden_state_loss
 
-RESULTS_FILE = "results.json"
 PAIR_TASKS = ("stsb", "mrpc", "qqp", "rte")
 ALIKE = ("equivalent", "duplicate", "entailment")
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -79,8 +76,6 @@ def parse_args() -> argparse.Namespace:
         parser.error(f"--embedding_weight must be >= 0, got {args.embedding_weight}")
     if args.seeds is not None and len(set(args.seeds)) != len(args.seeds):
         parser.error(f"--seeds must differ from each other, got {args.seeds}")
-    if args.resume_from_checkpoint is not None and args.seeds is not None and len(args.seeds) > 1:
-        parser.error("--resume_from_checkpoint is for a call with one seed")
     return args
 
 
@@ -95,25 +90,16 @@ def main() -> None:
         raise SystemExit(str(error)) from error
     with accelerator.main_process_first():
         data = tokenize(rows, task, tokenizer, args)
-    runs = []
-    for seed in args.seeds if args.seeds is not None else [args.seed]:
-        run_args = copy.copy(args)
-        run_args.seed, run_args.output_dir = seed, seed_folder(args.output_dir, seed)
-        runs.append(train_one(accelerator, run_args, task, data, tokenizer, teacher))
-        accelerator.wait_for_everyone()
-        accelerator.free_memory()
+    runs = run_seeds(
+        accelerator,
+        args,
+        args.seeds if args.seeds is not None else [args.seed],
+        flags_of(args),
+        lambda run_args: train_one(accelerator, run_args, task, data, tokenizer, teacher),
+    )
     if accelerator.is_main_process:
-        summary = summarize(runs)
-        results = {
-            "task": f"{task.name} as a sentence encoder",
-            **summary,
-            "runs": runs,
-            "rows": {split: len(part) for split, part in data.items()},
-            "arguments": flags_of(args),
-            "environment": environment(accelerator.device),
-        }
-        write_json(args.output_dir / RESULTS_FILE, results)
-        print(summary_line(task, summary))
+        name = f"{task.name} as a sentence encoder"
+        write_results(args.output_dir, task, runs, data, flags_of(args), accelerator.device, name)
 
 
 def load_pairs(args: argparse.Namespace) -> tuple[Task, DatasetDict]:
@@ -299,7 +285,7 @@ def score_pairs(
 
 
 def best_threshold(pairs: list[tuple[float, float]]) -> float:
-    """Where the most pairs of similarity and label (0 or 1) are on the right side; the lowest of several such places."""
+    """Where the most pairs of similarity and label (0 or 1) are on the right side, and the lowest such place."""
     ordered = sorted(pairs)
     # From below the first similarity, where all count as alike, upwards: each step takes one pair to the other side.
     right = sum(label for _, label in ordered)

@@ -4,9 +4,20 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from .conversion import is_neuron_parameter
+
+
+def check_same_shape(student: PreTrainedConfig, teacher: PreTrainedConfig) -> None:
+    """Raise a `ValueError` unless both have the same vocabulary size and hidden states of the same number and width."""
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
+        if getattr(student, name) != getattr(teacher, name):
+            raise ValueError(
+                f"the student must have the {name} of its teacher, {getattr(teacher, name)}; "
+                f"it has {getattr(student, name)}"
+            )
 
 
 def hidden_state_loss(

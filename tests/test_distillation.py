@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from transformers import BertConfig
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from modeling_snn_bert import SNNBertConfig, SNNBertModel
 from modeling_snn_bert.distillation import (
     attention_loss,
+    check_same_shape,
     hidden_state_loss,
     label_and_logit_loss,
     logit_loss,
@@ -18,6 +20,15 @@ from modeling_snn_bert.modeling_snn_bert import SNNBertSequenceClassifierOutput
 def states(layers=3, batch=2, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(batch, 5, 8, generator=generator) for _ in range(layers + 1)]
+
+
+@pytest.mark.parametrize("name", ["vocab_size", "hidden_size", "num_hidden_layers"])
+def test_check_same_shape(name):
+    teacher = BertConfig(vocab_size=48, hidden_size=48, num_hidden_layers=2)
+    settings = {"vocab_size": 48, "hidden_size": 48, "num_hidden_layers": 2}
+    check_same_shape(SNNBertConfig(**settings), teacher)
+    with pytest.raises(ValueError, match=f"the student must have the {name} of its teacher, {settings[name]}; .* 24"):
+        check_same_shape(SNNBertConfig(**{**settings, name: 24}), teacher)
 
 
 def test_hidden_state_loss_is_in_units_of_the_teacher():
