@@ -366,9 +366,10 @@ def measure_energy(
 
     Energy is that of a mean sequence in picojoules, by the conventions of `modeling_snn_bert.energy`.
     """
-    if samples == 0 or not isinstance(model, SNNBertForSequenceClassification):
+    if samples == 0 or model.config.model_type != SNNBertConfig.model_type:
         return None
-    rows = rows.select(range(min(samples, len(rows)))).remove_columns("labels")
+    rows = rows.select(range(min(samples, len(rows))))
+    rows = rows.remove_columns([name for name in rows.column_names if name == "labels"])
     collate = DataCollatorWithPadding(tokenizer)
     batches = [
         dict(collate(list(rows.select(range(start, min(start + batch_size, len(rows)))))))

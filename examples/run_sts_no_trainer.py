@@ -31,7 +31,7 @@ from accelerate_loop import (
     push,
 )
 from datasets import Dataset, DatasetDict
-from glue_models import check_vocabulary
+from glue_models import check_vocabulary, measure_energy
 from glue_tasks import Task, load_task, score
 from pair_similarity import PAIR_LOSSES, SIMILARITIES, mean_embeddings
 from seeds import run_seeds, write_results
@@ -64,6 +64,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--max_score", type=float, default=5.0, help="score of two that say the same (default: 5)")
     parser.add_argument("--max_seq_length", type=int, default=128, help="longer sentences are truncated")
     parser.add_argument("--num_train_epochs", type=float, default=2.0, help="default: 2; or give --max_train_steps")
+    parser.add_argument(
+        "--energy_samples", type=int, default=256, help="dev sentences that energy is measured on; 0 measures nothing"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", help="a run for each seed, and mean and spread")
     parser.add_argument("--skip_saving", action="store_true", help="write the results only, no models")
     add_loop_arguments(parser, learning_rate=1e-4, max_train_steps=None)
@@ -72,8 +75,9 @@ def parse_args() -> argparse.Namespace:
     for name in ("num_train_epochs", "max_score"):
         if not getattr(args, name) > 0:
             parser.error(f"--{name} must be positive, got {getattr(args, name)}")
-    if not args.embedding_weight >= 0:
-        parser.error(f"--embedding_weight must be >= 0, got {args.embedding_weight}")
+    for name in ("embedding_weight", "energy_samples"):
+        if not getattr(args, name) >= 0:
+            parser.error(f"--{name} must be >= 0, got {getattr(args, name)}")
     if args.seeds is not None and len(set(args.seeds)) != len(args.seeds):
         parser.error(f"--seeds must differ from each other, got {args.seeds}")
     return args
@@ -240,6 +244,12 @@ def train_one(
     before = loop.evaluate_now()
     loop.run(batches.batch, f"sentence encoder, seed {args.seed}")
     model = loop.finish()
+    energy = None
+    if accelerator.is_main_process:
+        model.eval()
+        ids = [row[name] for row in data["validation"] for name in ("input_ids", "second_ids")]
+        sentences = Dataset.from_dict({"input_ids": ids})
+        energy = measure_energy(model, sentences, tokenizer, args.energy_samples, args.per_device_eval_batch_size)
     if accelerator.is_main_process and not args.skip_saving:
         model.save_pretrained(args.output_dir)
         tokenizer.save_pretrained(args.output_dir)
@@ -252,6 +262,7 @@ def train_one(
         "last_step": loop.step,
         "training_tokens": loop.tokens,
         "seconds": round(loop.seconds, 1),
+        "energy": energy,
         "log": loop.log,
     }
 

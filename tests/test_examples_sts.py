@@ -62,6 +62,8 @@ def test_trains_a_sentence_encoder(tmp_path, snn_bert, bert, pairs, tokenizer, t
             results["mean"]
         )
         assert run["last_step"] == 36
+        assert run["energy"]["sequences"] == 48 and 0 < run["energy"]["mean_firing_rate"] < 1
+        assert run["energy"]["picojoules"]["SNN-BERT"]["matrix_products"] > 0
     # Mean pooling is what SentenceTransformer takes by itself, so the saved folder gives the embeddings of the script.
     encoder = SentenceTransformer(str(tmp_path / "out" / "seed_1"), device="cpu")
     model = SNNBertModel.from_pretrained(tmp_path / "out" / "seed_1")
@@ -77,6 +79,8 @@ def test_a_bert_is_trained_alike(tmp_path, bert, pairs):
     run_script("run_sts_no_trainer", *arguments, "--output_dir", tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir() if path.is_file()] == ["results.json"]
     assert not list((tmp_path / "out").rglob("*.safetensors"))
+    (run,) = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
+    assert run["energy"] is None
 
 
 @pytest.mark.parametrize("labels", [(0, 1), ("not_entailment", "entailment"), ("other", "same")])
@@ -114,6 +118,7 @@ def test_best_threshold(pairs, wanted):
         pytest.param(["--max_score", 2.5], "scores must lie in [0, 2.5] (--max_score), train has 5.0", id="score"),
         pytest.param(["--max_score", 0], "--max_score must be positive", id="max-score"),
         pytest.param(["--embedding_weight", -1], "--embedding_weight must be >= 0", id="weight"),
+        pytest.param(["--energy_samples", -1], "--energy_samples must be >= 0", id="energy"),
         pytest.param(["--seeds", 1, 1], "must differ", id="seeds"),
     ],
 )
