@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoTokenizer, BertModel, PreTrainedModel
 from modeling_snn_bert import SNNBertModel
 from modeling_snn_bert.conversion import convert_bert
 from modeling_snn_bert.distillation import attention_loss, check_same_shape, hidden_state_loss
+from modeling_snn_bert.modeling_snn_bert import with_penalty
 
 RESULTS_FILE = "distillation_results.json"
 
@@ -41,8 +42,6 @@ def parse_args() -> argparse.Namespace:
     check_loop_arguments(parser, args)
     if args.attention_weight < 0:
         parser.error(f"--attention_weight must be >= 0, got {args.attention_weight}")
-    if args.student_name_or_path and args.config_overrides:
-        parser.error("--config_overrides is for a new student, not for --student_name_or_path")
     return args
 
 
@@ -76,20 +75,22 @@ def main() -> None:
             module.p = 0.0
     student.train()
 
-    def states_of(model: torch.nn.Module, batch: dict) -> tuple:
-        outputs = model(**batch, output_hidden_states=True, output_attentions=args.attention_weight > 0)
-        return outputs.hidden_states, outputs.attentions
+    # In several processes the model will be wrapped.
+    config = student.config
+    extras = {"output_hidden_states": True, "output_attentions": args.attention_weight > 0}
 
     def loss_of(model: torch.nn.Module, batch: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         with torch.no_grad():
-            wanted, wanted_attentions = states_of(teacher, batch)
-        states, attentions = states_of(model, batch)
-        loss = hidden_state_loss(states, wanted)
+            wanted = teacher(**batch, **extras)
+        outputs = model(**batch, **extras)
+        loss = hidden_state_loss(outputs.hidden_states, wanted.hidden_states)
         figures = {"hidden_state_loss": loss}
         if args.attention_weight:
-            figures["attention_loss"] = attention_loss(attentions, wanted_attentions)
+            figures["attention_loss"] = attention_loss(outputs.attentions, wanted.attentions)
             loss = loss + args.attention_weight * figures["attention_loss"]
-        return loss, figures
+        if outputs.firing_rate_penalty is not None:
+            figures["firing_rate_penalty"] = outputs.firing_rate_penalty
+        return with_penalty(loss, outputs, config), figures
 
     def evaluate(model: torch.nn.Module) -> dict[str, float]:
         return evaluate_states(accelerator, model, teacher, blocks, args.per_device_eval_batch_size)
@@ -128,13 +129,15 @@ def load_teacher(args: argparse.Namespace, path: str) -> BertModel:
 
 def make_student(args: argparse.Namespace, teacher: BertModel, blocks: TextBlocks) -> PreTrainedModel:
     """The SNN-BERT that training starts from; a checkpoint to resume from brings the weights later."""
+    settings = parse_overrides(args.config_overrides)
     if args.student_name_or_path:
         attention = teacher.config._attn_implementation
-        return SNNBertModel.from_pretrained(args.student_name_or_path, attn_implementation=attention).to(teacher.device)
+        student = SNNBertModel.from_pretrained(args.student_name_or_path, attn_implementation=attention, **settings)
+        return student.to(teacher.device)
     batches = calibration_batches(args, blocks)
     if args.resume_from_checkpoint is not None:
         batches = batches[:1]
-    return convert_bert(teacher, batches, args.firing_rate, **parse_overrides(args.config_overrides))
+    return convert_bert(teacher, batches, args.firing_rate, **settings)
 
 
 def evaluate_states(

@@ -173,11 +173,16 @@ def parse_overrides(text: str | None) -> dict[str, Any]:
         if name not in known or not value:
             raise ValueError(f"--config_overrides must be name=value,... of settings of SNNBertConfig, got {text!r}")
     config = SNNBertConfig()
+    # update_from_string takes the type from the default; a setting that is None by default is a number.
+    typed = [f"{name}={value}" for name, value in pairs if getattr(config, name) is not None]
     try:
-        config.update_from_string(text)
+        if typed:
+            config.update_from_string(",".join(typed))
+        numbers = {name: float(value) for name, value in pairs if getattr(config, name) is None}
     except (TypeError, ValueError) as error:
         raise ValueError(f"--config_overrides: {error}") from error
-    return {name: getattr(config, name) for name, _ in pairs}
+    numbers = {name: int(x) if x.is_integer() else x for name, x in numbers.items()}
+    return {name: numbers.get(name, getattr(config, name)) for name, _ in pairs}
 
 
 def load_data(args: DataArguments) -> tuple[Task, DatasetDict]:

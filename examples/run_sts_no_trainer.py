@@ -36,8 +36,10 @@ from glue_tasks import Task, load_task, score
 from pair_similarity import PAIR_LOSSES, SIMILARITIES, mean_embeddings
 from seeds import run_seeds, write_results
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import ModelOutput
 
 from modeling_snn_bert.distillation import hidden_state_loss
+from modeling_snn_bert.modeling_snn_bert import with_penalty
 
 PAIR_TASKS = ("stsb", "mrpc", "qqp", "rte")
 ALIKE = ("equivalent", "duplicate", "entailment")
@@ -182,9 +184,9 @@ def make_collate(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict]], B
     return collate
 
 
-def hidden_states(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """The last hidden states of all sentences, each read alone, `[2 * pairs, seq_len, hidden]`."""
-    return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+def read(model: torch.nn.Module, batch: Batch) -> ModelOutput:
+    """What the model makes of all sentences, each read alone: states are `[2 * pairs, seq_len, hidden]`."""
+    return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
 
 
 def teacher_error(states: torch.Tensor, wanted: torch.Tensor, mask: torch.Tensor, of_tokens: bool) -> torch.Tensor:
@@ -220,18 +222,24 @@ def train_one(
         steps = args.num_train_epochs * batches.per_epoch / args.gradient_accumulation_steps
         args.max_train_steps = max(1, math.ceil(steps))
 
+    # In several processes the model will be wrapped.
+    config = model.config
     similarity, pair_loss = SIMILARITIES[args.similarity], PAIR_LOSSES[args.pair_loss]
 
     def loss_of(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        mask = batch["attention_mask"]
-        states = hidden_states(model, batch)
-        loss = pair_loss(similarity(states, mask), batch["labels"])
-        if teacher is None:
-            return loss, {}
-        with torch.no_grad():
-            wanted = hidden_states(teacher, batch)
-        error = teacher_error(states, wanted, mask, of_tokens=args.similarity != "cosine")
-        return loss + args.embedding_weight * error, {"score_loss": loss, "embedding_loss": error}
+        mask, outputs = batch["attention_mask"], read(model, batch)
+        figures = {"score_loss": pair_loss(similarity(outputs.last_hidden_state, mask), batch["labels"])}
+        loss = figures["score_loss"]
+        if teacher is not None:
+            with torch.no_grad():
+                wanted = read(teacher, batch).last_hidden_state
+            of_tokens = args.similarity != "cosine"
+            figures["embedding_loss"] = teacher_error(outputs.last_hidden_state, wanted, mask, of_tokens)
+            loss = loss + args.embedding_weight * figures["embedding_loss"]
+        # A BERT has no such penalty.
+        if getattr(outputs, "firing_rate_penalty", None) is not None:
+            loss = with_penalty(loss, outputs, config)
+        return loss, figures
 
     def evaluate(model: torch.nn.Module) -> dict[str, float]:
         found = {
@@ -277,7 +285,7 @@ def similarities(
     for start in starts[accelerator.process_index :: accelerator.num_processes]:
         batch = collate([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
         batch = {name: x.to(accelerator.device) for name, x in batch.items()}
-        alike = SIMILARITIES[args.similarity](hidden_states(model, batch), batch["attention_mask"])
+        alike = SIMILARITIES[args.similarity](read(model, batch).last_hidden_state, batch["attention_mask"])
         found += zip(alike.tolist(), batch["labels"].tolist(), strict=True)
     return gather_object(found)
 

@@ -212,6 +212,21 @@ def test_distillation_goes_on_from_a_student(tmp_path, bert, text_file):
     assert second["eval_loss"] == pytest.approx(first["eval_loss"], rel=1e-3)
 
 
+def test_distillation_towards_a_firing_rate(tmp_path, bert, text_file):
+    """A target in the configuration, of a student to go on from as well, is part of the loss and stays in it."""
+    arguments = ["--model_name_or_path", bert, "--train_file", text_file, *COMMON, "--calibration_tokens", 256]
+    arguments += ["--learning_rate", 1e-3, "--logging_steps", 1]
+    run_script("distill_bert", *arguments, "--max_train_steps", 10, "--output_dir", tmp_path / "first")
+    quiet = ["--student_name_or_path", tmp_path / "first", "--config_overrides", "firing_rate_target=0.1"]
+    run_script("distill_bert", *arguments, *quiet, "--max_train_steps", 30, "--output_dir", tmp_path / "quiet")
+    first, report = results(tmp_path / "first", "distillation"), results(tmp_path / "quiet", "distillation")
+    assert 0.05 < report["evaluation"]["eval_firing_rate"] < 0.7 * first["evaluation"]["eval_firing_rate"]
+    penalties = [entry["firing_rate_penalty"] for entry in report["log"] if "firing_rate_penalty" in entry]
+    assert len(penalties) == 30 and penalties[-1] < 0.1 * penalties[0]
+    assert not any("firing_rate_penalty" in entry for entry in first["log"])
+    assert SNNBertModel.from_pretrained(tmp_path / "quiet").config.firing_rate_target == 0.1
+
+
 def test_bfloat16(tmp_path, bert, text_file):
     """Autocast is on in training and for the dev figure, and the weights that are kept stay float32."""
     arguments = ["--model_name_or_path", bert, "--train_file", text_file, *COMMON, "--calibration_tokens", 256]

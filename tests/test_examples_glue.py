@@ -11,7 +11,7 @@ import pytest
 import torch
 from augmentation import WordReplacement
 from example_scripts import EXAMPLES, interrupt_after, refused, run_script
-from glue_models import ModelArguments, Teacher
+from glue_models import ModelArguments, Teacher, parse_overrides
 from glue_tasks import METRICS_FROM, TASKS, load_task, score
 from safetensors.torch import load_file
 from small_bert import write_bert
@@ -26,6 +26,16 @@ def bert(tmp_path_factory, tokenizer):
     torch.manual_seed(0)
     write_bert(folder, tokenizer, BertModel, max_position_embeddings=64)
     return folder
+
+
+def test_overrides_have_the_types_of_the_configuration():
+    text = "decay=0.1,reset_iterations=0,bidirectional=False,spike_type=ternary,firing_rate_target=0.1,psn_length=64"
+    wanted = {"decay": 0.1, "reset_iterations": 0, "bidirectional": False, "spike_type": "ternary"}
+    wanted |= {"firing_rate_target": 0.1, "psn_length": 64}
+    found = parse_overrides(text)
+    assert found == wanted and all(type(found[name]) is type(value) for name, value in wanted.items())
+    assert parse_overrides("firing_rate_target=0.2") == {"firing_rate_target": 0.2}
+    assert parse_overrides(None) == {}
 
 
 def write_glue(folder, task, rows=40):
@@ -306,6 +316,7 @@ def test_trainer(tmp_path, bert):
     [
         pytest.param(["--config_overrides", "decays=0.1"], "must be name=value", id="override"),
         pytest.param(["--config_overrides", "decay=much"], "--config_overrides", id="override-type"),
+        pytest.param(["--config_overrides", "firing_rate_target=low"], "--config_overrides", id="override-number"),
         pytest.param(["--logit_weight", 2], "--logit_weight must lie in", id="weight"),
         pytest.param(["--hidden_weight", 1], "--hidden_weight needs --teacher_name_or_path", id="no-teacher"),
         pytest.param(["--augment_probability", 1.5], "--augment_probability must lie in", id="augment"),

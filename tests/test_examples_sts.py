@@ -74,6 +74,21 @@ def test_trains_a_sentence_encoder(tmp_path, snn_bert, bert, pairs, tokenizer, t
         torch.testing.assert_close(encoder.encode(texts, convert_to_tensor=True), embeddings)
 
 
+def test_a_firing_rate_target_counts(tmp_path, snn_bert, pairs, tokenizer):
+    """It is that of the configuration, as in the other scripts."""
+    model = SNNBertModel.from_pretrained(snn_bert)
+    model.config.firing_rate_target = 0.05
+    model.save_pretrained(tmp_path / "quiet")
+    tokenizer.save_pretrained(tmp_path / "quiet")
+    rates = []
+    for start in (snn_bert, tmp_path / "quiet"):
+        arguments = [*pairs, "--model_name_or_path", start, "--max_train_steps", 12, "--learning_rate", 1e-3]
+        run_script("run_sts_no_trainer", *arguments, "--output_dir", tmp_path / f"out-{len(rates)}")
+        (run,) = json.loads((tmp_path / f"out-{len(rates)}" / "results.json").read_text())["runs"]
+        rates.append(run["energy"]["mean_firing_rate"])
+    assert 0.01 < rates[1] < 0.7 * rates[0]
+
+
 def test_a_bert_is_trained_alike(tmp_path, bert, pairs):
     arguments = [*pairs, "--model_name_or_path", bert, "--max_train_steps", 1, "--skip_saving"]
     run_script("run_sts_no_trainer", *arguments, "--output_dir", tmp_path / "out")
