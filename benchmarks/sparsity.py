@@ -3,13 +3,13 @@
     python benchmarks/sparsity.py                                        film reviews, all-MiniLM-L6-v2
     python benchmarks/sparsity.py --train_file t.tsv --validation_file v.tsv --targets none 0.1 0.05
 
-A BERT is fine-tuned, and for every target the distilled SNN-BERT is fine-tuned with the BERT as its teacher and the
-target in its configuration, on the same batches each time, as in examples/quickstart.py. With `--convert`, or another
-BERT, each target's model is the BERT converted with that firing rate and distilled briefly; `none` is converted with
-that example's firing rate, and has no target. Then it is scored on held-out sentences, its operations are counted
-there, and it is timed on a batch of them in its dense and in its event-driven form. Of the event-driven forms with
-rounded weights the labels are counted that differ from those of the dense model, and of the dense model with the same
-rounded weights. Writes sparsity.json and sparsity.png.
+A BERT is fine-tuned, and for every target the distilled SNN-BERT (or another, `--student_name_or_path`) is fine-tuned
+with the BERT as its teacher and the target in its configuration, on the same batches each time, as in
+examples/quickstart.py. With `--convert`, or another BERT alone, each target's model is the BERT converted with that
+firing rate and distilled briefly; `none` is converted with that example's firing rate, and has no target. Then it is
+scored on held-out sentences, its operations are counted there, and it is timed on a batch of them in its dense and in
+its event-driven form. Of the event-driven forms with rounded weights the labels are counted that differ from those of
+the dense model, and of the dense model with the same rounded weights. Writes sparsity.json and sparsity.png.
 """
 
 import argparse
@@ -55,6 +55,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--text_column", default="sentence")
     parser.add_argument("--label_column", default="label")
     parser.add_argument("--convert", action="store_true", help="convert the fine-tuned BERT, whichever it is")
+    parser.add_argument(
+        "--student_name_or_path",
+        help="start from this SNN-BERT, as from one that was distilled with a target",
+    )
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), help="firing rates in (0, 1), or `none`")
     parser.add_argument("--firing_rate_weight", type=float, default=1.0)
     parser.add_argument("--firing_rate", type=float, default=0.2, help="at calibration, where there is no target")
@@ -74,10 +78,12 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", type=Path, default=DEFAULT_OUTPUT)
     # What the loader of the example also looks at.
-    parser.set_defaults(dataset_name=None, dataset_config_name=None, student_name_or_path=None)
+    parser.set_defaults(dataset_name=None, dataset_config_name=None)
     args = parser.parse_args(arguments)
     if (args.train_file is None) != (args.validation_file is None):
         parser.error("--train_file and --validation_file must be given together")
+    if args.convert and args.student_name_or_path:
+        parser.error("give either --convert or --student_name_or_path")
     for name in ("steps", "batch_size", "max_length", "threads", "repeats"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be >= 1, got {getattr(args, name)}")

@@ -40,6 +40,7 @@ def test_quick_run(tmp_path):
         (["--targets", "2"], "--targets must be `none` or lie in (0, 1), got '2'"),
         (["--targets", "low"], "got 'low'"),
         (["--train_file", "x.csv"], "must be given together"),
+        (["--convert", "--student_name_or_path", "x"], "give either --convert or --student_name_or_path"),
         (["--steps", "0"], "--steps must be >= 1, got 0"),
     ],
 )
