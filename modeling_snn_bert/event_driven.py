@@ -40,7 +40,7 @@ from .event_kernels import (
     not_spikes,
 )
 from .modeling_snn_bert import SNNBertLayer
-from .packed_spikes import unpack
+from .packed_spikes import pack, unpack
 from .spiking_neurons import BPSN
 
 logger = logging.get_logger(__name__)
@@ -559,7 +559,11 @@ def crossover_rate(inputs: int, outputs: int, weight_dtype: str, on_kernels: boo
 
 @functools.cache
 def _measure_crossover(inputs: int, outputs: int, weight_dtype: str, on_kernels: bool, threads: int) -> float:
-    """Timed on random weights and spikes; the time of the event-driven product is a line over the rate."""
+    """Timed on random weights and spikes; the time of the event-driven product is a line over the rate.
+
+    With kernels as a whole layer runs: the lists are there in either case, since their length is the rate, and for a
+    dense product the packed spikes are widened.
+    """
     with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad():
         linear = nn.Linear(inputs, outputs)
         product = EventDrivenProduct(weight_dtype, 1.0, SharedLists(False, on_kernels), nn.Linear)
@@ -569,8 +573,19 @@ def _measure_crossover(inputs: int, outputs: int, weight_dtype: str, on_kernels:
         # A view is a new tensor object, so the lists are made again.
         return product.run(linear, spikes.view_as(spikes))
 
-    calls = [functools.partial(by_events, spikes) for spikes in batches]
-    calls.append(functools.partial(product.run_dense, linear, batches[0]))
+    def dense_of_packed(packed: torch.Tensor) -> torch.Tensor:
+        return product.run_dense(linear, unpack(packed, inputs, torch.float32))
+
+    calls: list[Callable[[], torch.Tensor]] = []
+    for spikes in batches:
+        if on_kernels:
+            calls.append(functools.partial(event_linear, list_float_spikes(spikes, False), product.blocked(linear)))
+        else:
+            calls.append(functools.partial(by_events, spikes))
+    if on_kernels:
+        calls.append(functools.partial(dense_of_packed, pack(batches[0], False)))
+    else:
+        calls.append(functools.partial(product.run_dense, linear, batches[0]))
     best = [float("inf")] * len(calls)
     with torch.no_grad():
         # In turns, so that whatever else runs on the machine for a while hits all of them.
