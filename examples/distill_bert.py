@@ -22,7 +22,6 @@ from transformers import AutoConfig, AutoTokenizer, BertModel, PreTrainedModel
 from modeling_snn_bert import SNNBertModel
 from modeling_snn_bert.conversion import convert_bert
 from modeling_snn_bert.distillation import attention_loss, check_same_shape, hidden_state_loss
-from modeling_snn_bert.modeling_snn_bert import with_penalty
 
 RESULTS_FILE = "distillation_results.json"
 
@@ -90,7 +89,8 @@ def main() -> None:
             loss = loss + args.attention_weight * figures["attention_loss"]
         if outputs.firing_rate_penalty is not None:
             figures["firing_rate_penalty"] = outputs.firing_rate_penalty
-        return with_penalty(loss, outputs, config), figures
+            loss = loss + config.firing_rate_weight * outputs.firing_rate_penalty
+        return loss, figures
 
     def evaluate(model: torch.nn.Module) -> dict[str, float]:
         return evaluate_states(accelerator, model, teacher, blocks, args.per_device_eval_batch_size)

@@ -52,7 +52,8 @@ def _token_cosines(
     first, second = functional.normalize(states.float(), dim=-1).chunk(2)
     with torch.autocast(states.device.type, enabled=False):
         cosines = first @ second.transpose(1, 2)
-    return cosines, *(attention_mask != 0).chunk(2)
+    first_valid, second_valid = (attention_mask != 0).chunk(2)
+    return cosines, first_valid, second_valid
 
 
 def _best_match(cosines: torch.Tensor, rows_valid: torch.Tensor, columns_valid: torch.Tensor) -> torch.Tensor:

@@ -39,7 +39,6 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, 
 from transformers.utils import ModelOutput
 
 from modeling_snn_bert.distillation import hidden_state_loss
-from modeling_snn_bert.modeling_snn_bert import with_penalty
 
 PAIR_TASKS = ("stsb", "mrpc", "qqp", "rte")
 ALIKE = ("equivalent", "duplicate", "entailment")
@@ -238,7 +237,7 @@ def train_one(
             loss = loss + args.embedding_weight * figures["embedding_loss"]
         # A BERT has no such penalty.
         if getattr(outputs, "firing_rate_penalty", None) is not None:
-            loss = with_penalty(loss, outputs, config)
+            loss = loss + config.firing_rate_weight * outputs.firing_rate_penalty
         return loss, figures
 
     def evaluate(model: torch.nn.Module) -> dict[str, float]:
