@@ -106,7 +106,7 @@ def test_quickstart_refuses_a_student_of_another_shape(tmp_path, bert, make_conf
     SNNBertModel(make_config(vocab_size=len(tokenizer), num_hidden_layers=1)).save_pretrained(tmp_path / "student")
     arguments = ["--model_name_or_path", bert, *write_rows(tmp_path, "csv"), *SHORT]
     result = run("quickstart.py", *arguments, "--student_name_or_path", tmp_path / "student", check=False)
-    assert result.returncode and "must have the num_hidden_layers of the BERT, 2; it has 1" in result.stderr
+    assert result.returncode and "must have the num_hidden_layers of its teacher, 2; it has 1" in result.stderr
 
 
 def test_quickstart_names_a_missing_column(tmp_path, bert):
