@@ -95,16 +95,17 @@ def main() -> None:
         raise SystemExit(str(error)) from error
     with accelerator.main_process_first():
         data = tokenize(rows, task, tokenizer, args)
+    flags = flags_of(args)
     runs = run_seeds(
         accelerator,
         args,
         args.seeds if args.seeds is not None else [args.seed],
-        flags_of(args),
+        flags,
         lambda run_args: train_one(accelerator, run_args, task, data, tokenizer, teacher),
     )
     if accelerator.is_main_process:
         name = f"{task.name} as a sentence encoder"
-        write_results(args.output_dir, task, runs, data, flags_of(args), accelerator.device, name)
+        write_results(args.output_dir, task, runs, data, flags, accelerator.device, name)
 
 
 def load_pairs(args: argparse.Namespace) -> tuple[Task, DatasetDict]:

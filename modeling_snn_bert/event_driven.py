@@ -569,23 +569,19 @@ def _measure_crossover(inputs: int, outputs: int, weight_dtype: str, on_kernels:
         product = EventDrivenProduct(weight_dtype, 1.0, SharedLists(False, on_kernels), nn.Linear)
         batches = [(torch.rand(CROSSOVER_TOKENS, inputs) < rate).float() for rate in CROSSOVER_RATES]
 
-    def by_events(spikes: torch.Tensor) -> torch.Tensor:
-        # A view is a new tensor object, so the lists are made again.
-        return product.run(linear, spikes.view_as(spikes))
-
-    def dense_of_packed(packed: torch.Tensor) -> torch.Tensor:
-        return product.run_dense(linear, unpack(packed, inputs, torch.float32))
-
-    calls: list[Callable[[], torch.Tensor]] = []
-    for spikes in batches:
-        if on_kernels:
-            calls.append(functools.partial(event_linear, list_float_spikes(spikes, False), product.blocked(linear)))
-        else:
-            calls.append(functools.partial(by_events, spikes))
+    calls: list[Callable[[], torch.Tensor]]
     if on_kernels:
-        calls.append(functools.partial(dense_of_packed, pack(batches[0], False)))
+        lists, packed = [list_float_spikes(spikes, False) for spikes in batches], pack(batches[0], False)
+        calls = [functools.partial(event_linear, x, product.blocked(linear)) for x in lists]
+        calls.append(lambda: product.run_dense(linear, unpack(packed, inputs, torch.float32)))
     else:
-        calls.append(functools.partial(product.run_dense, linear, batches[0]))
+
+        def by_events(spikes: torch.Tensor) -> torch.Tensor:
+            # A view is a new tensor object, so the lists are made again.
+            return product.run(linear, spikes.view_as(spikes))
+
+        calls = [functools.partial(by_events, spikes) for spikes in batches]
+        calls.append(lambda: product.run_dense(linear, batches[0]))
     best = [float("inf")] * len(calls)
     with torch.no_grad():
         # In turns, so that whatever else runs on the machine for a while hits all of them.

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from small_bert import write_bert
 from transformers import (
     AutoTokenizer,
     BertConfig,
@@ -39,18 +40,8 @@ def snn_bert():
 @pytest.fixture
 def bert(tokenizer, tmp_path):
     """A folder with a small BERT classifier; beside it stands texts.txt."""
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=48,
-        max_position_embeddings=64,
-        initializer_range=0.1,
-        id2label={0: "dull", 1: "joy"},
-    )
-    BertForSequenceClassification(config).save_pretrained(tmp_path / "bert")
-    tokenizer.save_pretrained(tmp_path / "bert")
+    settings = {"intermediate_size": 48, "max_position_embeddings": 64, "id2label": {0: "dull", 1: "joy"}}
+    write_bert(tmp_path / "bert", tokenizer, BertForSequenceClassification, **settings)
     return tmp_path / "bert"
 
 
