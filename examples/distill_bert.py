@@ -124,15 +124,15 @@ def load_teacher(args: argparse.Namespace, path: str) -> BertModel:
         )
     # Only the eager attention can return its weights.
     attention = "eager" if args.attention_weight else "sdpa"
-    return BertModel.from_pretrained(path, attn_implementation=attention).eval().requires_grad_(False)
+    return BertModel.from_pretrained(path, attn_implementation=attention, dtype=torch.float32).eval().requires_grad_(False)
 
 
 def make_student(args: argparse.Namespace, teacher: BertModel, blocks: TextBlocks) -> PreTrainedModel:
     """The SNN-BERT that training starts from; a checkpoint to resume from brings the weights later."""
     settings = parse_overrides(args.config_overrides)
     if args.student_name_or_path:
-        attention = teacher.config._attn_implementation
-        student = SNNBertModel.from_pretrained(args.student_name_or_path, attn_implementation=attention, **settings)
+        settings |= {"attn_implementation": teacher.config._attn_implementation, "dtype": torch.float32}
+        student = SNNBertModel.from_pretrained(args.student_name_or_path, **settings)
         return student.to(teacher.device)
     batches = calibration_batches(args, blocks)
     if args.resume_from_checkpoint is not None:

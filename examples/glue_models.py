@@ -266,6 +266,7 @@ def load_model(
         "id2label": dict(enumerate(task.labels)) if task.labels else {0: "score"},
         "label2id": {name: index for index, name in enumerate(task.labels or ("score",))},
         "problem_type": "regression" if task.is_regression else "single_label_classification",
+        "dtype": torch.float32,  # a checkpoint in half precision is trained in full
     }
     if config.model_type == SNNBertConfig.model_type:
         if args.convert:
@@ -317,7 +318,7 @@ class Teacher:
     ) -> None:
         assert args.teacher_name_or_path is not None
         model = BertForSequenceClassification.from_pretrained(
-            args.teacher_name_or_path, attn_implementation=args.attn_implementation()
+            args.teacher_name_or_path, attn_implementation=args.attn_implementation(), dtype=torch.float32
         )
         if model.config.num_labels != (len(task.labels) or 1):
             raise ValueError(

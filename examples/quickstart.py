@@ -127,6 +127,7 @@ def main() -> None:
         num_labels=len(label_names),
         id2label=dict(enumerate(label_names)),
         label2id={name: index for index, name in enumerate(label_names)},
+        dtype=torch.float32,
     )
     if type(bert) is not BertForSequenceClassification:
         raise SystemExit(f"--model_name_or_path must be a BERT, {model_path} is a {type(bert).__name__}")
@@ -191,7 +192,7 @@ def make_student(
     if args.convert:
         return convert_bert(bert, [next(batches) for _ in range(12)], args.firing_rate, **NO_DROPOUT)
     if args.student_name_or_path:
-        encoder = SNNBertModel.from_pretrained(args.student_name_or_path)
+        encoder = SNNBertModel.from_pretrained(args.student_name_or_path, dtype=torch.float32)
     else:
         encoder, _ = unpack()
     try:

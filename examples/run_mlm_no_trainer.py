@@ -123,11 +123,12 @@ def make_model(
 ) -> SNNBertForMaskedLM:
     """The masked LM that training starts from."""
     if args.convert:
-        bert = BertForMaskedLM.from_pretrained(args.model_name_or_path).to(device)
+        bert = BertForMaskedLM.from_pretrained(args.model_name_or_path, dtype=torch.float32).to(device)
         settings = parse_overrides(args.config_overrides)
         return convert_bert(bert, calibration_batches(args, blocks), args.firing_rate, **settings)
     if args.model_name_or_path:
-        return SNNBertForMaskedLM.from_pretrained(args.model_name_or_path, config=config).to(device)
+        weights = {"config": config, "dtype": torch.float32}
+        return SNNBertForMaskedLM.from_pretrained(args.model_name_or_path, **weights).to(device)
     return SNNBertForMaskedLM(config).to(device)
 
 

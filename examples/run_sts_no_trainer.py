@@ -145,7 +145,7 @@ def load_teacher(
     widths = [AutoConfig.from_pretrained(x).hidden_size for x in (args.teacher_name_or_path, args.model_name_or_path)]
     if widths[0] != widths[1]:
         raise ValueError(f"the teacher's hidden_size must be the model's, {widths[1]}; it is {widths[0]}")
-    return AutoModel.from_pretrained(args.teacher_name_or_path).to(device).eval().requires_grad_(False)
+    return AutoModel.from_pretrained(args.teacher_name_or_path, dtype=torch.float32).to(device).eval().requires_grad_(False)
 
 
 def tokenize(
@@ -209,7 +209,8 @@ def train_one(
     """Train with one seed; what the results say of it."""
     set_seed(args.seed)
     collate = make_collate(tokenizer)
-    model = AutoModel.from_pretrained(args.model_name_or_path, **NO_DROPOUT).to(accelerator.device).train()
+    model = AutoModel.from_pretrained(args.model_name_or_path, dtype=torch.float32, **NO_DROPOUT)
+    model = model.to(accelerator.device).train()
     batches = RowBatches(
         data["train"],
         collate,

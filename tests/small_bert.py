@@ -1,8 +1,10 @@
-"""The small random BERT that the tests of the scripts and of the documentation start from."""
+"""The small random BERT, and its copy in half precision, that the tests of scripts and documentation start from."""
 
 from pathlib import Path
 
-from transformers import BertConfig, BertPreTrainedModel
+import torch
+import transformers
+from transformers import AutoConfig, BertConfig, BertPreTrainedModel
 
 
 def write_bert(folder: Path, tokenizer, model_class: type[BertPreTrainedModel], **settings) -> None:
@@ -10,4 +12,11 @@ def write_bert(folder: Path, tokenizer, model_class: type[BertPreTrainedModel], 
     small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
     config = BertConfig(vocab_size=len(tokenizer), **{**small, "initializer_range": 0.1, **settings})
     model_class(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def write_half_precision(folder: Path, source: Path, tokenizer) -> None:
+    """Write a copy of the model in `source` in float16, as many on the Hub are."""
+    model_class = getattr(transformers, AutoConfig.from_pretrained(source).architectures[0])
+    model_class.from_pretrained(source, dtype=torch.float16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

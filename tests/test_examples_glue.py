@@ -14,7 +14,7 @@ from example_scripts import EXAMPLES, interrupt_after, refused, run_script
 from glue_models import ModelArguments, Teacher, parse_overrides
 from glue_tasks import METRICS_FROM, TASKS, load_task, score
 from safetensors.torch import load_file
-from small_bert import write_bert
+from small_bert import write_bert, write_half_precision
 from transformers import BertModel
 
 from modeling_snn_bert import SNNBertConfig, SNNBertForSequenceClassification
@@ -180,6 +180,26 @@ def test_no_trainer(tmp_path, bert):
     assert run["energy"]["picojoules"]["SNN-BERT"]["matrix_products"] > 0
     config = json.loads((output / "seed_1" / "config.json").read_text())
     assert config["id2label"] == {"0": "negative", "1": "positive"}
+
+
+def test_half_precision_checkpoints(tmp_path, bert, tokenizer):
+    """Model and teacher from the Hub are often in half precision; they are trained in float32 all the same."""
+    glue = write_glue(tmp_path / "glue", "sst2")
+    write_half_precision(tmp_path / "half", bert, tokenizer)
+    common = [*BASE, "--data_dir", glue, "--mixed_precision", "bf16", "--max_train_steps", 2]
+    run_script(
+        "run_glue_no_trainer", *common, "--model_name_or_path", tmp_path / "half", "--output_dir", tmp_path / "teacher"
+    )
+    write_half_precision(tmp_path / "half_teacher", tmp_path / "teacher" / "seed_0", tokenizer)
+    run_script(
+        "run_glue_no_trainer",
+        *[*common, "--model_name_or_path", tmp_path / "half", "--convert"],
+        *["--teacher_name_or_path", tmp_path / "half_teacher", "--hidden_weight", 1, "--output_dir", tmp_path / "out"],
+    )
+    for folder in ("teacher", "out"):
+        weights = load_file(tmp_path / folder / "seed_0" / "model.safetensors")
+        assert all(value.dtype == torch.float32 for value in weights.values())
+    assert 0 < read(tmp_path / "out")["runs"][0]["energy"]["mean_firing_rate"] < 1
 
 
 @pytest.mark.slow

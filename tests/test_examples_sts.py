@@ -9,7 +9,7 @@ from example_scripts import refused, run_script
 from pair_similarity import mean_embeddings
 from run_sts_no_trainer import best_threshold
 from sentence_transformers import SentenceTransformer
-from small_bert import write_bert
+from small_bert import write_bert, write_half_precision
 from transformers import BertConfig, BertModel
 
 from modeling_snn_bert import SNNBertModel
@@ -50,7 +50,9 @@ def pairs(tmp_path):
 
 
 def test_trains_a_sentence_encoder(tmp_path, snn_bert, bert, pairs, tokenizer, texts):
-    arguments = [*pairs, "--model_name_or_path", snn_bert, "--teacher_name_or_path", bert, "--embedding_weight", 0.01]
+    write_half_precision(tmp_path / "half", bert, tokenizer)
+    arguments = [*pairs, "--model_name_or_path", snn_bert, "--teacher_name_or_path", tmp_path / "half"]
+    arguments += ["--embedding_weight", 0.01]
     arguments += ["--learning_rate", 3e-3, "--num_train_epochs", 12, "--per_device_train_batch_size", 16]
     run_script("run_sts_no_trainer", *arguments, "--seeds", 1, 2, "--output_dir", tmp_path / "out")
     results = json.loads((tmp_path / "out" / "results.json").read_text())
