@@ -544,13 +544,14 @@ INLINE void *take(char *memory, size_t *used, size_t bytes) {
     return taken;
 }
 
-/* The scratch space of one thread, or with no memory its size only, in `used`. */
-INLINE struct scratch divide(const struct neuron *p, int64_t tokens, char *memory, size_t *used) {
+/* The scratch space of one thread, or with no memory its size only, in `used`. Forward, nobody reads `later` once there
+ * is a potential, and the less there is to keep in the cache the better. */
+INLINE struct scratch divide(const struct neuron *p, int64_t tokens, int backward, char *memory, size_t *used) {
     const size_t window = sizeof(vector) * MAX_VECTORS * (size_t)tokens;
     const size_t vectors = (size_t)(p->groups * group_vectors(p));
     struct scratch s;
     s.later = take(memory, used, window);
-    s.potential = take(memory, used, window);
+    s.potential = backward ? take(memory, used, window) : s.later;
     s.partial = take(memory, used, window);
     s.received = take(memory, used, p->reset_iterations > 1 ? window : 0);
     s.grad_weight = take(memory, used, sizeof(vector) * (size_t)tokens);
@@ -570,7 +571,7 @@ static int run(const struct neuron *p, int backward, int32_t threads) {
         if (touched > tokens) tokens = touched;
     }
     size_t bytes = 0;
-    divide(p, tokens, NULL, &bytes);
+    divide(p, tokens, backward, NULL, &bytes);
     int failed = 0;
     if (threads > items) threads = (int32_t)items;
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -582,7 +583,7 @@ static int run(const struct neuron *p, int backward, int32_t threads) {
             failed = 1;
         }
         size_t used = 0;
-        const struct scratch s = divide(p, tokens, memory, &used);
+        const struct scratch s = divide(p, tokens, backward, memory, &used);
         const int64_t last = items * (thread + 1) / threads;
         for (int64_t k = items * thread / threads, next; memory && k < last; k = next) {
             const struct plan plan = plan_group(p, k % p->groups);

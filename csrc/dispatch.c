@@ -40,6 +40,11 @@ EXPORT int64_t list_packed_spikes(const struct spike_lists *p, const uint8_t *pa
            list_packed_spikes_plain(p, packed, threads))
 }
 
+EXPORT int64_t count_packed_spikes(const uint8_t *packed, int64_t bytes, int32_t threads) {
+    CHOOSE(count_packed_spikes_v4(packed, bytes, threads), count_packed_spikes_v3(packed, bytes, threads),
+           count_packed_spikes_plain(packed, bytes, threads))
+}
+
 EXPORT int64_t list_packed_columns(const struct spike_lists *p, const uint8_t *packed, int32_t threads) {
     CHOOSE(list_packed_columns_v4(p, packed, threads), list_packed_columns_v3(p, packed, threads),
            list_packed_columns_plain(p, packed, threads))

@@ -13,7 +13,15 @@ enum { VECTOR_BYTES = 32 };
 enum { VECTOR_BYTES = 16 };
 #endif
 
-enum weight_type { FLOAT32, BFLOAT16, INT8 };
+/* Whether the compiler and the system know AMX; has_spike_tiles() says whether the processor does. */
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11
+#define HAVE_SPIKE_TILES 1
+#else
+#define HAVE_SPIKE_TILES 0
+#endif
+
+/* INT8_TILES: int8 weights in the layout of spike_tiles.c. */
+enum weight_type { FLOAT32, BFLOAT16, INT8, INT8_TILES };
 
 /* Spikes as lists: list k of row r starts at indices[(k * rows + r) * stride] and has counts[k * rows + r] entries.
  * `stride` is at least inputs + LIST_SLACK, and inputs are at most 65536. */
@@ -23,6 +31,9 @@ struct spike_lists {
     int32_t lists; /* 1, or 2 for ternary spikes: the second one holds the spikes of -1 */
     uint16_t *indices;
     int32_t *counts;
+    /* [lists, rows, bytes of inputs], bit k of byte i is input 8 i + k: what INT8_TILES reads in place of the lists, and
+     * what list_float_spikes writes beside them; or NULL. */
+    uint8_t *packed;
 };
 
 struct product {
@@ -57,9 +68,18 @@ INLINE int64_t append_positions(uint16_t *list, int64_t n, unsigned bits, int64_
     return n + __builtin_popcount(bits);
 }
 
+/* Sums over one block of 64 columns for `rows` <= SPIKE_TILE_ROWS rows from `first` on, [SPIKE_TILE_ROWS, 64]; between
+ * a begin and an end, in which the thread's tiles are set up. */
+enum { SPIKE_TILE_ROWS = 32 };
+int32_t has_spike_tiles(void);
+void begin_spike_tiles(void);
+void spike_tile_sums(const struct spike_lists *p, const void *block, int64_t first, int64_t rows, int32_t *sums);
+void end_spike_tiles(void);
+
 #define DECLARE_EVENT_DRIVEN(level)                                                                                    \
     int64_t list_float_spikes_##level(const struct spike_lists *p, const float *spikes, int32_t threads);              \
     int64_t list_packed_spikes_##level(const struct spike_lists *p, const uint8_t *packed, int32_t threads);           \
+    int64_t count_packed_spikes_##level(const uint8_t *packed, int64_t bytes, int32_t threads);                        \
     int64_t list_packed_columns_##level(const struct spike_lists *p, const uint8_t *packed, int32_t threads);          \
     int event_linear_##level(const struct spike_lists *p, const struct product *q, int32_t threads);                   \
     int event_linear_bpsn_##level(const struct spike_lists *p, const struct product *q, const struct neuron *all,      \

@@ -8,6 +8,8 @@
  * the last block filled up with zeros. A block stays in the L2 cache while a tile of rows passes over it, and an
  * active input costs one cache line of int8 weights or two of the others.
  *
+ * INT8_TILES are products of another kind, from packed spikes; spike_tiles.c has them.
+ *
  * Sums of int8 weights run in 16 bits for at most 256 inputs at a time and go on in 32 bits: they are exact. A
  * bfloat16 weight is widened to float32 before it is added. */
 #include "event_driven.h"
@@ -31,10 +33,13 @@ INLINE unsigned pack8(const uint8_t *flags) {
     return (unsigned)((bytes * 0x0102040810204080u) >> 56);
 }
 
-/* The lists of one row of float spikes. Returns their length, and counts in `invalid` the entries that are no spikes. */
+/* The lists of one row of float spikes, and its packed form unless p->packed is NULL. Returns their length, and counts
+ * in `invalid` the entries that are no spikes. */
 static int64_t list_float_row(const struct spike_lists *p, const float *spikes, int64_t row, int64_t *invalid) {
     enum { CHUNK = 64 };
     uint16_t *up = p->indices + row * p->stride, *down = up + p->rows * p->stride;
+    const int64_t bytes = (p->inputs + 7) / 8;
+    uint8_t *packed = p->packed ? p->packed + row * bytes : NULL;
     int64_t n_up = 0, n_down = 0;
     for (int64_t first = 0; first < p->inputs; first += CHUNK) {
         const int64_t size = p->inputs - first < CHUNK ? p->inputs - first : CHUNK;
@@ -51,10 +56,13 @@ static int64_t list_float_row(const struct spike_lists *p, const float *spikes, 
             wrong += (x[k] != 0.0f) & (x[k] != 1.0f);
         }
         for (int k = 0; k < CHUNK; k += 8) n_up = append_positions(up, n_up, pack8(is_up + k), first + k);
+        for (int k = 0; packed && k < size; k += 8) packed[(first + k) / 8] = (uint8_t)pack8(is_up + k);
         if (p->lists == 2) {
             int32_t downs = 0;
             for (int k = 0; k < CHUNK; k++) downs += is_down[k] = x[k] == -1.0f;
             for (int k = 0; k < CHUNK; k += 8) n_down = append_positions(down, n_down, pack8(is_down + k), first + k);
+            for (int k = 0; packed && k < size; k += 8)
+                packed[p->rows * bytes + (first + k) / 8] = (uint8_t)pack8(is_down + k);
             wrong -= downs;
         }
         *invalid += wrong;
@@ -70,6 +78,24 @@ int64_t LEVEL(list_float_spikes)(const struct spike_lists *p, const float *spike
 #pragma omp parallel for num_threads(threads) reduction(+ : listed, invalid) schedule(static) if (threads > 1)
     for (int64_t row = 0; row < p->rows; row++) listed += list_float_row(p, spikes, row, &invalid);
     return invalid ? -1 : listed;
+}
+
+/* How many bits are set. */
+int64_t LEVEL(count_packed_spikes)(const uint8_t *packed, int64_t bytes, int32_t threads) {
+    enum { CHUNK = 4096 };
+    int64_t count = 0;
+#pragma omp parallel for num_threads(threads) reduction(+ : count) schedule(static) if (threads > 1)
+    for (int64_t chunk = 0; chunk < bytes; chunk += CHUNK) {
+        const int64_t end = bytes - chunk < CHUNK ? bytes : chunk + CHUNK;
+        int64_t k = chunk;
+        for (; k + 8 <= end; k += 8) {
+            uint64_t bits;
+            memcpy(&bits, packed + k, 8);
+            count += __builtin_popcountll(bits);
+        }
+        for (; k < end; k++) count += __builtin_popcount(packed[k]);
+    }
+    return count;
 }
 
 static int64_t list_packed_row(const struct spike_lists *p, const uint8_t *packed, int64_t row) {
@@ -191,7 +217,11 @@ INLINE void add_float32(const uint16_t *list, int64_t n, const uint8_t *block, i
 
 INLINE int columns_per_block(int32_t weight_type) { return weight_type == FLOAT32 ? 32 : 64; }
 
-INLINE int64_t row_bytes(int32_t weight_type) { return weight_type == INT8 ? INT8_BYTES : FLOAT_BYTES; }
+/* Bytes of the weights of one block. Tiles have their inputs filled up to whole steps of 64. */
+INLINE int64_t block_bytes(int64_t inputs, int32_t weight_type) {
+    if (weight_type == INT8_TILES) return (inputs + 63) / 64 * 64 * INT8_BYTES;
+    return inputs * (weight_type == INT8 ? INT8_BYTES : FLOAT_BYTES);
+}
 
 INLINE void add_list(const struct spike_lists *p, int list, int64_t row, const uint8_t *block, int32_t weight_type,
                      f32_vector *sums) {
@@ -209,14 +239,28 @@ INLINE void typed_block_sums(const struct spike_lists *p, const struct product *
                              int32_t weight_type) {
     const int columns = columns_per_block(weight_type), vectors = columns / LANES;
     const int64_t column = number * columns;
-    const uint8_t *block = (const uint8_t *)q->weight + number * p->inputs * row_bytes(weight_type);
+    const uint8_t *block = (const uint8_t *)q->weight + number * block_bytes(p->inputs, weight_type);
+#if HAVE_SPIKE_TILES
+    int32_t tile_sums[SPIKE_TILE_ROWS * MAX_COLUMNS] __attribute__((aligned(64)));
+    if (weight_type == INT8_TILES) begin_spike_tiles();
+#endif
     /* Of a block that is only partly there the last columns pass through a buffer. */
     const int whole = width == columns;
     loose_vector buffer[MAX_COLUMNS / LANES] = {{0}};
     for (int64_t row = first; row < last; row++, result += stride) {
         f32_vector sums[MAX_COLUMNS / LANES] = {{0}};
-        add_list(p, 0, row, block, weight_type, sums);
-        if (p->lists == 2) add_list(p, 1, row, block, weight_type, sums);
+#if HAVE_SPIKE_TILES
+        if (weight_type == INT8_TILES) {
+            const int64_t at = (row - first) % SPIKE_TILE_ROWS, left = last - row;
+            if (at == 0)
+                spike_tile_sums(p, block, row, left < SPIKE_TILE_ROWS ? left : SPIKE_TILE_ROWS, tile_sums);
+            memcpy(sums, tile_sums + at * MAX_COLUMNS, sizeof(sums));
+        } else
+#endif
+        {
+            add_list(p, 0, row, block, weight_type, sums);
+            if (p->lists == 2) add_list(p, 1, row, block, weight_type, sums);
+        }
         const loose_vector *addends = buffer;
         loose_vector *to = whole ? (loose_vector *)result : buffer;
         if (addend) {
@@ -227,7 +271,7 @@ INLINE void typed_block_sums(const struct spike_lists *p, const struct product *
 #pragma GCC unroll 16
         for (int v = 0; v < vectors; v++) {
             f32_vector sum = sums[v];
-            if (weight_type == INT8)
+            if (weight_type == INT8 || weight_type == INT8_TILES)
                 sum = __builtin_convertvector((i32_vector)sum, f32_vector) *
                       ((const loose_vector *)(q->scale + column))[v];
             if (q->bias) sum += ((const loose_vector *)(q->bias + column))[v];
@@ -236,6 +280,9 @@ INLINE void typed_block_sums(const struct spike_lists *p, const struct product *
         }
         if (!whole) memcpy(result, buffer, sizeof(float) * (size_t)width);
     }
+#if HAVE_SPIKE_TILES
+    if (weight_type == INT8_TILES) end_spike_tiles();
+#endif
 }
 
 /* Rows [first, last) of one block of columns, [rows, width] with `stride` numbers from row to row. */
@@ -244,6 +291,8 @@ INLINE void block_sums(const struct spike_lists *p, const struct product *q, int
     if (q->weight_type == INT8) typed_block_sums(p, q, number, first, last, addend, result, stride, width, INT8);
     else if (q->weight_type == BFLOAT16)
         typed_block_sums(p, q, number, first, last, addend, result, stride, width, BFLOAT16);
+    else if (q->weight_type == INT8_TILES)
+        typed_block_sums(p, q, number, first, last, addend, result, stride, width, INT8_TILES);
     else typed_block_sums(p, q, number, first, last, addend, result, stride, width, FLOAT32);
 }
 

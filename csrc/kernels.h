@@ -22,7 +22,7 @@
 #endif
 
 /* Also in modeling_snn_bert/cpu_kernels.py, which refuses a library of another version. */
-enum { KERNELS_VERSION = 3 };
+enum { KERNELS_VERSION = 4 };
 
 #define INLINE static inline __attribute__((always_inline))
 #define EXPORT __attribute__((visibility("default")))

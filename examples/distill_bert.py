@@ -124,7 +124,9 @@ def load_teacher(args: argparse.Namespace, path: str) -> BertModel:
         )
     # Only the eager attention can return its weights.
     attention = "eager" if args.attention_weight else "sdpa"
-    return BertModel.from_pretrained(path, attn_implementation=attention, dtype=torch.float32).eval().requires_grad_(False)
+    return (
+        BertModel.from_pretrained(path, attn_implementation=attention, dtype=torch.float32).eval().requires_grad_(False)
+    )
 
 
 def make_student(args: argparse.Namespace, teacher: BertModel, blocks: TextBlocks) -> PreTrainedModel:

@@ -145,7 +145,12 @@ def load_teacher(
     widths = [AutoConfig.from_pretrained(x).hidden_size for x in (args.teacher_name_or_path, args.model_name_or_path)]
     if widths[0] != widths[1]:
         raise ValueError(f"the teacher's hidden_size must be the model's, {widths[1]}; it is {widths[0]}")
-    return AutoModel.from_pretrained(args.teacher_name_or_path, dtype=torch.float32).to(device).eval().requires_grad_(False)
+    return (
+        AutoModel.from_pretrained(args.teacher_name_or_path, dtype=torch.float32)
+        .to(device)
+        .eval()
+        .requires_grad_(False)
+    )
 
 
 def tokenize(

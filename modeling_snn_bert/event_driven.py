@@ -6,6 +6,9 @@ products are computed changes. With the compiled kernels a whole layer runs from
 take and give single bits, and a projection's currents meet their neuron in the cache. Without them the products run on
 `torch.nn.functional.embedding_bag` and its int8 relative.
 
+A processor with AMX multiplies whole tiles of spikes and int8 weights faster than it adds up the weights of those that
+fire, but at the lowest rates. There int8 products are dense, and give the very same sums.
+
 Weights are rounded to `weight_dtype`; spikes are exact in each. int8 is symmetric with a scale per output channel, and
 its sums are exact integers. Where a product meets more spikes than the measured rate at which a dense product becomes
 the faster one, the dense one runs, with the same rounded weights.
@@ -28,6 +31,7 @@ from .event_kernels import (
     WEIGHT_TYPES,
     BlockedWeights,
     NeuronParameters,
+    PackedSpikes,
     SpikeLists,
     attention_spikes,
     block_weights,
@@ -35,9 +39,10 @@ from .event_kernels import (
     fits_blocks,
     linear_neuron_spikes,
     list_float_spikes,
-    list_packed_spikes,
     neuron_spikes,
     not_spikes,
+    tile_weights,
+    tiles_available,
 )
 from .modeling_snn_bert import SNNBertLayer
 from .packed_spikes import pack, unpack
@@ -103,7 +108,9 @@ def event_driven(model: Model, weight_dtype: str = "float32", *, dense_above: fl
         layer.__class__ = EventDrivenLayer
         cast(EventDrivenLayer, layer).event_driven = state_of_layer
     path = "compiled kernels" if on_kernels else "torch's embedding_bag (no compiled kernels)"
-    logger.info(f"event-driven inference on {path}, {weight_dtype} weights, dense above the rates {dense_rates(model)}")
+    on_tiles = " on AMX" if on_kernels and weight_dtype == "int8" and tiles_available() else ""
+    rates = dense_rates(model)
+    logger.info(f"event-driven inference on {path}, {weight_dtype} weights, dense{on_tiles} above the rates {rates}")
     return model
 
 
@@ -296,15 +303,35 @@ class EventDrivenProduct:
         bias = None if linear.bias is None else linear.bias.detach()
         return self._layout("blocked", linear, lambda w, scale: block_weights(w, scale, bias, self.weight_dtype))
 
+    def tiled(self, linear: nn.Linear) -> BlockedWeights | None:
+        """The int8 weights for dense products on AMX, where there is that."""
+        if self.weight_dtype != "int8" or not self.shared.on_kernels or not tiles_available():
+            return None
+        bias = None if linear.bias is None else linear.bias.detach()
+        return self._layout("tiled", linear, lambda w, scale: tile_weights(w, cast(torch.Tensor, scale), bias))
+
+    def runs_by_events(self, spikes: SpikeLists | PackedSpikes | Bags) -> bool:
+        """Whether that is the faster product at the firing rate of `spikes`."""
+        return self.dense_above >= 1 or (self.dense_above > 0 and spikes.firing_rate <= self.dense_above)
+
+    def kernel_operands(
+        self, linear: nn.Linear, spikes: PackedSpikes
+    ) -> tuple[SpikeLists | PackedSpikes, BlockedWeights | None]:
+        """Spikes and weights as the faster kernel takes them; no weights where torch's dense product is faster."""
+        if self.runs_by_events(spikes):
+            return spikes.lists, self.blocked(linear)
+        return spikes, self.tiled(linear)
+
     def run(self, linear: nn.Linear, spikes: torch.Tensor) -> torch.Tensor:
         """`[..., outputs]` in float32 from `spikes`, `[..., inputs]`, by whichever product is faster at their rate."""
         lists = self.shared.of(spikes)
-        if lists.firing_rate > self.dense_above:
-            result = self.run_dense(linear, spikes.flatten(0, -2))
-        elif isinstance(lists, Bags):
-            result = self._run_bags(linear, lists)
+        if isinstance(lists, Bags):
+            by_events = self.runs_by_events(lists)
+            result = self._run_bags(linear, lists) if by_events else self.run_dense(linear, spikes.flatten(0, -2))
         else:
-            result = event_linear(lists, self.blocked(linear))
+            weights = self.blocked(linear) if self.runs_by_events(lists) else self.tiled(linear)
+            rows = spikes.flatten(0, -2)
+            result = self.run_dense(linear, rows) if weights is None else event_linear(lists, weights)
         return result.unflatten(0, spikes.shape[:-1])
 
     def run_dense(self, linear: nn.Linear, spikes: torch.Tensor) -> torch.Tensor:
@@ -505,47 +532,45 @@ class EventDrivenLayer(SNNBertLayer):
         neuron = {name: self.event_driven.neuron(name, cast(BPSN, module)) for name, module, _ in self._parts()}
 
         spikes = neuron_spikes(states, mask, neuron["input"])
-        lists = list_packed_spikes(spikes)
+        shared = PackedSpikes(spikes)
         query, key, value = (
-            self._spikes_behind(linear, spikes, lists, mask, neuron[name])
+            self._spikes_behind(linear, shared, mask, neuron[name])
             for name, linear in (("query", attention.query), ("key", attention.key), ("value", attention.value))
         )
         gain, offset = attention.query_gain.detach(), attention.query_offset.detach()
         spikes = attention_spikes(query, key, value, gain, offset, attention.scaling, mask, neuron["context"])
-        states = after.LayerNorm(self._add_product(after.dense, spikes, list_packed_spikes(spikes), states))
+        states = after.LayerNorm(self._add_product(after.dense, PackedSpikes(spikes), states))
 
         spikes = neuron_spikes(states, mask, neuron["mlp_input"])
-        lists = list_packed_spikes(spikes)
-        spikes = self._spikes_behind(self.intermediate.dense, spikes, lists, mask, neuron["mlp_hidden"])
-        return self.output.LayerNorm(self._add_product(self.output.dense, spikes, list_packed_spikes(spikes), states))
+        spikes = self._spikes_behind(self.intermediate.dense, PackedSpikes(spikes), mask, neuron["mlp_hidden"])
+        return self.output.LayerNorm(self._add_product(self.output.dense, PackedSpikes(spikes), states))
 
     def _spikes_behind(
         self,
         linear: nn.Linear,
-        spikes: torch.Tensor,
-        lists: SpikeLists,
+        spikes: PackedSpikes,
         mask: torch.Tensor | None,
         neuron: NeuronParameters,
     ) -> torch.Tensor:
-        """Packed spikes of `neuron` behind `linear`, from packed spikes and their lists."""
+        """Packed spikes of `neuron` behind `linear`."""
         product = cast(EventDrivenLinear, linear).product
-        if lists.firing_rate <= product.dense_above:
-            weights = product.blocked(linear)
-            if fits_blocks(product.weight_dtype, linear.out_features, neuron.groups):
-                return linear_neuron_spikes(lists, weights, spikes.shape[1], mask, neuron)
-            current = event_linear(lists, weights)
+        batch, tokens = spikes.packed.shape[1:3]
+        inputs, weights = product.kernel_operands(linear, spikes)
+        if weights is None:
+            current = product.run_dense(linear, _floats(spikes.packed))
+        elif fits_blocks(weights.layout, linear.out_features, neuron.groups):
+            return linear_neuron_spikes(inputs, weights, batch, mask, neuron)
         else:
-            current = product.run_dense(linear, _floats(spikes))
-        return neuron_spikes(current.view(*spikes.shape[1:3], -1), mask, neuron)
+            current = event_linear(inputs, weights)
+        return neuron_spikes(current.view(batch, tokens, -1), mask, neuron)
 
-    def _add_product(
-        self, linear: nn.Linear, spikes: torch.Tensor, lists: SpikeLists, states: torch.Tensor
-    ) -> torch.Tensor:
-        """`states` plus the product of packed spikes."""
+    def _add_product(self, linear: nn.Linear, spikes: PackedSpikes, states: torch.Tensor) -> torch.Tensor:
+        """`states` plus the product of `spikes`."""
         product = cast(EventDrivenLinear, linear).product
-        if lists.firing_rate <= product.dense_above:
-            return event_linear(lists, product.blocked(linear), states).view_as(states)
-        return states + product.run_dense(linear, _floats(spikes)).view_as(states)
+        inputs, weights = product.kernel_operands(linear, spikes)
+        if weights is None:
+            return states + product.run_dense(linear, _floats(spikes.packed)).view_as(states)
+        return event_linear(inputs, weights, states).view_as(states)
 
 
 def _floats(packed: torch.Tensor) -> torch.Tensor:
@@ -561,19 +586,29 @@ def crossover_rate(inputs: int, outputs: int, weight_dtype: str, on_kernels: boo
 def _measure_crossover(inputs: int, outputs: int, weight_dtype: str, on_kernels: bool, threads: int) -> float:
     """Timed on random weights and spikes; the time of the event-driven product is a line over the rate.
 
-    With kernels as a whole layer runs: the lists are there in either case, since their length is the rate, and for a
-    dense product the packed spikes are widened.
+    With kernels as a whole layer runs: by events the packed spikes are listed first, and for a dense product they are
+    widened, which tiles do by themselves.
     """
     with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad():
+        # Packed spikes come in whole bytes.
+        inputs += -inputs % 8
         linear = nn.Linear(inputs, outputs)
         product = EventDrivenProduct(weight_dtype, 1.0, SharedLists(False, on_kernels), nn.Linear)
         batches = [(torch.rand(CROSSOVER_TOKENS, inputs) < rate).float() for rate in CROSSOVER_RATES]
 
     calls: list[Callable[[], torch.Tensor]]
     if on_kernels:
-        lists, packed = [list_float_spikes(spikes, False) for spikes in batches], pack(batches[0], False)
-        calls = [functools.partial(event_linear, x, product.blocked(linear)) for x in lists]
-        calls.append(lambda: product.run_dense(linear, unpack(packed, inputs, torch.float32)))
+        packed = [pack(spikes, False)[:, None] for spikes in batches]
+
+        def on_kernels_by_events(packed: torch.Tensor) -> torch.Tensor:
+            return event_linear(PackedSpikes(packed).lists, product.blocked(linear))
+
+        def on_kernels_dense(packed: torch.Tensor) -> torch.Tensor:
+            spikes, weights = PackedSpikes(packed), product.tiled(linear)
+            return product.run_dense(linear, _floats(packed)) if weights is None else event_linear(spikes, weights)
+
+        calls = [functools.partial(on_kernels_by_events, x) for x in packed]
+        calls.append(functools.partial(on_kernels_dense, packed[0]))
     else:
 
         def by_events(spikes: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ are `[signs, batch, seq_len, channels / 8]` as in `packed_spikes`.
 """
 
 import ctypes
+import functools
 from typing import NamedTuple
 
 import torch
@@ -13,9 +14,14 @@ from torch import nn
 from .cpu_kernels import _LIBRARY, _Neuron
 
 WEIGHT_TYPES = {"float32": 0, "bfloat16": 1, "int8": 2}
+# The layouts of weights: one for the events of each type, and one of int8 for dense products on tiles.
+TILES = "int8_tiles"
+LAYOUTS = {**WEIGHT_TYPES, TILES: 3}
 # Output columns of a block, of which an input's weights fill one cache line of int8 or two of the others; the kernels
 # keep such a block in the cache.
-COLUMNS = {"float32": 32, "bfloat16": 64, "int8": 64}
+COLUMNS = {"float32": 32, "bfloat16": 64, "int8": 64, TILES: 64}
+# A tile of weights is so many inputs of so many columns.
+TILE_INPUTS, TILE_COLUMNS = 64, 16
 # A view may start anywhere, where the kernels want a cache line.
 BLOCK_ALIGNMENT = 64
 LIST_SLACK = 64
@@ -30,7 +36,7 @@ class _SpikeLists(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("rows", "inputs", "stride")),
         ("lists", ctypes.c_int32),
-        *((name, ctypes.c_void_p) for name in ("indices", "counts")),
+        *((name, ctypes.c_void_p) for name in ("indices", "counts", "packed")),
     ]
 
 
@@ -56,11 +62,10 @@ class _Attention(ctypes.Structure):
 
 
 class SpikeLists(NamedTuple):
-    """The active inputs of each row, and how many there are in all. `struct` points into the two tensors."""
+    """The active inputs of each row, and how many there are in all. `struct` points into the tensors."""
 
     struct: _SpikeLists
-    indices: torch.Tensor
-    counts: torch.Tensor
+    tensors: tuple[torch.Tensor, ...]
     spikes: int
 
     @property
@@ -69,10 +74,30 @@ class SpikeLists(NamedTuple):
         return self.spikes / (self.struct.rows * self.struct.inputs)
 
 
-class BlockedWeights(NamedTuple):
-    """The weights `[outputs, inputs]` of a product in the layout of the kernels, with what belongs to them."""
+class PackedSpikes:
+    """Packed spikes `[signs, batch, seq_len, channels / 8]`, a row per token; counted and listed if that is needed."""
 
-    weight_dtype: str
+    def __init__(self, packed: torch.Tensor) -> None:
+        self.packed = packed
+        rows, inputs = packed[0, ..., 0].numel(), 8 * packed.shape[-1]
+        self.struct = _SpikeLists(rows, inputs, 0, len(packed), None, None, packed.data_ptr())
+
+    @functools.cached_property
+    def firing_rate(self) -> float:
+        """Share of the inputs that fire."""
+        packed = ctypes.c_void_p(self.packed.data_ptr()), ctypes.c_int64(self.packed.numel())
+        return _kernel("count_packed_spikes")(*packed, _threads()) / (self.struct.rows * self.struct.inputs)
+
+    @functools.cached_property
+    def lists(self) -> SpikeLists:
+        """The lists of the rows."""
+        return list_packed_spikes(self.packed)
+
+
+class BlockedWeights(NamedTuple):
+    """The weights `[outputs, inputs]` of a product in one of the `LAYOUTS`, with what belongs to them."""
+
+    layout: str
     outputs: int
     blocks: torch.Tensor
     scale: torch.Tensor | None
@@ -92,9 +117,15 @@ class NeuronParameters(NamedTuple):
     ternary: bool
 
 
+@functools.cache
+def tiles_available() -> bool:
+    """Whether this processor has AMX, with the compiled kernels for it."""
+    return _LIBRARY is not None and bool(_LIBRARY.has_spike_tiles())
+
+
 def _kernel(name: str):
     kernel = getattr(_LIBRARY, name)
-    if name.startswith("list_"):
+    if name.startswith(("list_", "count_")):
         kernel.restype = ctypes.c_int64
     return kernel
 
@@ -127,33 +158,58 @@ def block_weights(
         fours = weight.view(-1, 4, columns // 4, inputs).to(torch.int16)
         fours[:, ::2] += 128
         blocks = fours.to(torch.uint8).permute(0, 3, 2, 1)
+    return _blocked(weight_dtype, outputs, blocks, filling, scale, bias)
+
+
+def tile_weights(weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> BlockedWeights:
+    """The layout of csrc/spike_tiles.c from int8 weights `[outputs, inputs]`."""
+    outputs, inputs = weight.shape
+    filling = -outputs % COLUMNS[TILES]
+    weight = nn.functional.pad(weight, (0, -inputs % TILE_INPUTS, 0, filling))
+    # [groups of columns, 16 columns, steps, 16 rows of a tile, 4 inputs]
+    tiles = weight.view(-1, TILE_COLUMNS, weight.shape[1] // TILE_INPUTS, TILE_INPUTS // 4, 4)
+    return _blocked(TILES, outputs, tiles.permute(0, 2, 3, 1, 4), filling, scale, bias)
+
+
+def _blocked(
+    layout: str,
+    outputs: int,
+    blocks: torch.Tensor,
+    filling: int,
+    scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> BlockedWeights:
+    """`blocks` in memory as the kernels want them, with `scale` and `bias` of the columns filled up too."""
     blocks = blocks.contiguous()
     if blocks.data_ptr() % BLOCK_ALIGNMENT:
         blocks = blocks.clone()
     filled = [None if x is None else nn.functional.pad(x.float(), (0, filling)) for x in (scale, bias)]
-    return BlockedWeights(weight_dtype, outputs, blocks, *filled)
+    return BlockedWeights(layout, outputs, blocks, *filled)
 
 
 def _empty_lists(rows: int, inputs: int, ternary: bool) -> tuple[_SpikeLists, torch.Tensor, torch.Tensor]:
     lists, stride = 1 + ternary, inputs + LIST_SLACK
     indices = torch.empty(lists * rows * stride, dtype=torch.int16)
     counts = torch.empty(lists * rows, dtype=torch.int32)
-    return _SpikeLists(rows, inputs, stride, lists, indices.data_ptr(), counts.data_ptr()), indices, counts
+    return _SpikeLists(rows, inputs, stride, lists, indices.data_ptr(), counts.data_ptr(), None), indices, counts
 
 
 def list_float_spikes(spikes: torch.Tensor, ternary: bool) -> SpikeLists:
-    """Lists of the rows of `spikes`, `[rows, inputs]`.
+    """Lists of the rows of `spikes`, `[rows, inputs]`, with the packed spikes for products on tiles, if there are any.
 
     Raises:
         ValueError: if an entry is not 0 or 1 (or, with `ternary`, -1).
     """
     spikes = spikes.float().contiguous()
     rows, inputs = spikes.shape
-    struct, indices, counts = _empty_lists(rows, inputs, ternary)
+    struct, *tensors = _empty_lists(rows, inputs, ternary)
+    if tiles_available():
+        tensors.append(torch.empty(1 + ternary, rows, (inputs + 7) // 8, dtype=torch.uint8))
+        struct.packed = tensors[-1].data_ptr()
     listed = _kernel("list_float_spikes")(ctypes.byref(struct), ctypes.c_void_p(spikes.data_ptr()), _threads())
     if listed < 0:
         raise not_spikes(ternary)
-    return SpikeLists(struct, indices, counts, listed)
+    return SpikeLists(struct, tuple(tensors), listed)
 
 
 def not_spikes(ternary: bool) -> ValueError:
@@ -170,7 +226,7 @@ def list_packed_spikes(packed: torch.Tensor) -> SpikeLists:
     signs, tokens, width = len(packed), packed[0, ..., 0].numel(), packed.shape[-1]
     struct, indices, counts = _empty_lists(tokens, 8 * width, signs == 2)
     listed = _kernel("list_packed_spikes")(ctypes.byref(struct), ctypes.c_void_p(packed.data_ptr()), _threads())
-    return SpikeLists(struct, indices, counts, listed)
+    return SpikeLists(struct, (indices, counts), listed)
 
 
 def list_packed_columns(packed: torch.Tensor) -> SpikeLists:
@@ -178,13 +234,13 @@ def list_packed_columns(packed: torch.Tensor) -> SpikeLists:
     signs, tokens, width = len(packed), packed[0, ..., 0].numel(), packed.shape[-1]
     struct, indices, counts = _empty_lists(8 * width, tokens, signs == 2)
     listed = _kernel("list_packed_columns")(ctypes.byref(struct), ctypes.c_void_p(packed.data_ptr()), _threads())
-    return SpikeLists(struct, indices, counts, listed)
+    return SpikeLists(struct, (indices, counts), listed)
 
 
 def _product(weights: BlockedWeights, addend: torch.Tensor | None, result: torch.Tensor | None) -> _Product:
     return _Product(
         weights.outputs,
-        WEIGHT_TYPES[weights.weight_dtype],
+        LAYOUTS[weights.layout],
         weights.blocks.data_ptr(),
         _pointer(weights.scale),
         _pointer(weights.bias),
@@ -193,11 +249,16 @@ def _product(weights: BlockedWeights, addend: torch.Tensor | None, result: torch
     )
 
 
-def event_linear(lists: SpikeLists, weights: BlockedWeights, addend: torch.Tensor | None = None) -> torch.Tensor:
-    """`[rows, outputs]`: for each row the sum of the weights of its active inputs, plus bias and `addend`."""
-    result = torch.empty(lists.struct.rows, weights.outputs)
+def event_linear(
+    spikes: SpikeLists | PackedSpikes, weights: BlockedWeights, addend: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`[rows, outputs]`: for each row the sum of the weights of its active inputs, plus bias and `addend`.
+
+    Products by events take lists, those on tiles packed spikes, or lists of floats, which have them as well.
+    """
+    result = torch.empty(spikes.struct.rows, weights.outputs)
     product = _product(weights, addend, result)
-    _kernel("event_linear")(ctypes.byref(lists.struct), ctypes.byref(product), _threads())
+    _kernel("event_linear")(ctypes.byref(spikes.struct), ctypes.byref(product), _threads())
     return result
 
 
@@ -245,19 +306,26 @@ def neuron_spikes(current: torch.Tensor, mask: torch.Tensor | None, neuron: Neur
 
 
 def linear_neuron_spikes(
-    lists: SpikeLists, weights: BlockedWeights, batch: int, mask: torch.Tensor | None, neuron: NeuronParameters
+    spikes: SpikeLists | PackedSpikes,
+    weights: BlockedWeights,
+    batch: int,
+    mask: torch.Tensor | None,
+    neuron: NeuronParameters,
 ) -> torch.Tensor:
-    """Packed spikes of a neuron behind a product; the currents between them never leave the cache."""
-    tokens = lists.struct.rows // batch
+    """Packed spikes of a neuron behind a product, from `spikes` as `event_linear` takes them.
+
+    The currents between them never leave the cache.
+    """
+    tokens = spikes.struct.rows // batch
     packed = _empty_packed(neuron, batch, tokens, weights.outputs)
     behind = _neuron(neuron, (batch, tokens, weights.outputs), mask, None, packed)
-    _call("event_linear_bpsn", lists.struct, _product(weights, None, None), behind)
+    _call("event_linear_bpsn", spikes.struct, _product(weights, None, None), behind)
     return packed
 
 
-def fits_blocks(weight_dtype: str, outputs: int, groups: int) -> bool:
+def fits_blocks(layout: str, outputs: int, groups: int) -> bool:
     """Whether `linear_neuron_spikes` can do a product of this size: blocks and channel groups must fit."""
-    columns, width = COLUMNS[weight_dtype], outputs // groups
+    columns, width = COLUMNS[layout], outputs // groups
     return width % 8 == 0 and (columns % width == 0 or width % columns == 0)
 
 

@@ -116,11 +116,20 @@ static void run_neurons(int level, int64_t tokens, int64_t width, int ternary, i
 
 /* Columns of a block, and bytes of an input's weights in it. */
 static int columns_of(int32_t weight_type) { return weight_type == FLOAT32 ? 32 : 64; }
-static int64_t bytes_of(int32_t weight_type) { return weight_type == INT8 ? 64 : 128; }
+static int64_t bytes_of(int32_t weight_type) { return weight_type >= INT8 ? 64 : 128; }
+/* Tiles hold whole steps of 64 inputs. */
+static int64_t stored_inputs(int64_t inputs, int32_t weight_type) {
+    return weight_type == INT8_TILES ? (inputs + 63) / 64 * 64 : inputs;
+}
 
 static float weight_at(const struct product *q, const struct spike_lists *lists, int64_t input, int64_t output) {
     const int columns = columns_of(q->weight_type);
-    const int64_t block = output / columns, c = output % columns;
+    const int64_t block = output / columns, c = output % columns, stored = stored_inputs(lists->inputs, q->weight_type);
+    if (q->weight_type == INT8_TILES) {
+        const int64_t tile = (block * 4 + c / 16) * (stored / 64) + input / 64;
+        const int8_t *at = (const int8_t *)q->weight + tile * 1024 + input % 64 / 4 * 64 + c % 16 * 4 + input % 4;
+        return q->scale[output] * (float)*at;
+    }
     const uint8_t *row = (const uint8_t *)q->weight + (block * lists->inputs + input) * bytes_of(q->weight_type);
     if (q->weight_type == FLOAT32) return ((const float *)row)[c];
     if (q->weight_type == INT8) {
@@ -137,7 +146,7 @@ static float weight_at(const struct product *q, const struct spike_lists *lists,
 }
 
 static void fill_weights(void *memory, int64_t bytes, int32_t weight_type) {
-    for (int64_t k = 0; weight_type == INT8 && k < bytes; k++) ((uint8_t *)memory)[k] = (uint8_t)(256 * uniform());
+    for (int64_t k = 0; weight_type >= INT8 && k < bytes; k++) ((uint8_t *)memory)[k] = (uint8_t)(256 * uniform());
     for (int64_t k = 0; weight_type == FLOAT32 && k < bytes / 4; k++) ((float *)memory)[k] = (float)uniform() - 0.5f;
     for (int64_t k = 0; weight_type == BFLOAT16 && k < bytes / 2; k++) {
         const float value = (float)uniform() - 0.5f;
@@ -152,20 +161,24 @@ static void run_products(int level, int64_t tokens, int64_t inputs, int64_t grou
     const int64_t batch = 2, rows = batch * tokens, outputs = groups * width;
     const int columns = columns_of(weight_type);
     const int64_t blocks = (outputs + columns - 1) / columns, stride = inputs + LIST_SLACK;
-    const int64_t bytes = blocks * inputs * bytes_of(weight_type);
+    const int64_t bytes = blocks * stored_inputs(inputs, weight_type) * bytes_of(weight_type);
     uint8_t *packed = packed_spikes(rows * inputs / 8, ternary);
     float *spikes = get(sizeof(float) * (size_t)(rows * inputs));
     for (int64_t k = 0; k < rows * inputs; k++)
         spikes[k] = (float)((packed[k / 8] >> k % 8 & 1) -
                             (ternary ? packed[rows * inputs / 8 + k / 8] >> k % 8 & 1 : 0));
     struct spike_lists lists = {rows, inputs, stride, 1 + ternary, get(2 * (size_t)((1 + ternary) * rows * stride)),
-                                get(4 * (size_t)((1 + ternary) * rows))};
+                                get(4 * (size_t)((1 + ternary) * rows)),
+                                get((size_t)((1 + ternary) * rows * inputs / 8))};
     struct product q = {.outputs = outputs, .weight_type = weight_type, .weight = get((size_t)bytes),
                         .scale = floats(blocks * columns, 0.001, 0.01), .bias = floats(blocks * columns, -1, 1),
                         .addend = floats(rows * outputs, -1, 1), .result = get(sizeof(float) * (size_t)(rows * outputs))};
     fill_weights((void *)q.weight, bytes, weight_type);
     const int64_t listed = CALL(list_float_spikes, &lists, spikes, threads);
+    if (memcmp(lists.packed, packed, (size_t)((1 + ternary) * rows * inputs / 8))) fail("packed otherwise", rows);
     if (listed != CALL(list_packed_spikes, &lists, packed, threads)) fail("the lists differ in length", listed);
+    if (listed != CALL(count_packed_spikes, packed, (1 + ternary) * rows * inputs / 8, threads))
+        fail("the count differs from the lists", listed);
     spikes_seen += listed;
     struct spike_lists turned = {inputs, rows, rows, 1 + ternary, get(2 * (size_t)((1 + ternary) * inputs * rows)),
                                   get(4 * (size_t)((1 + ternary) * inputs))};
@@ -194,6 +207,7 @@ static void run_products(int level, int64_t tokens, int64_t inputs, int64_t grou
     free(spikes);
     free(lists.indices);
     free(lists.counts);
+    free(lists.packed);
     free((void *)q.weight);
     free((void *)q.scale);
     free((void *)q.bias);
@@ -239,6 +253,10 @@ int main(void) {
             for (int k = 0; k < 4; k++) run_neurons(level, 1300, WIDTHS[k], ternary, k, k % 2, 0.3, 1 + k % 2);
             run_attention(level, 3, 512, ternary, 1, 1);
             run_products(level, 2, 1024, 2, 128, INT8, ternary, 2);
+            if (level < 4 || !has_spike_tiles()) continue;
+            for (int64_t tokens = 1; tokens <= 49; tokens += 8)
+                for (int k = 0; k < 5; k++)
+                    run_products(level, tokens, 8 * (1 + 7 * k), 3, WIDTHS[k], INT8_TILES, ternary, 1 + k % 2);
         }
     }
     if (!spikes_seen) fail("no spike was ever seen", 0);

@@ -26,12 +26,15 @@ from modeling_snn_bert.event_driven import (
     round_products,
     round_weights,
 )
+from modeling_snn_bert.event_kernels import PackedSpikes, tiles_available
+from modeling_snn_bert.packed_spikes import pack
 
 KERNELS_MISSING = "no compiled kernels: installed without a C compiler, or SNN_BERT_CPU_KERNELS=0 is set"
 PATHS = [
     pytest.param(True, id="kernels", marks=pytest.mark.skipif(not cpu_kernels.available(), reason=KERNELS_MISSING)),
     pytest.param(False, id="torch"),
 ]
+needs_tiles = pytest.mark.skipif(not tiles_available(), reason="no AMX in this processor, or no kernels for it")
 WEIGHT_DTYPES = ["float32", "bfloat16", "int8"]
 # Shapes whose blocks hold whole groups, and (24 channels a group) whose blocks do not.
 SHAPES = {
@@ -135,10 +138,11 @@ class TestProduct:
         torch.testing.assert_close(got.double(), wanted, rtol=0, atol=max(tolerance, 1e-5))
 
     @pytest.mark.parametrize("kernels", PATHS)
-    def test_int8_sums_are_exact_at_the_extremes(self, kernels):
+    @pytest.mark.parametrize("dense_above", [1.0, 0.0], ids=["events", "dense"])
+    def test_int8_sums_are_exact_at_the_extremes(self, kernels, dense_above):
         # 3,000 weights of 127 overflow 16 bits many times over.
         for sign in (1, -1):
-            linear = self.layer(3000, 130, "int8", kernels, bias=False)
+            linear = self.layer(3000, 130, "int8", kernels, bias=False, dense_above=dense_above)
             with torch.no_grad():
                 linear.weight.fill_(sign * 127.0)
                 linear.weight[:, 1::2] *= -1
@@ -156,6 +160,33 @@ class TestProduct:
         with torch.no_grad():
             tolerance = 2e-2 if weight_dtype == "bfloat16" and not kernels else 1e-5
             torch.testing.assert_close(above(spikes), events(spikes), rtol=0, atol=tolerance)
+
+    @needs_tiles
+    @pytest.mark.parametrize("rows", [1, 16, 17, 33, 200])
+    @pytest.mark.parametrize("inputs, outputs", [(7, 5), (64, 64), (65, 33), (72, 130), (768, 200), (3000, 129)])
+    @pytest.mark.parametrize("ternary", [False, True])
+    def test_tiles_give_the_very_sums_of_events(self, rows, inputs, outputs, ternary):
+        events = self.layer(inputs, outputs, "int8", True, ternary)
+        tiles = copy.deepcopy(events)
+        tiles.product.dense_above = 0.0
+        assert tiles.product.tiled(tiles) is not None
+        spikes = (torch.rand(rows, inputs) < 0.3).float()
+        if ternary:
+            spikes *= torch.randint(0, 2, spikes.shape) * 2 - 1
+        with torch.no_grad():
+            assert torch.equal(tiles(spikes), events(spikes)) and spikes.any()
+
+    def test_without_tiles_the_dense_product_is_that_of_torch(self, monkeypatch):
+        monkeypatch.setattr("modeling_snn_bert.event_driven.tiles_available", lambda: False)
+        linear = self.layer(96, 40, "int8", cpu_kernels.available(), dense_above=0.0)
+        products = []
+        multiply = torch._int_mm
+        monkeypatch.setattr(torch, "_int_mm", lambda *operands: products.append(operands) or multiply(*operands))
+        spikes = (torch.rand(5, 96) < 0.3).float()
+        with torch.no_grad():
+            wanted = nn.functional.linear(spikes, linear.product.rounded(linear), linear.bias)
+            torch.testing.assert_close(linear(spikes), wanted, rtol=0, atol=1e-5)
+        assert len(products) == 1
 
     @pytest.mark.parametrize("kernels", PATHS)
     @pytest.mark.parametrize("value", [0.5, 2.0, math.nan, -1.0])
@@ -294,6 +325,30 @@ class TestModel:
             # The hooks that recorded stay in place and must not keep the layers from running whole.
             assert torch.equal(model(**batch)[0], got) and len(whole_runs) == 4
         same(got, recorded.last_hidden_state, batch)
+
+    @needs_tiles
+    @pytest.mark.parametrize("length", [1, 33, 200])
+    @pytest.mark.parametrize("spike_type", ["binary", "ternary"])
+    @pytest.mark.parametrize("shape", list(SHAPES))
+    def test_tiles_give_the_model_of_events(self, make_model, assert_spikes_flow, shape, spike_type, length):
+        model = make_model(**SHAPES[shape], spike_type=spike_type, max_position_embeddings=256)
+        batch = {"input_ids": torch.randint(1, 120, (2, length)), "attention_mask": torch.ones(2, length).long()}
+        batch["attention_mask"][1, length // 2 + 1 :] = 0
+        wanted = run(event_driven(model, "int8", dense_above=1.0), **batch)
+        assert torch.equal(run(event_driven(model, "int8", dense_above=0.0), **batch), wanted)
+        if length > 1:
+            assert_spikes_flow(model, **batch)
+
+    @pytest.mark.skipif(not cpu_kernels.available(), reason=KERNELS_MISSING)
+    @pytest.mark.parametrize("spike_type", ["binary", "ternary"])
+    def test_the_firing_rate_decides(self, make_model, batch, spike_type):
+        """Between 0 and 1 a whole layer counts its spikes; either product gives the same here."""
+        model = make_model(**SHAPES["even"], spike_type=spike_type)
+        wanted = run(event_driven(model, "int8", dense_above=1.0), **batch)
+        same(run(event_driven(model, "int8", dense_above=0.2), **batch), wanted, batch)
+        spikes = (torch.rand(3, 5, 40) < 0.3).float()
+        packed = PackedSpikes(pack(spikes, spike_type == "ternary"))
+        assert packed.firing_rate == pytest.approx(spikes.mean().item()) == packed.lists.firing_rate
 
     @pytest.mark.parametrize("kernels", PATHS)
     def test_hooks_see_what_happens(self, make_model, batch, use_path, kernels):

@@ -230,7 +230,15 @@ def test_distillation_towards_a_firing_rate(tmp_path, bert, text_file):
 def test_bfloat16(tmp_path, bert, text_file, tokenizer):
     """Autocast is on in training and for the dev figure, and the weights that are kept are float32, in any case."""
     write_half_precision(tmp_path / "half", bert, tokenizer)
-    arguments = ["--model_name_or_path", tmp_path / "half", "--train_file", text_file, *COMMON, "--calibration_tokens", 256]
+    arguments = [
+        "--model_name_or_path",
+        tmp_path / "half",
+        "--train_file",
+        text_file,
+        *COMMON,
+        "--calibration_tokens",
+        256,
+    ]
     for precision in ("no", "bf16"):
         run_script(
             "distill_bert",
