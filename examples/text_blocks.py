@@ -28,13 +28,19 @@ DOCUMENTS_AT_ONCE = 64
 MIN_SEQ_LENGTH = 8
 
 
-def add_text_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that say which text to use, and how to cut it."""
+def add_source_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """The flags that say which text to use, in a group that is returned."""
     group = parser.add_argument_group("text")
     group.add_argument("--train_file", nargs="+", help=".txt (a document a line), .csv, .tsv, .json, .parquet; or .xz")
     group.add_argument("--dataset_name", help="a dataset on the Hub, read as a stream")
     group.add_argument("--dataset_config_name", help="its configuration")
     group.add_argument("--text_column", default="text", help="name of the column of texts (default: text)")
+    return group
+
+
+def add_text_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that say which text to use, and how to cut it."""
+    group = add_source_arguments(parser)
     group.add_argument("--max_seq_length", type=int, default=128, help="tokens in a block, with [CLS] and [SEP]")
     group.add_argument("--max_text_tokens", type=int, help="stop reading after so many tokens (default: all)")
     group.add_argument("--validation_blocks", type=int, default=64, help="blocks that are held out (default: 64)")
@@ -54,8 +60,8 @@ def add_text_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--calibration_tokens", type=int, default=10_000, help="to convert a BERT (default: 10,000)")
 
 
-def check_text_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End the program with a clear message if the flags of `add_text_arguments` cannot be used."""
+def check_source_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End the program with a clear message if the flags of `add_source_arguments` cannot be used."""
     if bool(args.train_file) == bool(args.dataset_name):
         parser.error("give either --train_file or --dataset_name")
     for file in args.train_file or []:
@@ -63,6 +69,11 @@ def check_text_arguments(parser: argparse.ArgumentParser, args: argparse.Namespa
             parser.error(f"--train_file: there is no file {file}")
         if kind_of(Path(file)) is None:
             parser.error(f"--train_file must be one of {', '.join(KINDS)}, may be packed as .xz or .gz; got {file}")
+
+
+def check_text_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End the program with a clear message if the flags of `add_text_arguments` cannot be used."""
+    check_source_arguments(parser, args)
     if args.max_seq_length < MIN_SEQ_LENGTH:
         parser.error(f"--max_seq_length must be >= {MIN_SEQ_LENGTH}, got {args.max_seq_length}")
     if args.max_text_tokens is not None and args.max_text_tokens < 1:
@@ -82,33 +93,34 @@ def kind_of(path: Path) -> str | None:
     return KINDS.get(name.suffix)
 
 
-def sources(args: argparse.Namespace) -> list[Iterator[str]]:
-    """A stream of documents for each file, or one for the dataset.
+def sources(args: argparse.Namespace, piece_characters: int = PIECE_CHARACTERS) -> list[Iterator[str]]:
+    """A stream of documents for each file, or one for the dataset; in pieces of at most that many characters.
 
     Raises:
         ValueError: while it is read, if a text column is missing.
     """
     if args.dataset_name:
         data = load_dataset(args.dataset_name, args.dataset_config_name, split="train", streaming=True)
-        return [_documents(data, args.dataset_name, args.text_column)]
+        return [_documents(data, args.dataset_name, args.text_column, piece_characters)]
     streams = []
     for file in args.train_file:
         kind = kind_of(Path(file))
         assert kind is not None  # checked with the arguments
         options = {"delimiter": "\t", "quoting": 3} if ".tsv" in Path(file).suffixes else {}
         data = load_dataset(kind, data_files=str(Path(file).resolve()), split="train", streaming=True, **options)
-        streams.append(_documents(data, file, "text" if kind == "text" else args.text_column))
+        column = "text" if kind == "text" else args.text_column
+        streams.append(_documents(data, file, column, piece_characters))
     return streams
 
 
-def _documents(rows, name: str, column: str) -> Iterator[str]:
+def _documents(rows, name: str, column: str, piece_characters: int) -> Iterator[str]:
     for row in rows:
         if column not in row:
             raise ValueError(f"{name} has no column {column!r}, only {sorted(row)}: choose with --text_column")
         text = row[column]
         if isinstance(text, str) and text.strip():
-            for start in range(0, len(text), PIECE_CHARACTERS):
-                yield text[start : start + PIECE_CHARACTERS]
+            for start in range(0, len(text), piece_characters):
+                yield text[start : start + piece_characters]
 
 
 def tokenize_sources(
