@@ -18,7 +18,7 @@ import functools
 import time
 import weakref
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 from torch import nn
@@ -51,6 +51,9 @@ from .spiking_neurons import BPSN
 logger = logging.get_logger(__name__)
 
 Model = TypeVar("Model", bound=nn.Module)
+
+# The neurons of a layer by name, each with a Linear beside it.
+Parts: TypeAlias = tuple[tuple[str, nn.Module, nn.Module | None], ...]
 
 # The Linears of an encoder layer, by the place of their shared input.
 PRODUCTS = (
@@ -434,7 +437,8 @@ class LayerState:
 
     def neuron(self, name: str, neuron: BPSN) -> NeuronParameters:
         """The parameters of `neuron` as the kernels take them, computed again when one of them has changed."""
-        made_for = stamp(*neuron.parameters())
+        # The same as `parameters()`, which takes longer than a small layer's products.
+        made_for = stamp(*neuron._parameters.values())
         known = self._neurons.get(name)
         if known is None or known[0] != made_for:
             with torch.inference_mode(False), torch.no_grad():
@@ -472,12 +476,13 @@ class EventDrivenLayer(SNNBertLayer):
         token_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        if not self._can_run_whole(hidden_states):
+        parts = self._parts()
+        if not self._can_run_whole(hidden_states, parts):
             return super().forward(hidden_states, attention_mask, token_mask, **kwargs)
         mask = None if token_mask is None else (token_mask != 0).to(torch.uint8).contiguous()
-        return self._run_whole(hidden_states.contiguous(), mask)
+        return self._run_whole(hidden_states.contiguous(), mask, parts)
 
-    def _can_run_whole(self, hidden_states: torch.Tensor) -> bool:
+    def _can_run_whole(self, hidden_states: torch.Tensor, parts: Parts) -> bool:
         if (
             self.training
             or torch.is_grad_enabled()
@@ -490,31 +495,31 @@ class EventDrivenLayer(SNNBertLayer):
             or not available()
         ):
             return False
-        config = self.attention.self.config
-        if config.attention_type != "softmax" or self.attention.self.head_size > MAX_HEAD_SIZE:
+        attention = self.attention.self
+        if attention.config.attention_type != "softmax" or attention.head_size > MAX_HEAD_SIZE:
             return False
-        for name, neuron, linear in self._parts():
+        for name, neuron, linear in parts:
             if type(neuron) is not BPSN or neuron.implementation not in ("auto", "chunked"):
                 return False
             if neuron.v_threshold.dtype != torch.float32 or neuron.num_channels // neuron.num_groups % 8:
                 return False
             if linear is not None and (type(linear) is not EventDrivenLinear or not linear.product.shared.on_kernels):
                 return False
-            if name == "context" and neuron.num_groups * self.attention.self.head_size != neuron.num_channels:
+            if name == "context" and neuron.num_groups * attention.head_size != neuron.num_channels:
                 return False
         return not self._is_observed()
 
-    def _parts(self) -> tuple[tuple[str, nn.Module, nn.Module | None], ...]:
+    def _parts(self) -> Parts:
         """The neurons, each with the Linear whose currents it receives, or that its spikes feed."""
-        attention, output = self.attention.self, self.attention.output
+        attention, context, middle, output = self.attention.self, self.attention.output, self.intermediate, self.output
         return (
             ("input", attention.neuron, None),
             ("query", attention.query_neuron, attention.query),
             ("key", attention.key_neuron, attention.key),
             ("value", attention.value_neuron, attention.value),
-            ("context", output.neuron, output.dense),
-            ("mlp_input", self.intermediate.neuron, self.intermediate.dense),
-            ("mlp_hidden", self.output.neuron, self.output.dense),
+            ("context", context.neuron, context.dense),
+            ("mlp_input", middle.neuron, middle.dense),
+            ("mlp_hidden", output.neuron, output.dense),
         )
 
     def _is_observed(self) -> bool:
@@ -522,14 +527,20 @@ class EventDrivenLayer(SNNBertLayer):
         asked_for = collector.get() if collector is not None else None
         if asked_for is not None and ("spikes" in asked_for or "attentions" in asked_for):
             return True
-        inside = (module for module in self.modules() if module is not self)
-        hooks = (h for m in inside for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))
-        # transformers leaves its own hooks in place; they do nothing unless asked for, which is checked above.
-        return any(getattr(hook, "__module__", None) != output_capturing.__name__ for hook in hooks)
+        # By hand, since `modules()` takes longer than a small layer's products.
+        inside = [module for module in self._modules.values() if module is not None]
+        for module in inside:
+            for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+                # transformers leaves its own hooks in place; they do nothing unless asked for, which is checked above.
+                if getattr(hook, "__module__", None) != output_capturing.__name__:
+                    return True
+            inside += [child for child in module._modules.values() if child is not None]
+        return False
 
-    def _run_whole(self, states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def _run_whole(self, states: torch.Tensor, mask: torch.Tensor | None, parts: Parts) -> torch.Tensor:
         attention, after = self.attention.self, self.attention.output
-        neuron = {name: self.event_driven.neuron(name, cast(BPSN, module)) for name, module, _ in self._parts()}
+        of_layer = self.event_driven
+        neuron = {name: of_layer.neuron(name, cast(BPSN, module)) for name, module, _ in parts}
 
         spikes = neuron_spikes(states, mask, neuron["input"])
         shared = PackedSpikes(spikes)
