@@ -47,7 +47,7 @@ def add_loop_arguments(parser: argparse.ArgumentParser, *, learning_rate: float,
     group.add_argument("--per_device_train_batch_size", type=int, default=32)
     group.add_argument("--per_device_eval_batch_size", type=int, default=32)
     group.add_argument("--gradient_accumulation_steps", type=int, default=1)
-    group.add_argument("--max_train_steps", type=int, default=max_train_steps, help="optimiser steps")
+    group.add_argument("--max_train_steps", type=int, default=max_train_steps, help="0 evaluates the model as it is")
     group.add_argument(
         "--lr_scheduler_type",
         type=SchedulerType,
@@ -74,7 +74,7 @@ def add_loop_arguments(parser: argparse.ArgumentParser, *, learning_rate: float,
 
 def check_loop_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """End the program with a clear message if a number is outside its range or a checkpoint is none."""
-    at_least_one = "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps max_train_steps "
+    at_least_one = "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps "
     at_least_one += "checkpointing_steps checkpoints_total_limit logging_steps eval_steps num_decay_steps"
     for name in at_least_one.split():
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -82,8 +82,8 @@ def check_loop_arguments(parser: argparse.ArgumentParser, args: argparse.Namespa
     for name in ("learning_rate", "neuron_learning_rate", "max_grad_norm"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             parser.error(f"--{name} must be positive, got {getattr(args, name)}")
-    for name in ("num_warmup_steps", "weight_decay"):
-        if getattr(args, name) < 0:
+    for name in ("max_train_steps", "num_warmup_steps", "weight_decay"):
+        if getattr(args, name) is not None and getattr(args, name) < 0:
             parser.error(f"--{name} must be >= 0, got {getattr(args, name)}")
     if args.num_decay_steps is not None and args.lr_scheduler_type != SchedulerType.WARMUP_STABLE_DECAY:
         parser.error("--num_decay_steps is a flag of --lr_scheduler_type warmup_stable_decay")

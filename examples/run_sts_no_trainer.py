@@ -255,7 +255,8 @@ def train_one(
         return score_pairs(task, **found)
 
     loop = TrainingLoop(accelerator, model, args, loss_of, evaluate, "run_sts_no_trainer")
-    before = loop.evaluate_now()
+    # An evaluation alone has these figures in the end.
+    before = loop.evaluate_now() if args.max_train_steps else None
     loop.run(batches.batch, f"sentence encoder, seed {args.seed}")
     model = loop.finish()
     energy = None

@@ -182,6 +182,20 @@ def test_no_trainer(tmp_path, bert):
     assert config["id2label"] == {"0": "negative", "1": "positive"}
 
 
+def test_no_steps_evaluate_the_model_as_it_is(tmp_path, bert):
+    glue = write_glue(tmp_path / "glue", "sst2")
+    common = [*BASE, "--data_dir", glue, "--energy_samples", 0]
+    train = ["--model_name_or_path", bert, "--convert", "--max_train_steps", 15, "--output_dir", tmp_path / "trained"]
+    run_script("run_glue_no_trainer", *common, *train)
+    trained = tmp_path / "trained" / "seed_0"
+    evaluate = ["--model_name_or_path", trained, "--max_train_steps", 0, "--output_dir", tmp_path / "again"]
+    run_script("run_glue_no_trainer", *common, *evaluate)
+    assert read(tmp_path / "again")["mean"] == read(tmp_path / "trained")["mean"]
+    assert read(tmp_path / "again")["runs"][0]["last_step"] == 0
+    one, other = (load_file(folder / "model.safetensors") for folder in (trained, tmp_path / "again" / "seed_0"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_half_precision_checkpoints(tmp_path, bert, tokenizer):
     """Model and teacher from the Hub are often in half precision; they are trained in float32 all the same."""
     glue = write_glue(tmp_path / "glue", "sst2")
@@ -344,7 +358,7 @@ def test_trainer(tmp_path, bert):
         pytest.param(["--seeds", 1, 1], "must differ", id="seeds"),
         pytest.param(["--spike_type", "ternary"], "give --convert", id="settings-of-a-bert"),
         pytest.param(["--task_name", "glue"], "must be one of cola", id="task"),
-        pytest.param(["--max_train_steps", 0], "--max_train_steps must be >= 1", id="steps"),
+        pytest.param(["--max_train_steps", -1], "--max_train_steps must be >= 0", id="steps"),
         pytest.param(["--resume_from_checkpoint", "nowhere"], "is not a checkpoint", id="checkpoint"),
         pytest.param(["--neuron_type", "psn", "--psn_length", 128], "--pad_to_max_length", id="psn"),
     ],

@@ -108,11 +108,12 @@ def test_labels_are_told_apart_by_a_threshold(tmp_path, bert, labels, similarity
         rows = [{"sentence1": one, "sentence2": two, "label": labels[1 - i % 2]} for i, one, two in pairs]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     arguments = ["--train_file", tmp_path / "train.jsonl", "--validation_file", tmp_path / "dev.jsonl"]
-    arguments += ["--model_name_or_path", bert, "--max_train_steps", 1, "--skip_saving"]
+    arguments += ["--model_name_or_path", bert, "--max_train_steps", 0, "--skip_saving"]
     arguments += ["--similarity", similarity, "--pair_loss", "ranking"]
     run_script("run_sts_no_trainer", *arguments, "--output_dir", tmp_path / "out")
     (run,) = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
-    assert run["before_training"]["accuracy"] == 1 and run["before_training"]["threshold"] < 1
+    assert run["metrics"]["accuracy"] == 1 and run["metrics"]["threshold"] < 1
+    assert run["before_training"] is None and run["last_step"] == 0
 
 
 @pytest.mark.parametrize(
