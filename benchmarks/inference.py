@@ -43,8 +43,9 @@ from transformers import BertConfig, BertModel, PreTrainedModel
 from modeling_snn_bert import SNNBertConfig, SNNBertModel, SpikingNeuron, cpu_kernels
 from modeling_snn_bert import event_driven as event_driven_module
 from modeling_snn_bert.event_driven import EventDrivenLinear, dense_rates, event_driven
-from modeling_snn_bert.event_kernels import event_linear, list_float_spikes
+from modeling_snn_bert.event_kernels import PackedSpikes, event_linear, tiles_available
 from modeling_snn_bert.export import export_onnx
+from modeling_snn_bert.packed_spikes import pack
 
 REFERENCE = "bert_float32"
 # Name of the subject: weights of the event-driven model, and whether on the compiled kernels.
@@ -65,6 +66,7 @@ LENGTH = 128
 REFERENCE_RATE = 0.2
 LINEAR_TOKENS = 1024
 SECTIONS = (*SHAPES, "linears")
+TILES = "any, on AMX"
 # Token counts of short film reviews (SST-2's validation sentences): mean, standard deviation, and the range.
 NATURAL_LENGTHS = (25.0, 12.0, 5, 64)
 VOCAB_SIZE = 30522
@@ -289,17 +291,20 @@ def compare(
 
 
 def products(model: SNNBertModel, rate: float, tokens: int, generator: torch.Generator) -> Callable[[], None]:
-    """The event-driven products of `model` on random spikes: lists of the active inputs, then the sums."""
+    """The kernels' products of `model` on random packed spikes: lists of the active inputs and sums, or on tiles."""
     linears = [module for module in model.modules() if isinstance(module, EventDrivenLinear)]
     sizes = {linear.in_features for linear in linears}
     spikes = {size: (torch.rand(tokens, size, generator=generator) < rate).float() for size in sizes}
     for size, values in spikes.items():
         check_firing_rate(f"the input of {size} channels", values.mean().item())
+    packed = {size: pack(values, ternary=False)[:, None] for size, values in spikes.items()}
 
     def run() -> None:
-        lists = {size: list_float_spikes(values, ternary=False) for size, values in spikes.items()}
+        shared = {size: PackedSpikes(x) for size, x in packed.items()}
         for linear in linears:
-            event_linear(lists[linear.in_features], linear.product.blocked(linear))
+            inputs, weights = linear.product.kernel_operands(linear, shared[linear.in_features])
+            assert weights is not None  # `dense_above` says so
+            event_linear(inputs, weights)
 
     return run
 
@@ -320,6 +325,9 @@ def linear_tables(settings: Settings, rates: tuple[float, ...]) -> Iterator[Tabl
             calls: dict[str, Callable[[], None]] = {
                 str(rate): products(model, rate, tokens, generator) for rate in rates
             }
+            if weight_dtype == "int8" and tiles_available():
+                on_tiles = event_driven(copy.deepcopy(model), weight_dtype, dense_above=0.0)
+                calls[TILES] = products(on_tiles, REFERENCE_RATE, tokens, generator)
             with torch.inference_mode():
                 samples = interleaved_seconds({**calls, "dense": dense}, settings.repeats, 2)
             table = Table(
@@ -332,14 +340,16 @@ def linear_tables(settings: Settings, rates: tuple[float, ...]) -> Iterator[Tabl
                     "over_reference": f"time / that at {REFERENCE_RATE}",
                     "speedup": "dense float32 / time",
                 },
-                notes=["Median of interleaved rounds (quartiles). Finding the active inputs is part of the time."],
+                notes=[
+                    "Median of interleaved rounds (quartiles). From packed spikes: finding the active ones is in it."
+                ],
             )
-            for rate in rates:
+            for name in calls:
                 row = {
-                    "rate": rate,
-                    "milliseconds": spread(samples[str(rate)], 1e3),
-                    "over_reference": ratio(samples, str(rate), str(REFERENCE_RATE)),
-                    "speedup": ratio(samples, "dense", str(rate)),
+                    "rate": name,
+                    "milliseconds": spread(samples[name], 1e3),
+                    "over_reference": ratio(samples, name, str(REFERENCE_RATE)),
+                    "speedup": ratio(samples, "dense", name),
                 }
                 table.rows.append(row)
             yield table
