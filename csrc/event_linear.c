@@ -252,8 +252,13 @@ INLINE void typed_block_sums(const struct spike_lists *p, const struct product *
 #if HAVE_SPIKE_TILES
         if (weight_type == INT8_TILES) {
             const int64_t at = (row - first) % SPIKE_TILE_ROWS, left = last - row;
-            if (at == 0)
-                spike_tile_sums(p, block, row, left < SPIKE_TILE_ROWS ? left : SPIKE_TILE_ROWS, tile_sums);
+            if (at == 0) {
+                const int64_t rows = left < SPIKE_TILE_ROWS ? left : SPIKE_TILE_ROWS;
+                /* They are written all at once, so the lines are fetched while their sums are made. */
+                for (int64_t k = 0; k < rows; k++)
+                    for (int64_t c = 0; c < width; c += 16) __builtin_prefetch(result + k * stride + c, 1);
+                spike_tile_sums(p, block, row, rows, tile_sums);
+            }
             memcpy(sums, tile_sums + at * MAX_COLUMNS, sizeof(sums));
         } else
 #endif
