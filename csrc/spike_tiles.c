@@ -15,7 +15,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-enum { ROWS = 16, BYTES = 64, TILE = ROWS * BYTES, PAIR = 2 * ROWS };
+enum { ROWS = 16, BYTES = 64, TILE = ROWS * BYTES };
 /* Asks Linux for leave to use the tiles' registers, whose state makes a thread's context larger. */
 enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
 

@@ -189,7 +189,8 @@ class Corruption:
 
     def replace(self, words: list[str], place: int) -> None:
         """Any other word, the frequent ones more often."""
-        words[place] = self.rng.choices(self.words, cum_weights=self.cumulative)[0]
+        if self.words:
+            words[place] = self.rng.choices(self.words, cum_weights=self.cumulative)[0]
 
     def _choose(self, words: list[str], others: dict[str, list[str]]) -> None:
         places = [place for place, word in enumerate(words[:-1]) if word in others]

@@ -68,6 +68,8 @@ def test_edits_of_a_word(corruption, name):
 
 
 def test_a_copy_differs_always(corruption):
+    # Of a text in which no word is frequent as well.
+    assert all(Corruption(SENTENCE, random.Random(seed))(SENTENCE) != SENTENCE for seed in range(100))
     for sentence in (SENTENCE, ["fox", "."], ["no", "fox", "."]):
         before = list(sentence)
         copies = [corruption(sentence) for _ in range(300)]
