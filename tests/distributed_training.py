@@ -152,6 +152,8 @@ def main() -> None:
         if dist.get_rank() == 0:
             (folder / f"{name}.json").write_text(json.dumps(losses))
             save_file({key: x.contiguous() for key, x in weights.items()}, folder / f"{name}.safetensors")
+    # None takes its connections down while another is still at work.
+    dist.barrier()
     dist.destroy_process_group()
 
 
