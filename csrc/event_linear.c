@@ -55,14 +55,19 @@ static int64_t list_float_row(const struct spike_lists *p, const float *spikes, 
             is_up[k] = x[k] == 1.0f;
             wrong += (x[k] != 0.0f) & (x[k] != 1.0f);
         }
-        for (int k = 0; k < CHUNK; k += 8) n_up = append_positions(up, n_up, pack8(is_up + k), first + k);
-        for (int k = 0; packed && k < size; k += 8) packed[(first + k) / 8] = (uint8_t)pack8(is_up + k);
+        for (int k = 0; k < CHUNK; k += 8) {
+            const unsigned bits = pack8(is_up + k);
+            n_up = append_positions(up, n_up, bits, first + k);
+            if (packed && k < size) packed[(first + k) / 8] = (uint8_t)bits;
+        }
         if (p->lists == 2) {
             int32_t downs = 0;
             for (int k = 0; k < CHUNK; k++) downs += is_down[k] = x[k] == -1.0f;
-            for (int k = 0; k < CHUNK; k += 8) n_down = append_positions(down, n_down, pack8(is_down + k), first + k);
-            for (int k = 0; packed && k < size; k += 8)
-                packed[p->rows * bytes + (first + k) / 8] = (uint8_t)pack8(is_down + k);
+            for (int k = 0; k < CHUNK; k += 8) {
+                const unsigned bits = pack8(is_down + k);
+                n_down = append_positions(down, n_down, bits, first + k);
+                if (packed && k < size) packed[p->rows * bytes + (first + k) / 8] = (uint8_t)bits;
+            }
             wrong -= downs;
         }
         *invalid += wrong;
