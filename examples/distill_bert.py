@@ -16,6 +16,7 @@ from accelerate.utils import set_seed
 from accelerate_loop import TrainingLoop, add_loop_arguments, check_loop_arguments, make_accelerator
 from fetch_inputs import minilm_folder
 from glue_models import add_student_arguments, check_student_arguments, parse_overrides
+from pair_similarity import embedding_loss
 from text_blocks import TextBlocks, add_text_arguments, calibration_batches, check_text_arguments, token_file
 from transformers import AutoConfig, AutoTokenizer, BertModel, PreTrainedModel
 
@@ -31,6 +32,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model_name_or_path", help="the BERT: folder or Hub id (default: all-MiniLM-L6-v2)")
     parser.add_argument("--student_name_or_path", help="an SNN-BERT to go on from, in place of a calibrated one")
     parser.add_argument("--attention_weight", type=float, default=0.0, help="weight of the loss on attention maps")
+    parser.add_argument(
+        "--embedding_weight",
+        type=float,
+        default=0.0,
+        help="weight of the loss on the mean of the last hidden states, which is what a sentence encoder gives",
+    )
     parser.add_argument("--freeze_embeddings", action="store_true", help="keep the BERT's embeddings as they are")
     add_student_arguments(parser)
     add_text_arguments(parser)
@@ -39,8 +46,11 @@ def parse_args() -> argparse.Namespace:
     check_student_arguments(parser, args)
     check_text_arguments(parser, args)
     check_loop_arguments(parser, args)
-    if args.attention_weight < 0:
-        parser.error(f"--attention_weight must be >= 0, got {args.attention_weight}")
+    for name in ("attention_weight", "embedding_weight"):
+        if not getattr(args, name) >= 0:
+            parser.error(f"--{name} must be >= 0, got {getattr(args, name)}")
+    if args.embedding_weight and args.per_device_train_batch_size < 2:
+        parser.error("--embedding_weight compares the blocks of a batch: --per_device_train_batch_size must be >= 2")
     return args
 
 
@@ -87,6 +97,10 @@ def main() -> None:
         if args.attention_weight:
             figures["attention_loss"] = attention_loss(outputs.attentions, wanted.attentions)
             loss = loss + args.attention_weight * figures["attention_loss"]
+        if args.embedding_weight:
+            everything = torch.ones_like(batch["input_ids"])
+            figures["embedding_loss"] = embedding_loss(outputs.last_hidden_state, wanted.last_hidden_state, everything)
+            loss = loss + args.embedding_weight * figures["embedding_loss"]
         if outputs.firing_rate_penalty is not None:
             figures["firing_rate_penalty"] = outputs.firing_rate_penalty
             loss = loss + config.firing_rate_weight * outputs.firing_rate_penalty
@@ -145,18 +159,24 @@ def make_student(args: argparse.Namespace, teacher: BertModel, blocks: TextBlock
 def evaluate_states(
     accelerator, model: torch.nn.Module, teacher: BertModel, blocks: TextBlocks, batch_size: int
 ) -> dict[str, float]:
-    """Loss on the held-out blocks, over all layers and of the last one, and the mean firing rate."""
-    totals = torch.zeros(4, device=accelerator.device)
+    """On the held-out blocks: loss over all layers, of the last one and of its mean, and the mean firing rate."""
+    totals = torch.zeros(5, device=accelerator.device)
     for batch in blocks.validation(batch_size, accelerator.process_index, accelerator.num_processes):
         batch = {name: x.to(accelerator.device) for name, x in batch.items()}
         wanted = teacher(**batch, output_hidden_states=True).hidden_states
         outputs = model(**batch, output_hidden_states=True, output_firing_rates=True)
         states, rows = outputs.hidden_states, len(batch["input_ids"])
         rate = torch.stack([rate.mean() for rate in outputs.firing_rates]).mean()
-        figures = [hidden_state_loss(states, wanted), hidden_state_loss(states[-2:], wanted[-2:]), rate]
+        figures = [
+            hidden_state_loss(states, wanted),
+            hidden_state_loss(states[-2:], wanted[-2:]),
+            embedding_loss(outputs.last_hidden_state, wanted[-1], torch.ones_like(batch["input_ids"])),
+            rate,
+        ]
         totals += rows * torch.stack([*figures, torch.ones_like(rate)])
-    loss, last_layer_loss, rate, rows = accelerator.reduce(totals, reduction="sum").tolist()
-    return {"loss": loss / rows, "last_layer_loss": last_layer_loss / rows, "firing_rate": rate / rows}
+    *means, rows = accelerator.reduce(totals, reduction="sum").tolist()
+    names = ("loss", "last_layer_loss", "embedding_loss", "firing_rate")
+    return {name: total / rows for name, total in zip(names, means, strict=True)}
 
 
 if __name__ == "__main__":

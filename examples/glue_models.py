@@ -47,6 +47,9 @@ class ModelArguments:
     psn_length: int | None = dataclasses.field(default=None, metadata={"help": "of --neuron_type psn"})
     spike_type: Literal["binary", "ternary"] | None = None
     attention_type: Literal["softmax", "spiking"] | None = None
+    freeze_embeddings: bool = dataclasses.field(
+        default=False, metadata={"help": "keep the embeddings as they are: less to learn, and to share"}
+    )
     config_overrides: str | None = dataclasses.field(
         default=None, metadata={"help": "further settings of SNNBertConfig: decay=0.1,reset_iterations=0"}
     )
@@ -271,20 +274,22 @@ def load_model(
     if config.model_type == SNNBertConfig.model_type:
         if args.convert:
             raise ValueError(f"--convert is for a BERT, {args.model_name_or_path} is an SNN-BERT already")
-        return SNNBertForSequenceClassification.from_pretrained(args.model_name_or_path, **options, **settings).to(
-            device
-        )
-    if config.model_type != "bert":
+        model: PreTrainedModel = SNNBertForSequenceClassification.from_pretrained(
+            args.model_name_or_path, **options, **settings
+        ).to(device)
+    elif config.model_type != "bert":
         raise ValueError(
             f"--model_name_or_path must be an SNN-BERT or a BERT, {args.model_name_or_path} is of the type "
             f"{config.model_type!r}"
         )
-    if settings and not args.convert:
+    elif settings and not args.convert:
         raise ValueError(f"{sorted(settings)} are settings of an SNN-BERT: give --convert to make one of the BERT")
-    bert = BertForSequenceClassification.from_pretrained(args.model_name_or_path, **options).to(device)
-    if not args.convert:
-        return bert
-    return convert_bert(bert, calibration_batches(train, tokenizer), args.firing_rate, **settings).train()
+    else:
+        model = BertForSequenceClassification.from_pretrained(args.model_name_or_path, **options).to(device)
+        if args.convert:
+            model = convert_bert(model, calibration_batches(train, tokenizer), args.firing_rate, **settings).train()
+    model.base_model.embeddings.requires_grad_(not args.freeze_embeddings)
+    return model
 
 
 def calibration_batches(train: Dataset, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, torch.Tensor]]:

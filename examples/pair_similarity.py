@@ -15,9 +15,19 @@ SCALE = 20.0
 
 
 def mean_embeddings(states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """The mean of each sentence's valid tokens, `[2 * pairs, hidden]`."""
+    """The mean of each sentence's valid tokens, `[sentences, hidden]`."""
     valid = attention_mask[..., None].to(torch.float32)
     return (states.float() * valid).sum(1) / valid.sum(1)
+
+
+def embedding_loss(states: torch.Tensor, wanted: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Squared error of the mean embeddings, in units of the variance of the teacher's over the sentences.
+
+    `states` and `wanted`, the teacher's, are `[sentences, seq_len, hidden]`; of two sentences or more, since one has no
+    variance.
+    """
+    embeddings, wanted = mean_embeddings(states, attention_mask), mean_embeddings(wanted, attention_mask)
+    return (embeddings - wanted).square().mean() / (wanted - wanted.mean(0)).square().mean().clamp(min=1e-6)
 
 
 def cosine(states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:

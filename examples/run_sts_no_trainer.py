@@ -33,7 +33,7 @@ from accelerate_loop import (
 from datasets import Dataset, DatasetDict
 from glue_models import check_vocabulary, measure_energy
 from glue_tasks import Task, load_task, score
-from pair_similarity import PAIR_LOSSES, SIMILARITIES, mean_embeddings
+from pair_similarity import PAIR_LOSSES, SIMILARITIES, embedding_loss
 from seeds import run_seeds, write_results
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
@@ -199,8 +199,7 @@ def teacher_error(states: torch.Tensor, wanted: torch.Tensor, mask: torch.Tensor
     if of_tokens:
         # The loss leaves out the first of the states, which are commonly the embeddings of the words.
         return hidden_state_loss((states, states), (wanted, wanted), mask)
-    embeddings, wanted = mean_embeddings(states, mask), mean_embeddings(wanted, mask)
-    return (embeddings - wanted).square().mean() / (wanted - wanted.mean(0)).square().mean()
+    return embedding_loss(states, wanted, mask)
 
 
 def train_one(

@@ -212,6 +212,22 @@ def test_distillation_goes_on_from_a_student(tmp_path, bert, text_file):
     assert second["eval_loss"] == pytest.approx(first["eval_loss"], rel=1e-3)
 
 
+def test_distillation_of_the_mean_embedding(tmp_path, bert, text_file):
+    """With its weight the embeddings come closer to the teacher's than without, from one start."""
+    arguments = ["--model_name_or_path", bert, "--train_file", text_file, *COMMON, "--calibration_tokens", 256]
+    arguments += ["--max_train_steps", 30, "--learning_rate", 1e-3, "--logging_steps", 1]
+    reports = {}
+    for weight in (0, 10):
+        output = tmp_path / str(weight)
+        run_script("distill_bert", *arguments, "--embedding_weight", weight, "--output_dir", output)
+        reports[weight] = results(output, "distillation")
+    errors = {weight: report["evaluation"]["eval_embedding_loss"] for weight, report in reports.items()}
+    assert errors[10] < 0.9 * errors[0]
+    losses = [entry["embedding_loss"] for entry in reports[10]["log"] if "embedding_loss" in entry]
+    assert len(losses) == 30 and losses[-1] < losses[0]
+    assert not any("embedding_loss" in entry for entry in reports[0]["log"])
+
+
 def test_distillation_towards_a_firing_rate(tmp_path, bert, text_file):
     """A target in the configuration, of a student to go on from as well, is part of the loss and stays in it."""
     arguments = ["--model_name_or_path", bert, "--train_file", text_file, *COMMON, "--calibration_tokens", 256]
@@ -292,6 +308,13 @@ def test_masked_lm_from_a_bert(tmp_path, bert, text_file):
             id="decay",
         ),
         pytest.param("distill_bert", ["--train_file", "FILE", "--push_to_hub"], "--hub_token", id="hub"),
+        pytest.param("distill_bert", ["--train_file", "FILE", "--embedding_weight", -1], "must be >= 0", id="weight"),
+        pytest.param(
+            "distill_bert",
+            ["--train_file", "FILE", "--embedding_weight", 1, "--per_device_train_batch_size", 1],
+            "--per_device_train_batch_size must be >= 2",
+            id="one-block",
+        ),
         pytest.param("run_mlm_no_trainer", ["--train_file", "FILE"], "must be of the type 'snn_bert'", id="bert"),
         pytest.param(
             "run_mlm_no_trainer", ["--train_file", "FILE", "--mlm_probability", 0], "--mlm_probability", id="mask"

@@ -312,6 +312,21 @@ def test_teacher(tmp_path, bert):
     assert not (tmp_path / "student" / "seed_0" / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize("kind", [[], ["--convert"]], ids=["bert", "snn-bert"])
+def test_frozen_embeddings_stay_as_they_are(tmp_path, bert, kind):
+    glue = write_glue(tmp_path / "glue", "sst2", rows=24)
+    common = [*BASE, "--data_dir", glue, "--num_train_epochs", 1, "--seeds", 0, "--model_name_or_path", bert, *kind]
+    run_script("run_glue_no_trainer", *common, "--freeze_embeddings", "--output_dir", tmp_path / "out")
+    run_script("run_glue_no_trainer", *common, "--output_dir", tmp_path / "free")
+    before = load_file(bert / "model.safetensors")
+    for folder, is_kept in (("out", True), ("free", False)):
+        after = load_file(tmp_path / folder / "seed_0" / "model.safetensors")
+        same = {name: torch.equal(after[f"bert.{name}"], x) for name, x in before.items() if "pooler" not in name}
+        names = [name for name in same if name.startswith("embeddings.")]
+        assert len(names) == 5 and all(same[name] for name in names) == is_kept
+        assert not any(same[name] for name in same if name.endswith("dense.weight"))
+
+
 def test_trainer(tmp_path, bert):
     """Trainer's script: a pair task and a regression, another neuron, exact resumption, and the same results file."""
     glue = write_glue(tmp_path / "glue", "stsb", rows=24)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from pair_similarity import PAIR_LOSSES, SCALE, SIMILARITIES, ranking_loss, squared_loss
+from pair_similarity import PAIR_LOSSES, SCALE, SIMILARITIES, embedding_loss, ranking_loss, squared_loss
 
 LENGTHS = [(3, 5), (1, 1), (7, 2), (7, 7)]
 
@@ -46,6 +46,19 @@ NAIVE = {
 def test_similarity_is_that_of_a_loop(states, name):
     wanted = [NAIVE[name](first, second) for first, second in sentences(*states)]
     torch.testing.assert_close(SIMILARITIES[name](*states), torch.tensor(wanted))
+
+
+def test_embedding_loss_is_that_of_a_loop(states):
+    hidden, mask = states
+    generator = torch.Generator().manual_seed(1)
+    wanted = torch.where(mask[..., None] != 0, torch.randn(hidden.shape, generator=generator), -1e3)
+    means, targets = (
+        torch.stack([row[valid != 0].mean(0) for row, valid in zip(x, mask, strict=True)]) for x in (hidden, wanted)
+    )
+    variance = sum(((row - targets.mean(0)) ** 2).mean() for row in targets) / len(targets)
+    error = sum(((one - two) ** 2).mean() for one, two in zip(means, targets, strict=True)) / len(targets)
+    torch.testing.assert_close(embedding_loss(hidden, wanted, mask), error / variance)
+    assert embedding_loss(wanted, wanted, mask) == 0
 
 
 @pytest.mark.parametrize("name", SIMILARITIES)
