@@ -10,15 +10,17 @@ distillation_results.json, to `--output_dir`: `SNNBertFor....from_pretrained` an
 
 import argparse
 import time
+from collections.abc import Callable
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 from accelerate_loop import TrainingLoop, add_loop_arguments, check_loop_arguments, make_accelerator
 from fetch_inputs import minilm_folder
 from glue_models import add_student_arguments, check_student_arguments, parse_overrides
 from pair_similarity import embedding_loss
 from text_blocks import TextBlocks, add_text_arguments, calibration_batches, check_text_arguments, token_file
-from transformers import AutoConfig, AutoTokenizer, BertModel, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, BertModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from modeling_snn_bert import SNNBertModel
 from modeling_snn_bert.conversion import convert_bert
@@ -27,7 +29,7 @@ from modeling_snn_bert.distillation import attention_loss, check_same_shape, hid
 RESULTS_FILE = "distillation_results.json"
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", help="the BERT: folder or Hub id (default: all-MiniLM-L6-v2)")
     parser.add_argument("--student_name_or_path", help="an SNN-BERT to go on from, in place of a calibrated one")
@@ -42,7 +44,7 @@ def parse_args() -> argparse.Namespace:
     add_student_arguments(parser)
     add_text_arguments(parser)
     add_loop_arguments(parser, learning_rate=5e-4, max_train_steps=1000)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     check_student_arguments(parser, args)
     check_text_arguments(parser, args)
     check_loop_arguments(parser, args)
@@ -57,6 +59,21 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     accelerator = make_accelerator(args)
+    loop, tokenizer, results = distil(args, accelerator)
+    student = loop.finish()
+    if accelerator.is_main_process:
+        student.embeddings.requires_grad_(True)
+        loop.publish(student, tokenizer, RESULTS_FILE, results)
+
+
+def distil(
+    args: argparse.Namespace, accelerator: Accelerator, convert: Callable[..., PreTrainedModel] = convert_bert
+) -> tuple[TrainingLoop, PreTrainedTokenizerBase, dict[str, object]]:
+    """Train the student as the flags say: the loop that has run, the tokenizer, and what the results say besides.
+
+    `convert` makes the SNN-BERT of the BERT, with the arguments of `convert_bert`. Flags and files that do not fit end
+    the program with a message.
+    """
     set_seed(args.seed)
     teacher_path = args.model_name_or_path or str(minilm_folder())
     tokenizer = AutoTokenizer.from_pretrained(teacher_path)
@@ -69,7 +86,7 @@ def main() -> None:
         raise SystemExit(str(error)) from error
     teacher.to(accelerator.device)
     started = time.perf_counter()
-    student = make_student(args, teacher, blocks)
+    student = make_student(args, teacher, blocks, convert)
     calibration_seconds = time.perf_counter() - started
     try:
         check_same_shape(student.config, teacher.config)
@@ -114,16 +131,12 @@ def main() -> None:
         accelerator.print("after calibration:", loop.evaluate_now())
     batch_size, part, parts = args.per_device_train_batch_size, accelerator.process_index, accelerator.num_processes
     loop.run(lambda number: blocks.batch(number, batch_size, part, parts), "distil")
-    student = loop.finish()
-    if not accelerator.is_main_process:
-        return
-    student.embeddings.requires_grad_(True)
-    results = {
+    results: dict[str, object] = {
         "teacher": teacher_path,
         "text_tokens": blocks.blocks.size,
         "seconds": {"calibration": round(calibration_seconds, 1), "training": round(loop.seconds, 1)},
     }
-    loop.publish(student, tokenizer, RESULTS_FILE, results)
+    return loop, tokenizer, results
 
 
 def load_teacher(args: argparse.Namespace, path: str) -> BertModel:
@@ -143,7 +156,9 @@ def load_teacher(args: argparse.Namespace, path: str) -> BertModel:
     )
 
 
-def make_student(args: argparse.Namespace, teacher: BertModel, blocks: TextBlocks) -> PreTrainedModel:
+def make_student(
+    args: argparse.Namespace, teacher: BertModel, blocks: TextBlocks, convert: Callable[..., PreTrainedModel]
+) -> PreTrainedModel:
     """The SNN-BERT that training starts from; a checkpoint to resume from brings the weights later."""
     settings = parse_overrides(args.config_overrides)
     if args.student_name_or_path:
@@ -153,7 +168,7 @@ def make_student(args: argparse.Namespace, teacher: BertModel, blocks: TextBlock
     batches = calibration_batches(args, blocks)
     if args.resume_from_checkpoint is not None:
         batches = batches[:1]
-    return convert_bert(teacher, batches, args.firing_rate, **settings)
+    return convert(teacher, batches, args.firing_rate, **settings)
 
 
 def evaluate_states(

@@ -1,0 +1,196 @@
+"""Two ways to put a neuron in front of a Linear that the library does not have, against the one that it has.
+
+    python benchmarks/calibration_variants.py --seeds 0 1 2 --train_file text.txt.xz --max_train_steps 60 ...
+
+takes the flags of examples/distill_bert.py, which it runs for each variant and seed:
+
+    as_designed        thresholds per channel, spikes of the channels themselves
+    layer_thresholds   one threshold for all channels of a neuron layer, at calibration and in training
+    rotation           a fixed Hadamard rotation, in blocks and with random signs, of what goes into a neuron whose
+                       input is not a projection already (in front of query, key and value, of the attention's output
+                       projection and of the MLP's first one); the Linears behind are rotated back
+
+A rotation spreads what a few large channels hold over all of them, which helps where activations are rounded to few
+bits; source: Ashkboos et al., "QuaRot", 2024. At run time it would cost additions of real numbers in front of each
+neuron. Writes calibration_variants.json: loss on held-out text and firing rate after calibration and at the end. The
+models are not kept.
+"""
+
+import argparse
+import statistics
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from report import Table, write_json
+from torch import nn
+from transformers import PreTrainedModel
+
+from modeling_snn_bert import conversion
+from modeling_snn_bert.spiking_neurons import SpikingNeuron
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+import distill_bert
+from accelerate_loop import environment, make_accelerator
+
+ROTATED = ("query", "key", "value", "attention_output", "intermediate")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    # A flag of the other script must not pass for one of these.
+    parser.allow_abbrev = False
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    ours, flags = parser.parse_known_args(arguments)
+    args = distill_bert.parse_args(flags)
+    if args.student_name_or_path or args.resume_from_checkpoint:
+        parser.error("each variant starts from a BERT: leave out --student_name_or_path and --resume_from_checkpoint")
+    accelerator = make_accelerator(args)
+    runs = []
+    for variant in ours.variants:
+        for seed in ours.seeds:
+            args = distill_bert.parse_args([*flags, "--seed", str(seed)])
+            calibrated: dict[str, float] = {}
+            with mock.patch.object(distill_bert.TrainingLoop, "run", evaluated_first(calibrated)):
+                loop, _, results = distill_bert.distil(args, accelerator, VARIANTS[variant])
+            figures = {name.removeprefix("eval_"): x for name, x in loop.last_evaluation().items()}
+            runs.append({"variant": variant, "seed": seed, "calibrated": calibrated, "trained": figures, **results})
+            accelerator.free_memory()
+    table = summary(runs)
+    print(table.markdown())
+    settings = {"flags": flags, "seeds": ours.seeds, **environment(accelerator.device)}
+    write_json(args.output_dir / "calibration_variants.json", {"settings": settings, "runs": runs})
+
+
+def evaluated_first(figures: dict[str, float]):
+    """`TrainingLoop.run` that puts the dev figures of the untrained student into `figures`."""
+    run = distill_bert.TrainingLoop.run
+
+    def wrapped(self, *args) -> None:
+        figures.update(self.evaluate_now())
+        run(self, *args)
+
+    return wrapped
+
+
+class LayerThresholds(conversion._LayerCalibration):
+    """Calibration with one threshold for all channels of a neuron layer."""
+
+    def calibrate_neuron(self, neuron: SpikingNeuron, currents: list[torch.Tensor]) -> list[torch.Tensor]:
+        sample = self.sample_size
+        valid = self.valid(currents[:sample])
+        low, high = valid.min(), valid.max()
+        # All channels share the range, so it takes more halvings than a channel's own.
+        for _ in range(2 * conversion.BISECTION_STEPS):
+            middle = (low + high) / 2
+            neuron.v_threshold.fill_(middle)
+            is_too_quiet = self.valid(self.spikes(neuron, currents[:sample])).mean() < self.firing_rate
+            low, high = (low, middle) if is_too_quiet else (middle, high)
+        neuron.v_threshold.fill_(low)
+        return self.spikes(neuron, currents)
+
+
+class Rotated(nn.Module):
+    """A neuron that gets its currents, `[batch, seq_len, channels]`, rotated."""
+
+    def __init__(self, neuron: SpikingNeuron, rotation: torch.Tensor) -> None:
+        super().__init__()
+        self.neuron = neuron
+        self.register_buffer("rotation", rotation)
+
+    def forward(self, current: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        return self.neuron(current @ self.rotation.T.to(current.dtype), attention_mask)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.neuron, name)
+
+
+class Rotation(conversion._LayerCalibration):
+    """Calibration with `Rotated` neurons."""
+
+    def __init__(self, model, layer, *args) -> None:
+        super().__init__(model, layer, *args)
+        self.rotation = hadamard_rotation(model.config.hidden_size).to(model.device)
+        for block in (layer.attention.self, layer.attention.output, layer.intermediate):
+            block.neuron = Rotated(block.neuron, self.rotation)
+
+    def fit(self, linear: nn.Linear, spikes: list[torch.Tensor], name: str, residual=None) -> None:
+        if name not in ROTATED:
+            super().fit(linear, spikes, name, residual)
+            return
+        linear.weight.copy_(linear.weight @ self.rotation.T)
+        inputs = self.targets.inputs
+        self.targets.inputs = {**inputs, name: [x @ self.rotation.T for x in inputs[name]]}
+        try:
+            super().fit(linear, spikes, name, residual)
+        finally:
+            self.targets.inputs = inputs
+
+
+def hadamard_rotation(size: int) -> torch.Tensor:
+    """An orthogonal `[size, size]`: Hadamard matrices along the diagonal, as large as fit, times random signs."""
+    block = torch.ones(1, 1)
+    while size % (2 * len(block)) == 0:
+        block = torch.cat([torch.cat([block, block], 1), torch.cat([block, -block], 1)])
+    signs = torch.randint(2, (size,), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+    return torch.block_diag(*[block] * (size // len(block))) / len(block) ** 0.5 * signs
+
+
+def with_layer_thresholds(*args, **settings) -> PreTrainedModel:
+    """`convert_bert`, with thresholds per layer that training keeps alike."""
+    with mock.patch.object(conversion, "_LayerCalibration", LayerThresholds):
+        model = conversion.convert_bert(*args, **settings)
+    for neuron in neurons(model):
+        # Gradients that are alike move them alike.
+        neuron.v_threshold.register_hook(lambda gradient: gradient.mean().expand_as(gradient))
+    return model
+
+
+def with_rotation(*args, **settings) -> PreTrainedModel:
+    """`convert_bert`, with rotated currents."""
+    with mock.patch.object(conversion, "_LayerCalibration", Rotation):
+        return conversion.convert_bert(*args, **settings)
+
+
+def neurons(model: PreTrainedModel) -> Iterable[SpikingNeuron]:
+    return (module for module in model.modules() if isinstance(module, SpikingNeuron))
+
+
+VARIANTS = {
+    "as_designed": conversion.convert_bert,
+    "layer_thresholds": with_layer_thresholds,
+    "rotation": with_rotation,
+}
+
+
+def summary(runs: list[dict[str, Any]]) -> Table:
+    """Mean and standard deviation over the seeds of each variant."""
+    columns = {
+        "variant": "variant",
+        "calibrated": "loss after calibration",
+        "trained": "loss at the end",
+        "firing_rate": "firing rate at the end",
+        "seeds": "seeds",
+    }
+    table = Table("text", "Squared error of the hidden states on held-out text, mean (standard deviation)", columns)
+    for variant in dict.fromkeys(run["variant"] for run in runs):
+        same = [run for run in runs if run["variant"] == variant]
+        row: dict[str, Any] = {"variant": variant, "seeds": len(same)}
+        for name in ("calibrated", "trained"):
+            losses = [run[name]["loss"] for run in same]
+            deviation = f" ({statistics.stdev(losses):.4f})" if len(losses) > 1 else ""
+            row[name] = f"{statistics.fmean(losses):.4f}{deviation}"
+        row["firing_rate"] = statistics.fmean(run["trained"]["firing_rate"] for run in same)
+        table.rows.append(row)
+    return table
+
+
+if __name__ == "__main__":
+    main()
