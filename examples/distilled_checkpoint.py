@@ -1,11 +1,12 @@
-"""The distilled SNN-BERT of this repository as a folder to load, fine-tune or push; and how its file is made.
+"""The distilled SNN-BERTs of this repository as folders to load, fine-tune or push; and how their files are made.
 
     python examples/distilled_checkpoint.py --output_dir outputs/snn-bert-minilm-distilled
+    python examples/distilled_checkpoint.py --name snn-bert-minilm-sentences --output_dir outputs/sentences
     python examples/distilled_checkpoint.py --pack outputs/distilled --output_dir hub_configs/snn-bert-minilm-distilled
 
 The repository keeps the encoder only, its matrices in int8 with a scale per output channel (`ENCODER_FILE`, 11 MB).
 Embeddings and pooler are those of all-MiniLM-L6-v2, from the Python package index (see `fetch_inputs.py`): the
-distillation left them as they are. The second command makes such a file of a folder that
+distillation left them as they are. The last command makes such a file of a folder that
 `distill_bert.py --freeze_embeddings` has written.
 """
 
@@ -25,7 +26,9 @@ from transformers import AutoTokenizer, BertModel, PreTrainedTokenizerBase
 from modeling_snn_bert import SNNBertConfig, SNNBertModel
 from modeling_snn_bert.event_driven import round_weights
 
-CHECKPOINT = Path(__file__).resolve().parents[1] / "hub_configs" / "snn-bert-minilm-distilled"
+HUB_CONFIGS = Path(__file__).resolve().parents[1] / "hub_configs"
+# To be fine-tuned; and a sentence encoder, which went on from there.
+NAMES = ("snn-bert-minilm-distilled", "snn-bert-minilm-sentences")
 ENCODER_FILE = "encoder_int8.safetensors"
 RESULTS_FILE = "distillation_results.json"
 SCALE = ".scale"
@@ -34,6 +37,7 @@ SCALE = ".scale"
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--name", choices=NAMES, default=NAMES[0], help="which one (default: %(default)s)")
     parser.add_argument("--pack", type=Path, metavar="FOLDER", help="make the file of this folder, for --output_dir")
     return parser.parse_args(arguments)
 
@@ -45,10 +49,11 @@ def main(arguments: list[str] | None = None) -> int:
         if args.pack:
             pack(args.pack, args.output_dir, bert_of_checkpoint())
         else:
-            model, tokenizer = unpack()
+            folder = HUB_CONFIGS / args.name
+            model, tokenizer = unpack(folder)
             model.save_pretrained(args.output_dir)
             tokenizer.save_pretrained(args.output_dir)
-            shutil.copy(CHECKPOINT / "README.md", args.output_dir / "README.md")
+            shutil.copy(folder / "README.md", args.output_dir / "README.md")
     except (OSError, ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -61,7 +66,9 @@ def bert_of_checkpoint() -> BertModel:
     return BertModel.from_pretrained(minilm_folder())
 
 
-def unpack(folder: Path = CHECKPOINT, bert: BertModel | None = None) -> tuple[SNNBertModel, PreTrainedTokenizerBase]:
+def unpack(
+    folder: Path = HUB_CONFIGS / NAMES[0], bert: BertModel | None = None
+) -> tuple[SNNBertModel, PreTrainedTokenizerBase]:
     """The model that `pack` has written to `folder`, and its tokenizer.
 
     Args:

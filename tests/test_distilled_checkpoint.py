@@ -1,8 +1,10 @@
 """The distilled checkpoint: its packed form, and the one that the repository keeps."""
 
+import hashlib
+
 import pytest
 import torch
-from distilled_checkpoint import CHECKPOINT, ENCODER_FILE, main, pack, unpack
+from distilled_checkpoint import ENCODER_FILE, HUB_CONFIGS, NAMES, main, pack, unpack
 from safetensors.torch import load_file
 from small_bert import write_bert
 from transformers import AutoModel, BertModel
@@ -74,13 +76,16 @@ def test_a_folder_that_is_none_ends_the_program(tmp_path, monkeypatch, bert, cap
     assert "error: " in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_the_kept_file_is_small_and_whole():
-    """It holds every tensor of the encoder, finite, in the shape that the configuration asks for."""
-    assert (CHECKPOINT / ENCODER_FILE).stat().st_size < 12e6
-    config = SNNBertConfig.from_pretrained(CHECKPOINT)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_kept_file_is_small_and_whole(name):
+    """It holds every tensor of the encoder, finite, in the shape that the configuration asks for; its card says which."""
+    file = HUB_CONFIGS / name / ENCODER_FILE
+    assert file.stat().st_size < 12e6
+    assert hashlib.sha256(file.read_bytes()).hexdigest() in (file.parent / "README.md").read_text(encoding="utf-8")
+    config = SNNBertConfig.from_pretrained(HUB_CONFIGS / name)
     with torch.device("meta"):
         shapes = {name: x.shape for name, x in AutoModel.from_config(config).state_dict().items()}
-    tensors = load_file(CHECKPOINT / ENCODER_FILE)
+    tensors = load_file(file)
     matrices = {name for name, shape in shapes.items() if name.startswith("encoder.") and len(shape) == 2}
     wanted = {name for name in shapes if name.startswith("encoder.")} | {f"{name}.scale" for name in matrices}
     assert set(tensors) == wanted
