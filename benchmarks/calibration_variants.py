@@ -5,7 +5,8 @@
 takes the flags of examples/distill_bert.py, which it runs for each variant and seed:
 
     as_designed        thresholds per channel, spikes of the channels themselves
-    layer_thresholds   one threshold for all channels of a neuron layer, at calibration and in training
+    layer_calibration  one threshold for all channels of a neuron layer at calibration; training moves them apart
+    layer_thresholds   the same, and training keeps them alike
     rotation           a fixed Hadamard rotation, in blocks and with random signs, of what goes into a neuron whose
                        input is not a projection already (in front of query, key and value, of the attention's output
                        projection and of the MLP's first one); the Linears behind are rotated back
@@ -77,23 +78,6 @@ def evaluated_first(figures: dict[str, float]):
     return wrapped
 
 
-class LayerThresholds(conversion._LayerCalibration):
-    """Calibration with one threshold for all channels of a neuron layer."""
-
-    def calibrate_neuron(self, neuron: SpikingNeuron, currents: list[torch.Tensor]) -> list[torch.Tensor]:
-        sample = self.sample_size
-        valid = self.valid(currents[:sample])
-        low, high = valid.min(), valid.max()
-        # All channels share the range, so it takes more halvings than a channel's own.
-        for _ in range(2 * conversion.BISECTION_STEPS):
-            middle = (low + high) / 2
-            neuron.v_threshold.fill_(middle)
-            is_too_quiet = self.valid(self.spikes(neuron, currents[:sample])).mean() < self.firing_rate
-            low, high = (low, middle) if is_too_quiet else (middle, high)
-        neuron.v_threshold.fill_(low)
-        return self.spikes(neuron, currents)
-
-
 class Rotated(nn.Module):
     """A neuron that gets its currents, `[batch, seq_len, channels]`, rotated."""
 
@@ -143,10 +127,14 @@ def hadamard_rotation(size: int) -> torch.Tensor:
     return torch.block_diag(*[block] * (size // len(block))) / len(block) ** 0.5 * signs
 
 
+def with_layer_calibration(*args, **settings) -> PreTrainedModel:
+    """`convert_bert`, with thresholds per layer at calibration."""
+    return conversion.convert_bert(*args, **{**settings, "threshold_per": "layer"})
+
+
 def with_layer_thresholds(*args, **settings) -> PreTrainedModel:
-    """`convert_bert`, with thresholds per layer that training keeps alike."""
-    with mock.patch.object(conversion, "_LayerCalibration", LayerThresholds):
-        model = conversion.convert_bert(*args, **settings)
+    """The same, and training keeps them alike."""
+    model = with_layer_calibration(*args, **settings)
     for neuron in neurons(model):
         # Gradients that are alike move them alike.
         neuron.v_threshold.register_hook(lambda gradient: gradient.mean().expand_as(gradient))
@@ -165,6 +153,7 @@ def neurons(model: PreTrainedModel) -> Iterable[SpikingNeuron]:
 
 VARIANTS = {
     "as_designed": conversion.convert_bert,
+    "layer_calibration": with_layer_calibration,
     "layer_thresholds": with_layer_thresholds,
     "rotation": with_rotation,
 }

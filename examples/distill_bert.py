@@ -168,7 +168,7 @@ def make_student(
     batches = calibration_batches(args, blocks)
     if args.resume_from_checkpoint is not None:
         batches = batches[:1]
-    return convert(teacher, batches, args.firing_rate, **settings)
+    return convert(teacher, batches, args.firing_rate, threshold_per=args.threshold_per, **settings)
 
 
 def evaluate_states(

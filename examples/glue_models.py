@@ -41,6 +41,9 @@ class ModelArguments:
         default=False, metadata={"help": "convert the BERT to an SNN-BERT by calibration on the training sentences"}
     )
     firing_rate: float = dataclasses.field(default=0.2, metadata={"help": "firing rate at calibration"})
+    threshold_per: Literal["channel", "layer"] = dataclasses.field(
+        default="channel", metadata={"help": "at calibration, a threshold for each channel, or one for a neuron layer"}
+    )
     neuron_type: Literal["bpsn", "lif", "psn"] | None = None
     coding: Literal["individual", "repeat"] | None = None
     num_timesteps: int | None = dataclasses.field(default=None, metadata={"help": "of --coding repeat"})
@@ -149,6 +152,12 @@ def check_arguments(parser: HfArgumentParser, model_args: ModelArguments, data_a
 def add_student_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of an SNN-BERT that a script makes, by calibration or from scratch."""
     parser.add_argument("--firing_rate", type=float, default=0.2, help="firing rate at calibration (default: 0.2)")
+    parser.add_argument(
+        "--threshold_per",
+        choices=["channel", "layer"],
+        default="channel",
+        help="at calibration, a threshold for each channel, or one for a neuron layer (default: channel)",
+    )
     parser.add_argument("--config_overrides", help="settings of SNNBertConfig: spike_type=ternary,decay=0.1")
 
 
@@ -287,7 +296,9 @@ def load_model(
     else:
         model = BertForSequenceClassification.from_pretrained(args.model_name_or_path, **options).to(device)
         if args.convert:
-            model = convert_bert(model, calibration_batches(train, tokenizer), args.firing_rate, **settings).train()
+            batches = calibration_batches(train, tokenizer)
+            settings["threshold_per"] = args.threshold_per
+            model = convert_bert(model, batches, args.firing_rate, **settings).train()
     model.base_model.embeddings.requires_grad_(not args.freeze_embeddings)
     return model
 

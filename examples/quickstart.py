@@ -25,6 +25,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -54,7 +55,7 @@ from modeling_snn_bert.model_card import card_from_report
 
 HERE = Path(__file__).resolve().parent
 # The student is to hit the teacher's states, and noise only blurs them.
-NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+NO_DROPOUT: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 # Of the validation sentences, so many give the firing rates and the energy.
 ENERGY_SENTENCES = 512
 EXAMPLE_SENTENCES = [

@@ -125,7 +125,8 @@ def make_model(
     if args.convert:
         bert = BertForMaskedLM.from_pretrained(args.model_name_or_path, dtype=torch.float32).to(device)
         settings = parse_overrides(args.config_overrides)
-        return convert_bert(bert, calibration_batches(args, blocks), args.firing_rate, **settings)
+        batches = calibration_batches(args, blocks)
+        return convert_bert(bert, batches, args.firing_rate, threshold_per=args.threshold_per, **settings)
     if args.model_name_or_path:
         weights = {"config": config, "dtype": torch.float32}
         return SNNBertForMaskedLM.from_pretrained(args.model_name_or_path, **weights).to(device)

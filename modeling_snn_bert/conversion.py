@@ -9,7 +9,7 @@ channels at once then corrects `W'` towards what the BERT computes at that place
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
@@ -48,6 +48,8 @@ SPIKING_CLASSES: dict[type[BertPreTrainedModel], type[SNNBertPreTrainedModel]] =
 }
 
 BISECTION_STEPS = 10
+# The range of a whole layer is some ten times that of a channel.
+LAYER_BISECTION_STEPS = 14
 # Thresholds need fewer tokens than the regressions: 2,000 put a rate of 0.2 within 0.01.
 THRESHOLD_TOKENS = 2000
 
@@ -59,6 +61,7 @@ def convert_bert(
     firing_rate: float = 0.2,
     *,
     ridge: float = 0.5,
+    threshold_per: str = "channel",
     **settings,
 ) -> SNNBertPreTrainedModel:
     """A spiking copy of `bert`, with thresholds and weights calibrated on `batches`.
@@ -70,6 +73,8 @@ def convert_bert(
         firing_rate: the share of valid tokens at which each channel of each neuron layer shall fire, in (0, 1).
         ridge: weight of the ridge penalty, relative to the spikes' mean variance, that holds the regression to the
             decoded weights; `float("inf")` leaves it out.
+        threshold_per: `"channel"` gives each channel the threshold at which it fires at that rate; `"layer"` gives all
+            channels of a neuron layer the same, at which the layer does. Training is free to move them apart.
         settings: settings of `SNNBertConfig` to change, such as `spike_type="ternary"` or `neuron_type="lif"`.
 
     Returns:
@@ -86,11 +91,14 @@ def convert_bert(
         raise ValueError(f"`firing_rate` must lie in (0, 1), got {firing_rate}")
     if not ridge >= 0:
         raise ValueError(f"`ridge` must be >= 0, got {ridge}")
+    if threshold_per not in ("channel", "layer"):
+        raise ValueError(f'`threshold_per` must be "channel" or "layer", got {threshold_per!r}')
+    how = _Calibration(firing_rate, ridge, threshold_per)
     model = initialize_from_bert(bert, **settings)
     was_training = bert.training
     bert.eval()
     try:
-        _calibrate(bert.base_model, model.base_model, _checked_batches(batches, bert.device), firing_rate, ridge)
+        _calibrate(bert.base_model, model.base_model, _checked_batches(batches, bert.device), how)
     finally:
         bert.train(was_training)
     return model
@@ -132,9 +140,15 @@ def _checked_batches(
     return checked
 
 
-def _calibrate(
-    bert: BertModel, model: SNNBertModel, batches: list[dict[str, torch.Tensor]], firing_rate: float, ridge: float
-) -> None:
+class _Calibration(NamedTuple):
+    """The arguments of `convert_bert` of these names."""
+
+    firing_rate: float
+    ridge: float
+    threshold_per: str
+
+
+def _calibrate(bert: BertModel, model: SNNBertModel, batches: list[dict[str, torch.Tensor]], how: _Calibration) -> None:
     copies = model.config.num_timesteps
     masks = [b.get("attention_mask", torch.ones_like(b["input_ids"])) for b in batches]
     teacher_states = [bert.embeddings(b["input_ids"], token_type_ids=b.get("token_type_ids")) for b in batches]
@@ -143,7 +157,7 @@ def _calibrate(
     for teacher_layer, layer in zip(bert.encoder.layer, layers, strict=True):
         targets = _Targets(bert, teacher_layer, teacher_states, masks)
         token_masks = [mask.repeat(copies, 1) for mask in masks]
-        states = _LayerCalibration(model, layer, targets, token_masks, copies, firing_rate, ridge).run(states)
+        states = _LayerCalibration(model, layer, targets, token_masks, copies, how).run(states)
         teacher_states = targets.outputs
 
 
@@ -193,11 +207,10 @@ class _LayerCalibration:
         targets: _Targets,
         masks: list[torch.Tensor],
         copies: int,
-        firing_rate: float,
-        ridge: float,
+        how: _Calibration,
     ) -> None:
         self.model, self.layer, self.targets, self.masks = model, layer, targets, masks
-        self.copies, self.firing_rate, self.ridge = copies, firing_rate, ridge
+        self.copies, self.how = copies, how
         tokens = torch.stack([mask.sum() for mask in masks]).cumsum(0) / copies
         self.sample_size = min(int((tokens < THRESHOLD_TOKENS).sum()) + 1, len(masks))
 
@@ -238,7 +251,7 @@ class _LayerCalibration:
         ]
 
     def calibrate_neuron(self, neuron: SpikingNeuron, currents: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Set the thresholds for the wanted firing rate, by bisection per channel, and return the spikes.
+        """Set the thresholds for the wanted firing rate, by bisection, and return the spikes.
 
         Bisection, because a neuron with a reset fires less often than its potential exceeds the threshold.
         """
@@ -250,10 +263,13 @@ class _LayerCalibration:
         low, high = torch.minimum(low, low * reach), torch.maximum(high, high * reach)
         if neuron.spike_type == "ternary":
             low, high = torch.zeros_like(low), torch.maximum(low.abs(), high.abs())
-        for _ in range(BISECTION_STEPS):
+        is_shared = self.how.threshold_per == "layer"
+        if is_shared:
+            low, high = low.min().expand_as(low), high.max().expand_as(high)
+        for _ in range(LAYER_BISECTION_STEPS if is_shared else BISECTION_STEPS):
             neuron.v_threshold.copy_((low + high) / 2)
             rate = self.valid(self.spikes(neuron, currents[:sample])).abs().mean(0)
-            too_quiet = rate < self.firing_rate
+            too_quiet = (rate.mean() if is_shared else rate) < self.how.firing_rate
             high = torch.where(too_quiet, neuron.v_threshold, high)
             low = torch.where(too_quiet, low, neuron.v_threshold)
         # The loud side of the bracket: a channel that fires a little too often beats a dead one.
@@ -276,12 +292,12 @@ class _LayerCalibration:
         slope, offset = decode(x, self.valid_targets(self.targets.inputs[name]))
         linear.bias.add_(linear.weight @ offset)
         linear.weight.mul_(slope)
-        if self.ridge == float("inf"):
+        if self.how.ridge == float("inf"):
             return
         wanted = self.valid_targets(self.targets.results[name])
         if residual is not None:
             wanted = wanted + self.valid_targets(residual[1]) - self.valid(residual[0])
-        change, shift = ridge_regression(x, wanted - linear(x), self.ridge)
+        change, shift = ridge_regression(x, wanted - linear(x), self.how.ridge)
         linear.weight.add_(change)
         linear.bias.add_(shift)
 

@@ -62,11 +62,18 @@ def cosine_to_bert(model, bert, batches):
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("rate", [0.1, 0.3])
-def test_neurons_fire_at_the_wanted_rate(settings, rate):
+@pytest.mark.parametrize("threshold_per", ["channel", "layer"])
+def test_neurons_fire_at_the_wanted_rate(settings, rate, threshold_per):
     batches = make_batches()
-    model = convert_bert(make_bert(), batches, firing_rate=rate, **settings)
+    model = convert_bert(make_bert(), batches, firing_rate=rate, threshold_per=threshold_per, **settings)
     rates = measure_spikes(model, batches).rates
     assert all(0.5 * rate < layer.mean() < 2 * rate for layer in rates), [layer.mean().item() for layer in rates]
+    thresholds = [x for name, x in model.named_parameters() if name.endswith("neuron.v_threshold")]
+    shared = [torch.equal(x, x[:1].expand_as(x)) for x in thresholds]
+    assert len(shared) == len(rates) and shared == [threshold_per == "layer"] * len(rates)
+    # One channel or another then fires far more often than the others, which thresholds of its own rule out.
+    spread = max(layer.max().item() for layer in rates[:1])
+    assert spread > 1.5 * rate if threshold_per == "layer" else spread < 1.5 * rate
 
 
 def test_calibration_brings_the_model_near_its_bert():
@@ -128,6 +135,7 @@ def test_padding_does_not_count():
         pytest.param({"firing_rate": 0.0}, ValueError, "`firing_rate`", id="rate-0"),
         pytest.param({"firing_rate": 1.0}, ValueError, "`firing_rate`", id="rate-1"),
         pytest.param({"ridge": -1.0}, ValueError, "`ridge`", id="ridge"),
+        pytest.param({"threshold_per": "head"}, ValueError, "`threshold_per`", id="threshold_per"),
         pytest.param({"batches": []}, ValueError, "at least one batch", id="no-batches"),
         pytest.param({"batches": [{"ids": torch.ones(1, 2)}]}, ValueError, "`input_ids`", id="no-input-ids"),
         pytest.param({"num_timesteps": 3}, StrictDataclassError, "num_timesteps", id="impossible-setting"),

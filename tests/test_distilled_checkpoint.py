@@ -78,7 +78,7 @@ def test_a_folder_that_is_none_ends_the_program(tmp_path, monkeypatch, bert, cap
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_kept_file_is_small_and_whole(name):
-    """It holds every tensor of the encoder, finite, in the shape that the configuration asks for; its card says which."""
+    """It holds every tensor of the encoder, finite, in the configuration's shapes; the card has its hash."""
     file = HUB_CONFIGS / name / ENCODER_FILE
     assert file.stat().st_size < 12e6
     assert hashlib.sha256(file.read_bytes()).hexdigest() in (file.parent / "README.md").read_text(encoding="utf-8")

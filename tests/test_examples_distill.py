@@ -215,7 +215,7 @@ def test_distillation_goes_on_from_a_student(tmp_path, bert, text_file):
 def test_distillation_of_the_mean_embedding(tmp_path, bert, text_file):
     """With its weight the embeddings come closer to the teacher's than without, from one start."""
     arguments = ["--model_name_or_path", bert, "--train_file", text_file, *COMMON, "--calibration_tokens", 256]
-    arguments += ["--max_train_steps", 30, "--learning_rate", 1e-3, "--logging_steps", 1]
+    arguments += ["--max_train_steps", 30, "--learning_rate", 1e-3, "--logging_steps", 1, "--threshold_per", "layer"]
     reports = {}
     for weight in (0, 10):
         output = tmp_path / str(weight)

@@ -307,6 +307,7 @@ def test_teacher(tmp_path, bert):
     ]
     student += ["--logit_weight", 1.0, "--hidden_weight", 0.1, "--attention_weight", 0.1, "--skip_saving"]
     student += ["--config_overrides", "attention_probs_dropout_prob=0", "--augment_probability", 0.3]
+    student += ["--threshold_per", "layer"]
     run_script("run_glue_no_trainer", *student, "--output_dir", tmp_path / "student")
     assert read(tmp_path / "student")["mean"]["accuracy"] >= 0.9
     assert not (tmp_path / "student" / "seed_0" / "model.safetensors").exists()
