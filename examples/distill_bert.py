@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from accelerate_loop import TrainingLoop, add_loop_arguments, check_loop_arguments, make_accelerator
 from fetch_inputs import minilm_folder
 from glue_models import add_student_arguments, check_student_arguments, parse_overrides
@@ -175,23 +175,28 @@ def evaluate_states(
     accelerator, model: torch.nn.Module, teacher: BertModel, blocks: TextBlocks, batch_size: int
 ) -> dict[str, float]:
     """On the held-out blocks: loss over all layers, of the last one and of its mean, and the mean firing rate."""
-    totals = torch.zeros(5, device=accelerator.device)
+    totals = torch.zeros(4, device=accelerator.device)
+    errors, embeddings = [], []
     for batch in blocks.validation(batch_size, accelerator.process_index, accelerator.num_processes):
         batch = {name: x.to(accelerator.device) for name, x in batch.items()}
         wanted = teacher(**batch, output_hidden_states=True).hidden_states
         outputs = model(**batch, output_hidden_states=True, output_firing_rates=True)
         states, rows = outputs.hidden_states, len(batch["input_ids"])
         rate = torch.stack([rate.mean() for rate in outputs.firing_rates]).mean()
-        figures = [
-            hidden_state_loss(states, wanted),
-            hidden_state_loss(states[-2:], wanted[-2:]),
-            embedding_loss(outputs.last_hidden_state, wanted[-1], torch.ones_like(batch["input_ids"])),
-            rate,
-        ]
+        figures = [hidden_state_loss(states, wanted), hidden_state_loss(states[-2:], wanted[-2:]), rate]
         totals += rows * torch.stack([*figures, torch.ones_like(rate)])
-    *means, rows = accelerator.reduce(totals, reduction="sum").tolist()
-    names = ("loss", "last_layer_loss", "embedding_loss", "firing_rate")
-    return {name: total / rows for name, total in zip(names, means, strict=True)}
+        embeddings += wanted[-1].float().mean(1).tolist()
+        errors += (outputs.last_hidden_state - wanted[-1]).float().mean(1).square().mean(1).tolist()
+    loss, last_layer_loss, rate, rows = accelerator.reduce(totals, reduction="sum").tolist()
+    # A batch may hold one block, whose embedding has no variance; all of them together have one.
+    variance = torch.tensor(gather_object(embeddings)).var(0, correction=0).mean().item()
+    embedding_error = sum(gather_object(errors)) / rows
+    return {
+        "loss": loss / rows,
+        "last_layer_loss": last_layer_loss / rows,
+        "embedding_loss": embedding_error / max(variance, 1e-6),
+        "firing_rate": rate / rows,
+    }
 
 
 if __name__ == "__main__":
