@@ -127,13 +127,16 @@ def distil(
         return evaluate_states(accelerator, model, teacher, blocks, args.per_device_eval_batch_size)
 
     loop = TrainingLoop(accelerator, student, args, loss_of, evaluate, "distill_bert")
+    before = None
     if not loop.log:
-        accelerator.print("after calibration:", loop.evaluate_now())
+        before = loop.evaluate_now()
+        accelerator.print("before training:", before)
     batch_size, part, parts = args.per_device_train_batch_size, accelerator.process_index, accelerator.num_processes
     loop.run(lambda number: blocks.batch(number, batch_size, part, parts), "distil")
     results: dict[str, object] = {
         "teacher": teacher_path,
         "text_tokens": blocks.blocks.size,
+        "before_training": before,
         "seconds": {"calibration": round(calibration_seconds, 1), "training": round(loop.seconds, 1)},
     }
     return loop, tokenizer, results
@@ -176,7 +179,7 @@ def evaluate_states(
 ) -> dict[str, float]:
     """On the held-out blocks: loss over all layers, of the last one and of its mean, and the mean firing rate."""
     totals = torch.zeros(4, device=accelerator.device)
-    errors, embeddings = [], []
+    embeddings, wanted_embeddings = [], []
     for batch in blocks.validation(batch_size, accelerator.process_index, accelerator.num_processes):
         batch = {name: x.to(accelerator.device) for name, x in batch.items()}
         wanted = teacher(**batch, output_hidden_states=True).hidden_states
@@ -185,16 +188,15 @@ def evaluate_states(
         rate = torch.stack([rate.mean() for rate in outputs.firing_rates]).mean()
         figures = [hidden_state_loss(states, wanted), hidden_state_loss(states[-2:], wanted[-2:]), rate]
         totals += rows * torch.stack([*figures, torch.ones_like(rate)])
-        embeddings += wanted[-1].float().mean(1).tolist()
-        errors += (outputs.last_hidden_state - wanted[-1]).float().mean(1).square().mean(1).tolist()
+        embeddings += outputs.last_hidden_state.float().mean(1).tolist()
+        wanted_embeddings += wanted[-1].float().mean(1).tolist()
     loss, last_layer_loss, rate, rows = accelerator.reduce(totals, reduction="sum").tolist()
-    # A batch may hold one block, whose embedding has no variance; all of them together have one.
-    variance = torch.tensor(gather_object(embeddings)).var(0, correction=0).mean().item()
-    embedding_error = sum(gather_object(errors)) / rows
+    # Of all blocks at once: a batch may hold one, whose embedding has no variance. Each stands for a one-token block.
+    found, wanted = (torch.tensor(gather_object(x))[:, None] for x in (embeddings, wanted_embeddings))
     return {
         "loss": loss / rows,
         "last_layer_loss": last_layer_loss / rows,
-        "embedding_loss": embedding_error / max(variance, 1e-6),
+        "embedding_loss": embedding_loss(found, wanted, torch.ones(found.shape[:2])).item(),
         "firing_rate": rate / rows,
     }
 

@@ -297,8 +297,7 @@ def load_model(
         model = BertForSequenceClassification.from_pretrained(args.model_name_or_path, **options).to(device)
         if args.convert:
             batches = calibration_batches(train, tokenizer)
-            settings["threshold_per"] = args.threshold_per
-            model = convert_bert(model, batches, args.firing_rate, **settings).train()
+            model = convert_bert(model, batches, args.firing_rate, threshold_per=args.threshold_per, **settings).train()
     model.base_model.embeddings.requires_grad_(not args.freeze_embeddings)
     return model
 

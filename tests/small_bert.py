@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 import transformers
 from transformers import AutoConfig, BertConfig, BertPreTrainedModel
@@ -13,6 +14,19 @@ def write_bert(folder: Path, tokenizer, model_class: type[BertPreTrainedModel], 
     config = BertConfig(vocab_size=len(tokenizer), **{**small, "initializer_range": 0.1, **settings})
     model_class(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def bert_fixture(model_class: type[BertPreTrainedModel]):
+    """A fixture, to be named in the module that uses it: the folder of such a BERT, the same one each time."""
+
+    @pytest.fixture(scope="module")
+    def bert(tmp_path_factory, tokenizer):
+        folder = tmp_path_factory.mktemp("bert")
+        torch.manual_seed(0)
+        write_bert(folder, tokenizer, model_class, max_position_embeddings=64)
+        return folder
+
+    return bert
 
 
 def write_half_precision(folder: Path, source: Path, tokenizer) -> None:

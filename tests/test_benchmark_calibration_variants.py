@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_bert import write_bert
+from small_bert import bert_fixture
 from transformers import BertModel
 
 from modeling_snn_bert.conversion import convert_bert
@@ -17,13 +17,7 @@ import calibration_variants as variants  # noqa: E402
 
 sys.path.remove(str(BENCHMARKS))
 
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory, tokenizer):
-    folder = tmp_path_factory.mktemp("bert")
-    torch.manual_seed(0)
-    write_bert(folder, tokenizer, BertModel, max_position_embeddings=64)
-    return folder
+bert = bert_fixture(BertModel)
 
 
 @pytest.fixture
@@ -99,3 +93,11 @@ def test_a_student_to_go_on_from_is_refused(tmp_path, bert, capsys):
     with pytest.raises(SystemExit):
         variants.main(["--train_file", str(text), "--student_name_or_path", str(bert), "--output_dir", str(tmp_path)])
     assert "leave out --student_name_or_path" in capsys.readouterr().err
+
+
+def test_a_threshold_for_all_variants_is_refused(tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("a text", encoding="utf-8")
+    with pytest.raises(SystemExit):
+        variants.main(["--train_file", str(text), "--threshold_per", "layer", "--output_dir", str(tmp_path)])
+    assert "--threshold_per is what the variants are about" in capsys.readouterr().err

@@ -9,19 +9,13 @@ import pytest
 import torch
 from example_scripts import interrupt_after, refused, run_script
 from safetensors.torch import load_file
-from small_bert import write_bert, write_half_precision
+from small_bert import bert_fixture, write_half_precision
 from text_blocks import TextBlocks, sources, token_file, tokenize_sources
 from transformers import BertForMaskedLM
 
 from modeling_snn_bert import SNNBertForMaskedLM, SNNBertModel
 
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory, tokenizer):
-    folder = tmp_path_factory.mktemp("bert")
-    torch.manual_seed(0)
-    write_bert(folder, tokenizer, BertForMaskedLM, max_position_embeddings=64)
-    return folder
+bert = bert_fixture(BertForMaskedLM)
 
 
 @pytest.fixture(scope="module")

@@ -14,18 +14,12 @@ from example_scripts import EXAMPLES, interrupt_after, refused, run_script
 from glue_models import ModelArguments, Teacher, parse_overrides
 from glue_tasks import METRICS_FROM, TASKS, load_task, score
 from safetensors.torch import load_file
-from small_bert import write_bert, write_half_precision
+from small_bert import bert_fixture, write_half_precision
 from transformers import BertModel
 
 from modeling_snn_bert import SNNBertConfig, SNNBertForSequenceClassification
 
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory, tokenizer):
-    folder = tmp_path_factory.mktemp("bert")
-    torch.manual_seed(0)
-    write_bert(folder, tokenizer, BertModel, max_position_embeddings=64)
-    return folder
+bert = bert_fixture(BertModel)
 
 
 def test_overrides_have_the_types_of_the_configuration():

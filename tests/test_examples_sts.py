@@ -9,7 +9,7 @@ from example_scripts import refused, run_script
 from pair_similarity import mean_embeddings
 from run_sts_no_trainer import best_threshold
 from sentence_transformers import SentenceTransformer
-from small_bert import write_bert, write_half_precision
+from small_bert import bert_fixture, write_half_precision
 from transformers import BertConfig, BertModel
 
 from modeling_snn_bert import SNNBertModel
@@ -18,12 +18,7 @@ from modeling_snn_bert.conversion import convert_bert
 WORDS = ["river", "fox", "film", "night", "clock", "dog"]
 
 
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory, tokenizer):
-    folder = tmp_path_factory.mktemp("bert")
-    torch.manual_seed(0)
-    write_bert(folder, tokenizer, BertModel, max_position_embeddings=64)
-    return folder
+bert = bert_fixture(BertModel)
 
 
 @pytest.fixture(scope="module")
