@@ -9,6 +9,7 @@ import torch
 from augmentation import WordReplacement
 from datasets import Dataset, DatasetDict
 from glue_tasks import Task, load_task
+from seeds import check_seeds
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -143,8 +144,7 @@ def check_arguments(parser: HfArgumentParser, model_args: ModelArguments, data_a
         parser.error(f"--max_seq_length must be >= 4, got {data_args.max_seq_length}")
     if data_args.energy_samples < 0:
         parser.error(f"--energy_samples must be >= 0, got {data_args.energy_samples}")
-    if data_args.seeds is not None and len(set(data_args.seeds)) != len(data_args.seeds):
-        parser.error(f"--seeds must differ from each other, got {data_args.seeds}")
+    check_seeds(parser, data_args.seeds)
     if data_args.text_pair_column and not data_args.text_column:
         parser.error("--text_pair_column needs --text_column")
 

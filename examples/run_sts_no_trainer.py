@@ -34,7 +34,7 @@ from datasets import Dataset, DatasetDict
 from glue_models import check_vocabulary, measure_energy
 from glue_tasks import Task, load_task, score
 from pair_similarity import PAIR_LOSSES, SIMILARITIES, embedding_loss
-from seeds import run_seeds, write_results
+from seeds import check_seeds, run_seeds, write_results
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
@@ -79,8 +79,7 @@ def parse_args() -> argparse.Namespace:
     for name in ("embedding_weight", "energy_samples"):
         if not getattr(args, name) >= 0:
             parser.error(f"--{name} must be >= 0, got {getattr(args, name)}")
-    if args.seeds is not None and len(set(args.seeds)) != len(args.seeds):
-        parser.error(f"--seeds must differ from each other, got {args.seeds}")
+    check_seeds(parser, args.seeds)
     return args
 
 

@@ -17,6 +17,12 @@ from glue_tasks import METRICS_FROM, Task
 RESULTS_FILE = "results.json"
 
 
+def check_seeds(parser: argparse.ArgumentParser, seeds: Sequence[int] | None) -> None:
+    """End the program with a clear message if two seeds are the same."""
+    if seeds is not None and len(set(seeds)) != len(seeds):
+        parser.error(f"--seeds must differ from each other, got {seeds}")
+
+
 def run_seeds(
     accelerator: Accelerator,
     args: argparse.Namespace,
