@@ -1,7 +1,8 @@
 """Fine-tune an SNN-BERT, or a BERT, as a sentence encoder on pairs that are more or less alike, with Accelerate.
 
-    python examples/run_sts_no_trainer.py --model_name_or_path outputs/snn-bert-minilm-distilled \\
-        --data_dir glue_data --num_train_epochs 2 --seeds 0 1 2 --output_dir outputs/sts
+    python examples/run_sts_no_trainer.py --model_name_or_path outputs/snn-bert-minilm-sentences \\
+        --teacher_name_or_path outputs/bert-sts/seed_0 --data_dir glue_data --num_train_epochs 2 --seeds 0 1 2 \\
+        --output_dir outputs/sts
 
 A sentence's embedding is the mean of its tokens' last hidden states, and two sentences are as similar as the cosine of
 theirs. Each sentence is read alone, so embeddings can be kept and searched; `run_glue*.py --task_name stsb` reads both
@@ -48,7 +49,7 @@ NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", required=True, help="an SNN-BERT or a BERT: folder or Hub id")
-    parser.add_argument("--teacher_name_or_path", help="a BERT whose embeddings of the sentences are taught as well")
+    parser.add_argument("--teacher_name_or_path", help="a BERT to learn embeddings of, best one fine-tuned alike")
     parser.add_argument("--embedding_weight", type=float, default=1.0, help="weight of that loss (default: 1)")
     parser.add_argument(
         "--similarity",

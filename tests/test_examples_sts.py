@@ -95,6 +95,17 @@ def test_a_bert_is_trained_alike(tmp_path, bert, pairs):
     assert run["energy"] is None
 
 
+def test_a_bert_that_it_has_written_teaches(tmp_path, bert, snn_bert, pairs):
+    steps = [*pairs, "--max_train_steps", 2, "--logging_steps", 1]
+    run_script("run_sts_no_trainer", *steps, "--model_name_or_path", bert, "--output_dir", tmp_path / "teacher")
+    taught = ["--model_name_or_path", snn_bert, "--teacher_name_or_path", tmp_path / "teacher" / "seed_0"]
+    run_script("run_sts_no_trainer", *steps, *taught, "--skip_saving", "--output_dir", tmp_path / "student")
+    (run,) = json.loads((tmp_path / "student" / "results.json").read_text())["runs"]
+    losses = [entry["embedding_loss"] for entry in run["log"] if "embedding_loss" in entry]
+    assert len(losses) == 2 and min(losses) > 0
+    assert run["energy"]["mean_firing_rate"] > 0
+
+
 @pytest.mark.parametrize("labels", [(0, 1), ("not_entailment", "entailment"), ("other", "same")])
 @pytest.mark.parametrize("similarity", ["cosine", "second_in_first"])
 def test_labels_are_told_apart_by_a_threshold(tmp_path, bert, labels, similarity):
