@@ -1,5 +1,5 @@
 /* bpsn.c for processors with AVX2 and FMA. */
 #include "level_v3.h"
-#if HAVE_LEVEL
+#if HAVE_LEVELS
 #include "bpsn.c"
 #endif

@@ -1,5 +1,5 @@
 /* bpsn.c for processors with AVX-512. */
 #include "level_v4.h"
-#if HAVE_LEVEL
+#if HAVE_LEVELS
 #include "bpsn.c"
 #endif

@@ -14,7 +14,7 @@ enum { VECTOR_BYTES = 16 };
 #endif
 
 /* Whether the compiler and the system know AMX; has_spike_tiles() says whether the processor does. */
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11
+#if HAVE_LEVELS && defined(__linux__)
 #define HAVE_SPIKE_TILES 1
 #else
 #define HAVE_SPIKE_TILES 0
@@ -71,22 +71,23 @@ INLINE int64_t append_positions(uint16_t *list, int64_t n, unsigned bits, int64_
 /* Sums over one block of 64 columns for `rows` <= SPIKE_TILE_ROWS rows from `first` on, [SPIKE_TILE_ROWS, 64]; between
  * a begin and an end, in which the thread's tiles are set up. */
 enum { SPIKE_TILE_ROWS = 32 };
-int32_t has_spike_tiles(void);
+EXPORT int32_t has_spike_tiles(void);
 void begin_spike_tiles(void);
 void spike_tile_sums(const struct spike_lists *p, const void *block, int64_t first, int64_t rows, int32_t *sums);
 void end_spike_tiles(void);
 
-#define DECLARE_EVENT_DRIVEN(level)                                                                                    \
-    int64_t list_float_spikes_##level(const struct spike_lists *p, const float *spikes, int32_t threads);              \
-    int64_t list_packed_spikes_##level(const struct spike_lists *p, const uint8_t *packed, int32_t threads);           \
-    int64_t count_packed_spikes_##level(const uint8_t *packed, int64_t bytes, int32_t threads);                        \
-    int64_t list_packed_columns_##level(const struct spike_lists *p, const uint8_t *packed, int32_t threads);          \
-    int event_linear_##level(const struct spike_lists *p, const struct product *q, int32_t threads);                   \
-    int event_linear_bpsn_##level(const struct spike_lists *p, const struct product *q, const struct neuron *all,      \
-                                  int32_t threads);                                                                    \
-    int event_attention_##level(const struct attention *a, const struct neuron *all, int32_t threads);
-DECLARE_EVENT_DRIVEN(plain)
-DECLARE_EVENT_DRIVEN(v3)
-DECLARE_EVENT_DRIVEN(v4)
+#define DECLARE_EVENT_DRIVEN(at)                                                                                       \
+    int64_t at(list_float_spikes)(const struct spike_lists *p, const float *spikes, int32_t threads);                  \
+    int64_t at(list_packed_spikes)(const struct spike_lists *p, const uint8_t *packed, int32_t threads);               \
+    int64_t at(count_packed_spikes)(const uint8_t *packed, int64_t bytes, int32_t threads);                            \
+    int64_t at(list_packed_columns)(const struct spike_lists *p, const uint8_t *packed, int32_t threads);              \
+    int at(event_linear)(const struct spike_lists *p, const struct product *q, int32_t threads);                       \
+    int at(event_linear_bpsn)(const struct spike_lists *p, const struct product *q, const struct neuron *all,          \
+                              int32_t threads);                                                                        \
+    int at(event_attention)(const struct attention *a, const struct neuron *all, int32_t threads);
+DECLARE_EVENT_DRIVEN(AT_PLAIN)
+DECLARE_EVENT_DRIVEN(AT_V3)
+DECLARE_EVENT_DRIVEN(AT_V4)
+DECLARE_EVENT_DRIVEN(EXPORTED)
 
 #endif

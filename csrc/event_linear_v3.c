@@ -1,5 +1,5 @@
 /* event_linear.c for processors with AVX2. */
 #include "level_v3.h"
-#if HAVE_LEVEL
+#if HAVE_LEVELS
 #include "event_linear.c"
 #endif

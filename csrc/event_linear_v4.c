@@ -1,5 +1,5 @@
 /* event_linear.c for processors with AVX-512. */
 #include "level_v4.h"
-#if HAVE_LEVEL
+#if HAVE_LEVELS
 #include "event_linear.c"
 #endif

@@ -3,6 +3,8 @@
 #ifndef SNN_BERT_KERNELS_H
 #define SNN_BERT_KERNELS_H
 
+#include "levels.h"
+
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -16,13 +18,13 @@
 #endif
 
 /* A file of kernels is compiled for the plain processor as it is, and again by its `_v3` and `_v4` neighbours, which set
- * the compiler to AVX2 or AVX-512 and the name of the level. dispatch.c chooses when the library is loaded. */
+ * the compiler to AVX2 or AVX-512 and the name of the level. dispatch.c chooses at each call. */
 #ifndef LEVEL
 #define LEVEL(name) name##_plain
 #endif
 
 /* Also in modeling_snn_bert/cpu_kernels.py, which refuses a library of another version. */
-enum { KERNELS_VERSION = 4 };
+enum { KERNELS_VERSION = 5 };
 
 #define INLINE static inline __attribute__((always_inline))
 #define EXPORT __attribute__((visibility("default")))
@@ -65,12 +67,28 @@ struct neuron {
     float *grad_decay_forward, *grad_decay_backward, *grad_reset; /* [batch, groups] */
 };
 
-/* Both return 0, or 1 if there is no memory for their scratch space. */
-#define DECLARE_BPSN(level)                                                                                            \
-    int bpsn_forward_##level(const struct neuron *p, int32_t threads);                                                 \
-    int bpsn_backward_##level(const struct neuron *p, int32_t threads);
-DECLARE_BPSN(plain)
-DECLARE_BPSN(v3)
-DECLARE_BPSN(v4)
+/* What a kernel returns in place of 0: NO_MEMORY if there is none for its scratch space, NO_TILES if it was asked for the
+ * tiles of a processor that lacks them, or that the caller does not allow. */
+enum { NO_MEMORY = 1, NO_TILES = 2 };
+
+/* The highest level that processor, system and compiler have; the one in use; and the highest that may be used. */
+EXPORT int32_t highest_cpu_level(void);
+EXPORT int32_t cpu_level(void);
+EXPORT void cap_cpu_level(int32_t cap);
+EXPORT int32_t kernels_version(void);
+
+/* Each kernel has a name at each of its levels, and its own name where it is exported. */
+#define AT_PLAIN(name) name##_plain
+#define AT_V3(name) name##_v3
+#define AT_V4(name) name##_v4
+#define EXPORTED(name) EXPORT name
+
+#define DECLARE_BPSN(at)                                                                                               \
+    int at(bpsn_forward)(const struct neuron *p, int32_t threads);                                                     \
+    int at(bpsn_backward)(const struct neuron *p, int32_t threads);
+DECLARE_BPSN(AT_PLAIN)
+DECLARE_BPSN(AT_V3)
+DECLARE_BPSN(AT_V4)
+DECLARE_BPSN(EXPORTED)
 
 #endif

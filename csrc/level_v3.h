@@ -1,8 +1,7 @@
 /* Sets the compiler to x86-64-v3 for the rest of the file, where it can be. */
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11
-#define HAVE_LEVEL 1
+#include "levels.h"
+
+#if HAVE_LEVELS
 #define LEVEL(name) name##_v3
 #pragma GCC target("arch=x86-64-v3")
-#else
-#define HAVE_LEVEL 0
 #endif

@@ -11,13 +11,7 @@
 #if HAVE_SPIKE_TILES
 #pragma GCC target("arch=x86-64-v4,amx-tile,amx-int8")
 
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
 enum { ROWS = 16, BYTES = 64, TILE = ROWS * BYTES };
-/* Asks Linux for leave to use the tiles' registers, whose state makes a thread's context larger. */
-enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
 
 /* What a processor's documentation calls palette 1: eight tiles of 16 rows of 64 bytes. */
 static const struct {
@@ -27,18 +21,6 @@ static const struct {
 } EIGHT_WHOLE_TILES __attribute__((aligned(64))) = {
     .palette = 1, .bytes = {BYTES, BYTES, BYTES, BYTES, BYTES, BYTES, BYTES, BYTES},
     .rows = {ROWS, ROWS, ROWS, ROWS, ROWS, ROWS, ROWS, ROWS}};
-
-static int tiles_usable = 0;
-
-__attribute__((constructor)) static void ask_for_tiles(void) {
-    unsigned a, b, c, d;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 24 & 1) || !(d >> 25 & 1)) return;
-    __builtin_cpu_init();
-    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw")) return;
-    tiles_usable = !syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA);
-}
-
-EXPORT int32_t has_spike_tiles(void) { return tiles_usable; }
 
 void begin_spike_tiles(void) { _tile_loadconfig(&EIGHT_WHOLE_TILES); }
 
@@ -108,6 +90,4 @@ void spike_tile_sums(const struct spike_lists *p, const void *block, int64_t fir
     else tile_sums(p, block, first, rows, 0, sums);
 }
 
-#else
-EXPORT int32_t has_spike_tiles(void) { return 0; }
 #endif

@@ -27,6 +27,7 @@ from transformers import AutoTokenizer, BertPreTrainedModel, PreTrainedConfig, P
 from . import __version__
 from .configuration_snn_bert import SNNBertConfig
 from .conversion import SPIKING_CLASSES, convert_bert, initialize_from_bert, is_neuron_parameter
+from .cpu_kernels import kernel_facts
 from .energy import energy_report, load_model, read_texts, tokenized_batches
 from .energy_plots import import_pyplot, plot_spikes, short_name
 from .energy_tables import RASTER_TOKENS, raster_panels
@@ -281,14 +282,17 @@ def spikes(
 
 @app.command(epilog="Example: snn-bert info my-snn-bert --json")
 def info(
-    model: Model,
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="[MODEL]", help="An SNN-BERT checkpoint: a folder or a Hub id.", show_default=False),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
     revision: Revision = None,
 ) -> None:
-    """Show what a checkpoint holds: head, sizes, parameters, neurons and their settings."""
+    """Show the kernels in use and, of a checkpoint, head, sizes, parameters, neurons and their settings."""
     with reported():
-        snn_bert = load_model(model, revision)
-        facts = checkpoint_facts(snn_bert)
+        facts = {} if model is None else checkpoint_facts(load_model(model, revision))
+    facts["CPU"] = kernel_facts()
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
         return

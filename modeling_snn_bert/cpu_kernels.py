@@ -4,6 +4,9 @@ The library is built from `csrc/` by `pip install` where a C compiler is at hand
 from the Hub and the package is not installed) `available()` is False and the neurons run on torch's own operations,
 with the same results. `SNN_BERT_CPU_KERNELS=0` in the environment does the same by hand.
 
+The library holds each kernel at several levels of the instruction set and takes the highest that the processor has.
+`SNN_BERT_CPU_LEVEL=plain`, `avx2`, `avx512` or `amx` in the environment is the highest that it may take.
+
 The kernels are registered as torch operators, so that `torch.compile` and tools that follow a model through its
 operators see them.
 """
@@ -19,7 +22,11 @@ logger = logging.get_logger(__name__)
 
 FILENAME = "_cpu_kernels.shared"
 # The same number stands in csrc/kernels.h; it changes with every structure and signature there.
-KERNELS_VERSION = 4
+KERNELS_VERSION = 5
+# The levels of the instruction set, lowest first: csrc/levels.h has them in this order. `avx512` and `amx` differ in
+# int8 products only.
+CPU_LEVELS = ("plain", "avx2", "avx512", "amx")
+LEVEL_VARIABLE = "SNN_BERT_CPU_LEVEL"
 SURROGATE_INDEX = {"atan": 0, "sigmoid": 1, "triangle": 2, "rectangle": 3}
 
 
@@ -50,38 +57,93 @@ class _Neuron(ctypes.Structure):
     ]
 
 
-def _load() -> ctypes.CDLL | None:
-    """The compiled kernels, or `None` where there are none; the log says which it is."""
-    if os.environ.get("SNN_BERT_CPU_KERNELS") == "0":
-        logger.info("SNN-BERT's CPU kernels are switched off by SNN_BERT_CPU_KERNELS=0")
-        return None
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    """The compiled kernels, or `None` where there are none, and a sentence that says which and why; it is logged.
+
+    Raises:
+        ValueError: if the environment asks for a level that does not exist.
+    """
+    allowed = os.environ.get(LEVEL_VARIABLE) or CPU_LEVELS[-1]
+    _check_level(f"{LEVEL_VARIABLE} in the environment", allowed)
+    kernels, log, words = None, logger.info, ""
     path = Path(__file__).parent / FILENAME
-    if not path.exists():
-        logger.info("SNN-BERT's CPU kernels are not installed: its neurons run on torch's operations, more slowly")
-        return None
-    try:
-        kernels = ctypes.CDLL(str(path))
-        version = kernels.kernels_version()
-    except (OSError, AttributeError) as error:
-        logger.warning(f"SNN-BERT's CPU kernels cannot be loaded and torch's operations run instead: {error}")
-        return None
-    if version != KERNELS_VERSION:
-        logger.warning(
-            f"SNN-BERT's CPU kernels in {path} have the version {version} in place of {KERNELS_VERSION} and torch's "
-            "operations run instead: install the package again"
-        )
-        return None
-    logger.info(f"SNN-BERT runs on the CPU kernels in {path}")
-    return kernels
+    if os.environ.get("SNN_BERT_CPU_KERNELS") == "0":
+        words = "SNN-BERT's CPU kernels are switched off by SNN_BERT_CPU_KERNELS=0"
+    elif not path.exists():
+        words = "SNN-BERT's CPU kernels are not installed: its neurons run on torch's operations, more slowly"
+    else:
+        try:
+            kernels = ctypes.CDLL(str(path))
+            version = kernels.kernels_version()
+        except (OSError, AttributeError) as error:
+            kernels, log = None, logger.warning
+            words = f"SNN-BERT's CPU kernels cannot be loaded and torch's operations run instead: {error}"
+        else:
+            if version == KERNELS_VERSION:
+                kernels.cap_cpu_level(CPU_LEVELS.index(allowed))
+                words = f"SNN-BERT runs on the CPU kernels in {path}"
+            else:
+                kernels, log = None, logger.warning
+                words = (
+                    f"SNN-BERT's CPU kernels in {path} have the version {version} in place of {KERNELS_VERSION} and "
+                    "torch's operations run instead: install the package again"
+                )
+    log(words)
+    return kernels, words
+
+
+def _check_level(name: str, level: str) -> None:
+    if level not in CPU_LEVELS:
+        raise ValueError(f"{name} must be one of {list(CPU_LEVELS)}, got {level!r}")
 
 
 # Loaded after torch, whose threads the kernels then share.
-_LIBRARY = _load()
+_LIBRARY, _WHY = _load()
 
 
 def available() -> bool:
     """Whether there are compiled kernels."""
     return _LIBRARY is not None
+
+
+def cap_cpu_level(level: str) -> None:
+    """Set the highest level of the instruction set that the kernels may use, for the whole process.
+
+    An event-driven model keeps the crossover rates that were measured when it was made, so set the level before.
+
+    Args:
+        level: `"plain"`, `"avx2"`, `"avx512"` or `"amx"`. One that the processor lacks allows all that it has.
+
+    Raises:
+        ValueError: if there is no such level.
+    """
+    _check_level("`level`", level)
+    if _LIBRARY is not None:
+        _LIBRARY.cap_cpu_level(CPU_LEVELS.index(level))
+
+
+def cpu_level() -> str | None:
+    """The level of the instruction set that the kernels run at; `None` where there are no kernels."""
+    return None if _LIBRARY is None else CPU_LEVELS[_LIBRARY.cpu_level()]
+
+
+def highest_cpu_level() -> str | None:
+    """The highest level that this processor, its system and the kernels have; `None` where there are no kernels."""
+    return None if _LIBRARY is None else CPU_LEVELS[_LIBRARY.highest_cpu_level()]
+
+
+def kernel_facts() -> dict[str, str]:
+    """Whether there are kernels, at what level they run in this process, and why, in words."""
+    facts = {"kernels": _WHY}
+    level, highest = cpu_level(), highest_cpu_level()
+    if level is not None and highest is not None:
+        facts["level"] = level
+        facts["why this level"] = (
+            "the highest of processor and kernels"
+            if level == highest
+            else f"capped, by {LEVEL_VARIABLE} or `cap_cpu_level`; processor and kernels have {highest}"
+        )
+    return facts
 
 
 def _run(name: str, **values) -> None:

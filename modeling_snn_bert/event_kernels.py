@@ -28,6 +28,8 @@ LIST_SLACK = 64
 # A list entry is 16 bits wide.
 MAX_INPUTS = 65536
 MAX_HEAD_SIZE = 512
+# What a kernel returns that was asked for tiles where there are none.
+NO_TILES = 2
 
 
 class _SpikeLists(ctypes.Structure):
@@ -117,9 +119,8 @@ class NeuronParameters(NamedTuple):
     ternary: bool
 
 
-@functools.cache
 def tiles_available() -> bool:
-    """Whether this processor has AMX, with the compiled kernels for it."""
+    """Whether this processor has AMX, with the compiled kernels for it, and they may use it."""
     return _LIBRARY is not None and bool(_LIBRARY.has_spike_tiles())
 
 
@@ -258,7 +259,7 @@ def event_linear(
     """
     result = torch.empty(spikes.struct.rows, weights.outputs)
     product = _product(weights, addend, result)
-    _kernel("event_linear")(ctypes.byref(spikes.struct), ctypes.byref(product), _threads())
+    _call("event_linear", spikes.struct, product)
     return result
 
 
@@ -293,7 +294,10 @@ def _empty_packed(neuron: NeuronParameters, batch: int, tokens: int, channels: i
 
 
 def _call(name: str, *arguments: ctypes.Structure) -> None:
-    if _kernel(name)(*(ctypes.byref(x) for x in arguments), _threads()):
+    failed = _kernel(name)(*(ctypes.byref(x) for x in arguments), _threads())
+    if failed == NO_TILES:
+        raise RuntimeError(f"{name}: weights laid out for AMX, which this processor lacks or which is not allowed")
+    if failed:
         raise MemoryError(f"{name}: no memory for the scratch space of a sequence")
 
 

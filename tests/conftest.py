@@ -11,9 +11,10 @@ import torch
 # Read when the kernels for a GPU are imported: where there is none, they run in Triton's interpreter.
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
+from cpu_levels import CPU_LEVELS
 from transformers import BertTokenizer
 
-from modeling_snn_bert import SNNBertConfig
+from modeling_snn_bert import SNNBertConfig, cpu_kernels
 
 SENTENCES = [
     "The quick brown fox jumps over the lazy dog.",
@@ -44,6 +45,22 @@ def pytest_terminal_summary(terminalreporter):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def cap_cpu_level():
+    """A function that sets the highest level of the instruction set that the kernels may use, until the test ends."""
+    before = cpu_kernels.cpu_level()
+    yield cpu_kernels.cap_cpu_level
+    if before is not None:
+        cpu_kernels.cap_cpu_level(before)
+
+
+@pytest.fixture(params=CPU_LEVELS)
+def at_every_level(request, cap_cpu_level):
+    """The test runs once for each level of the instruction set that the kernels have on this machine."""
+    cap_cpu_level(request.param)
+    assert cpu_kernels.cpu_level() == request.param
 
 
 @pytest.fixture

@@ -19,7 +19,13 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from modeling_snn_bert import SNNBertForSequenceClassification, SNNBertForTokenClassification, SNNBertModel, cli
+from modeling_snn_bert import (
+    SNNBertForSequenceClassification,
+    SNNBertForTokenClassification,
+    SNNBertModel,
+    cli,
+    cpu_kernels,
+)
 from modeling_snn_bert.conversion import convert_bert
 
 
@@ -210,6 +216,10 @@ class TestInfo:
         printed = snn_bert("info", checkpoint).stdout
         assert re.search(r"spike_type +binary", printed) and re.search(r"neuron layers +14", printed)
 
+    def test_of_the_processor_alone(self, snn_bert):
+        assert json.loads(snn_bert("info", "--json").stdout) == {"CPU": cpu_kernels.kernel_facts()}
+        assert cpu_kernels.kernel_facts()["kernels"] in snn_bert("info").stdout
+
     def test_other_heads_and_neurons(self, snn_bert, make_config, tmp_path):
         SNNBertModel(make_config(neuron_type="psn", psn_length=16)).save_pretrained(tmp_path)
         facts = json.loads(snn_bert("info", tmp_path, "--json").stdout)
@@ -219,7 +229,7 @@ class TestInfo:
 # Exit code, arguments after the command, and what the message must say. {…} are filled with paths.
 BAD_COMMANDS = {
     "no_such_command": (2, ["fly"], "No such command"),
-    "no_model": (2, ["info"], "Missing argument"),
+    "no_model": (2, ["spikes"], "Missing argument"),
     "no_such_option": (2, ["info", "{model}", "--colour"], "No such option"),
     "no_data_file": (2, ["energy", "{model}"], "--data_file"),
     "missing_data_file": (2, ["energy", "{model}", "--data_file", "no.txt"], "no.txt"),

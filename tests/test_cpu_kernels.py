@@ -2,6 +2,9 @@
 
 import copy
 import ctypes
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -94,6 +97,7 @@ def compare(neuron, shape, mask, min_clear=0.5):
 
 
 @needs_kernels
+@pytest.mark.usefixtures("at_every_level")
 class TestBPSN:
     @pytest.mark.parametrize("mask", ["none", "right", "left", "holes"])
     @pytest.mark.parametrize("spike_type", ["binary", "ternary"])
@@ -201,7 +205,7 @@ class TestLoading:
 
     @pytest.fixture
     def load(self, tmp_path, monkeypatch, caplog):
-        """A function that loads the kernels of a folder with the given file in it; what it returns and logs."""
+        """A function that loads the kernels of a folder with the given file in it; returns them and what was logged."""
         monkeypatch.setattr(cpu_kernels, "__file__", str(tmp_path / "cpu_kernels.py"))
         monkeypatch.setattr(cpu_kernels.logger, "propagate", True)
         monkeypatch.setattr(cpu_kernels.logging.get_logger("transformers"), "propagate", True)
@@ -210,7 +214,9 @@ class TestLoading:
             if library is not None:
                 (tmp_path / cpu_kernels.FILENAME).write_bytes(library)
             with caplog.at_level("INFO"):
-                return cpu_kernels._load(), caplog.text
+                loaded, why = cpu_kernels._load()
+            assert why in caplog.text
+            return loaded, why
 
         return load_from
 
@@ -253,3 +259,37 @@ class TestLoading:
         wanted = neuron(current)
         monkeypatch.setattr(cpu_kernels, "_LIBRARY", None)
         assert torch.equal(neuron(current), wanted) and wanted.any()
+
+
+class TestLevels:
+    @needs_kernels
+    @pytest.mark.parametrize("asked", cpu_kernels.CPU_LEVELS)
+    def test_the_environment_sets_the_highest(self, asked):
+        """In a fresh process, as a user would. A level that the processor lacks allows all that it has."""
+        code = "from modeling_snn_bert import cpu_kernels as k; print(k.cpu_level(), k.highest_cpu_level())"
+        environment = {**os.environ, cpu_kernels.LEVEL_VARIABLE: asked}
+        printed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        level, highest = printed.stdout.split()
+        assert level == min(asked, highest, key=cpu_kernels.CPU_LEVELS.index)
+
+    def test_a_level_that_does_not_exist(self, monkeypatch):
+        with pytest.raises(ValueError, match=r"`level` must be one of \['plain', .*\], got 'sse'"):
+            cpu_kernels.cap_cpu_level("sse")
+        monkeypatch.setenv(cpu_kernels.LEVEL_VARIABLE, "AVX2")
+        with pytest.raises(ValueError, match=r"SNN_BERT_CPU_LEVEL in the environment must be one of .* got 'AVX2'"):
+            cpu_kernels._load()
+
+    @needs_kernels
+    def test_facts(self, cap_cpu_level):
+        facts = cpu_kernels.kernel_facts()
+        assert cpu_kernels.FILENAME in facts["kernels"] and facts["level"] == cpu_kernels.cpu_level()
+        highest = cpu_kernels.highest_cpu_level()
+        if highest != "plain":
+            cap_cpu_level("plain")
+            facts = cpu_kernels.kernel_facts()
+            assert facts["level"] == "plain" and facts["why this level"].endswith(f"have {highest}")
+
+    def test_without_kernels(self, monkeypatch):
+        monkeypatch.setattr(cpu_kernels, "_LIBRARY", None)
+        cpu_kernels.cap_cpu_level("avx2")
+        assert cpu_kernels.cpu_level() is None and list(cpu_kernels.kernel_facts()) == ["kernels"]

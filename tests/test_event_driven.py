@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 import transformers
+from cpu_levels import CPU_LEVELS
 from torch import nn
 from transformers import BertConfig, BertModel, pipeline
 
@@ -30,10 +31,8 @@ from modeling_snn_bert.event_kernels import PackedSpikes, tiles_available
 from modeling_snn_bert.packed_spikes import pack
 
 KERNELS_MISSING = "no compiled kernels: installed without a C compiler, or SNN_BERT_CPU_KERNELS=0 is set"
-PATHS = [
-    pytest.param(True, id="kernels", marks=pytest.mark.skipif(not cpu_kernels.available(), reason=KERNELS_MISSING)),
-    pytest.param(False, id="torch"),
-]
+# The compiled kernels at each level of the instruction set that is there, and torch's operations.
+PATHS = [*CPU_LEVELS, pytest.param(False, id="torch")]
 needs_tiles = pytest.mark.skipif(not tiles_available(), reason="no AMX in this processor, or no kernels for it")
 WEIGHT_DTYPES = ["float32", "bfloat16", "int8"]
 # Shapes whose blocks hold whole groups, and (24 channels a group) whose blocks do not.
@@ -51,6 +50,14 @@ HEADS = {
     "question": snn.SNNBertForQuestionAnswering,
     "choice": snn.SNNBertForMultipleChoice,
 }
+
+
+@pytest.fixture(autouse=True)
+def level_of_path(request, cap_cpu_level):
+    """Where a test has a parameter from `PATHS`, the kernels run at its level."""
+    path = getattr(request.node, "callspec", None) and request.node.callspec.params.get("kernels")
+    if path:
+        cap_cpu_level(path)
 
 
 @pytest.fixture

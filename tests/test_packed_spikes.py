@@ -130,6 +130,7 @@ def test_kept_views_come_back():
 
 
 @pytest.mark.skipif(not cpu_kernels.available(), reason="no compiled kernels: products never run by events")
+@pytest.mark.usefixtures("at_every_level")
 class TestByEvents:
     @pytest.mark.parametrize("ternary", [False, True])
     @pytest.mark.parametrize("rate", [0.0, 0.02, 0.2, 0.4])

@@ -1,6 +1,6 @@
 /* Calls every kernel at every level that this processor has, on buffers of exactly the size that it may touch, for
- * AddressSanitizer and UndefinedBehaviorSanitizer to watch. Results are compared between the levels, and products with
- * a plain loop. Compiled and run by test_kernel_sanitizers.py. */
+ * AddressSanitizer and UndefinedBehaviorSanitizer to watch. Results of each level are compared with those of the plain
+ * one, and products with a loop. Compiled and run by test_kernel_levels.py. */
 #include "event_driven.h"
 
 #include <math.h>
@@ -42,20 +42,49 @@ static uint8_t *packed_spikes(int64_t bytes, int ternary) {
     return x;
 }
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11
-#define CALL(function, ...)                                                                                            \
-    (level == 4 ? function##_v4(__VA_ARGS__) : level == 3 ? function##_v3(__VA_ARGS__) : function##_plain(__VA_ARGS__))
-static int has(int level) {
-    __builtin_cpu_init();
-    if (level == 4)
-        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    return level == 1 || (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"));
+/* What the plain level computed, in the order in which it did, for the others to be held to. */
+static uint8_t *recorded = NULL;
+static size_t recorded_bytes = 0, recorded_room = 0, replayed = 0;
+static int recording = 1;
+static int64_t compared_bits = 0, differing_bits = 0;
+
+/* What was recorded in this place; on the plain level `now` itself, which is recorded. */
+static const void *at_plain(const void *now, size_t bytes) {
+    if (recording) {
+        while (recorded_bytes + bytes > recorded_room) {
+            recorded_room = 2 * recorded_room + 4096;
+            recorded = realloc(recorded, recorded_room);
+            if (!recorded) fail("no memory for the records", (int64_t)recorded_room);
+        }
+        memcpy(recorded + recorded_bytes, now, bytes);
+        recorded_bytes += bytes;
+        return now;
+    }
+    if (replayed + bytes > recorded_bytes) fail("more results than the plain level has", (int64_t)replayed);
+    replayed += bytes;
+    return recorded + replayed - bytes;
 }
-#else
-#define CALL(function, ...) function##_plain(__VA_ARGS__)
-static int has(int level) { return level == 1; }
-#endif
+
+/* Whether all spikes are those of the plain level. A potential that all but meets its threshold is rounded to either
+ * side of it, so a few may differ; main() counts how many. */
+static int same_spikes(const uint8_t *packed, int64_t bytes) {
+    const uint8_t *plain = at_plain(packed, (size_t)bytes);
+    int64_t differing = 0;
+    for (int64_t k = 0; k < bytes; k++) differing += __builtin_popcount(packed[k] ^ plain[k]);
+    compared_bits += 8 * bytes;
+    differing_bits += differing;
+    return !differing;
+}
+
+/* Sums of many products, whose parts cancel, differ by a few roundings of the largest. */
+static void compare_floats(const char *what, const float *now, int64_t n, int comparable) {
+    float *plain = get(sizeof(float) * (size_t)n), largest = 1;
+    memcpy(plain, at_plain(now, sizeof(float) * (size_t)n), sizeof(float) * (size_t)n);
+    for (int64_t k = 0; k < n; k++) largest = fmaxf(largest, fabsf(plain[k]));
+    for (int64_t k = 0; comparable && k < n; k++)
+        if (!(fabsf(now[k] - plain[k]) <= 1e-4f * largest)) fail(what, k);
+    free(plain);
+}
 
 static const int64_t WIDTHS[] = {8, 16, 24, 40, 64};
 static int64_t spikes_seen = 0;
@@ -82,7 +111,7 @@ static void free_neuron(struct neuron *p) {
     free(p->packed);
 }
 
-static void run_neurons(int level, int64_t tokens, int64_t width, int ternary, int iterations, int masked,
+static void run_neurons(int64_t tokens, int64_t width, int ternary, int iterations, int masked,
                         double longest_decay, int threads) {
     const int64_t batch = 2, groups = 3, channels = groups * width, n = batch * tokens * channels;
     struct neuron p = make_neuron(batch, tokens, groups, width, ternary, iterations, masked, longest_decay);
@@ -95,7 +124,7 @@ static void run_neurons(int level, int64_t tokens, int64_t width, int ternary, i
     p.grad_decay_forward = get(sizeof(float) * (size_t)(batch * groups));
     p.grad_decay_backward = get(sizeof(float) * (size_t)(batch * groups));
     p.grad_reset = get(sizeof(float) * (size_t)(batch * groups));
-    if (CALL(bpsn_forward, &p, threads) || CALL(bpsn_backward, &p, threads)) fail("no memory in a neuron", n);
+    if (bpsn_forward(&p, threads) || bpsn_backward(&p, threads)) fail("no memory in a neuron", n);
     for (int64_t k = 0; k < n; k++) {
         const int bit = p.packed[k / 8] >> k % 8 & 1;
         const int minus = ternary ? p.packed[n / 8 + k / 8] >> k % 8 & 1 : 0;
@@ -103,6 +132,12 @@ static void run_neurons(int level, int64_t tokens, int64_t width, int ternary, i
         if (!isfinite(p.grad_current[k])) fail("a gradient that is not finite", k);
         spikes_seen += bit + minus;
     }
+    const int same = same_spikes(p.packed, n / 8 * (1 + ternary));
+    compare_floats("a gradient to a current differs from the plain level", p.grad_current, n, same);
+    compare_floats("a gradient to a threshold differs", p.grad_v_threshold, batch * channels, same);
+    compare_floats("a gradient to a decay differs", p.grad_decay_forward, batch * groups, same);
+    compare_floats("a gradient to a backward decay differs", p.grad_decay_backward, batch * groups, same);
+    compare_floats("a gradient to a reset differs", p.grad_reset, batch * groups, same);
     free(current);
     free(grad);
     free(p.spikes);
@@ -156,7 +191,7 @@ static void fill_weights(void *memory, int64_t bytes, int32_t weight_type) {
     }
 }
 
-static void run_products(int level, int64_t tokens, int64_t inputs, int64_t groups, int64_t width, int32_t weight_type,
+static void run_products(int64_t tokens, int64_t inputs, int64_t groups, int64_t width, int32_t weight_type,
                          int ternary, int threads) {
     const int64_t batch = 2, rows = batch * tokens, outputs = groups * width;
     const int columns = columns_of(weight_type);
@@ -174,21 +209,21 @@ static void run_products(int level, int64_t tokens, int64_t inputs, int64_t grou
                         .scale = floats(blocks * columns, 0.001, 0.01), .bias = floats(blocks * columns, -1, 1),
                         .addend = floats(rows * outputs, -1, 1), .result = get(sizeof(float) * (size_t)(rows * outputs))};
     fill_weights((void *)q.weight, bytes, weight_type);
-    const int64_t listed = CALL(list_float_spikes, &lists, spikes, threads);
+    const int64_t listed = list_float_spikes(&lists, spikes, threads);
     if (memcmp(lists.packed, packed, (size_t)((1 + ternary) * rows * inputs / 8))) fail("packed otherwise", rows);
-    if (listed != CALL(list_packed_spikes, &lists, packed, threads)) fail("the lists differ in length", listed);
-    if (listed != CALL(count_packed_spikes, packed, (1 + ternary) * rows * inputs / 8, threads))
+    if (listed != list_packed_spikes(&lists, packed, threads)) fail("the lists differ in length", listed);
+    if (listed != count_packed_spikes(packed, (1 + ternary) * rows * inputs / 8, threads))
         fail("the count differs from the lists", listed);
     spikes_seen += listed;
     struct spike_lists turned = {inputs, rows, rows, 1 + ternary, get(2 * (size_t)((1 + ternary) * inputs * rows)),
                                   get(4 * (size_t)((1 + ternary) * inputs))};
-    if (listed != CALL(list_packed_columns, &turned, packed, threads)) fail("the columns' lists differ", listed);
+    if (listed != list_packed_columns(&turned, packed, threads)) fail("the columns' lists differ", listed);
     for (int64_t i = 0; i < inputs; i++)
         for (int64_t k = 0; k < turned.counts[i]; k++)
             if (spikes[turned.indices[i * rows + k] * inputs + i] != 1) fail("a column's list is wrong", i);
     free(turned.indices);
     free(turned.counts);
-    CALL(event_linear, &lists, &q, threads);
+    event_linear(&lists, &q, threads);
     for (int64_t row = 0; row < rows; row++)
         for (int64_t k = 0; k < outputs; k++) {
             double sum = q.bias[k] + q.addend[row * outputs + k];
@@ -196,13 +231,15 @@ static void run_products(int level, int64_t tokens, int64_t inputs, int64_t grou
                 sum += (double)spikes[row * inputs + i] * weight_at(&q, &lists, i, k);
             if (!(fabs(sum - q.result[row * outputs + k]) < 1e-3)) fail("a product differs from its loop", k);
         }
+    if (weight_type != INT8_TILES) compare_floats("a product differs from the plain level", q.result, rows * outputs, 1);
     if (columns % width == 0 || width % columns == 0) {
         struct neuron p = make_neuron(batch, tokens, groups, width, ternary, 1, 1, 0.9);
-        if (CALL(event_linear_bpsn, &lists, &q, &p, threads)) fail("no memory behind a product", rows);
+        if (event_linear_bpsn(&lists, &q, &p, threads)) fail("no memory behind a product", rows);
+        if (weight_type != INT8_TILES) same_spikes(p.packed, rows * outputs / 8 * (1 + ternary));
         free_neuron(&p);
     }
     spikes[rows * inputs - 1] = 0.5f;
-    if (CALL(list_float_spikes, &lists, spikes, threads) != -1) fail("0.5 was taken for a spike", rows);
+    if (list_float_spikes(&lists, spikes, threads) != -1) fail("0.5 was taken for a spike", rows);
     free(packed);
     free(spikes);
     free(lists.indices);
@@ -215,7 +252,7 @@ static void run_products(int level, int64_t tokens, int64_t inputs, int64_t grou
     free(q.result);
 }
 
-static void run_attention(int level, int64_t tokens, int64_t head_size, int ternary, int masked, int threads) {
+static void run_attention(int64_t tokens, int64_t head_size, int ternary, int masked, int threads) {
     const int64_t batch = 2, heads = 2, channels = heads * head_size, bytes = batch * tokens * channels / 8;
     struct neuron p = make_neuron(batch, tokens, heads, head_size, ternary, 1, masked, 0.9);
     float *gain = floats(channels, 0.5, 1.5), *offset = floats(channels, -0.5, 0.5);
@@ -223,9 +260,11 @@ static void run_attention(int level, int64_t tokens, int64_t head_size, int tern
     uint8_t *value = packed_spikes(bytes, ternary);
     float *context = get(sizeof(float) * (size_t)(batch * tokens * channels));
     struct attention a = {head_size, query, key, value, gain, offset, 0.25f, context};
-    if (CALL(event_attention, &a, &p, threads)) fail("no memory in the attention", tokens);
+    if (event_attention(&a, &p, threads)) fail("no memory in the attention", tokens);
     for (int64_t k = 0; k < batch * tokens * channels; k++)
         if (!(fabs(context[k]) <= 1.0001)) fail("a context beyond the mean of its values", k);
+    compare_floats("a context differs from the plain level", context, batch * tokens * channels, 1);
+    same_spikes(p.packed, bytes * (1 + ternary));
     free(gain);
     free(offset);
     free(query);
@@ -235,31 +274,58 @@ static void run_attention(int level, int64_t tokens, int64_t head_size, int tern
     free_neuron(&p);
 }
 
+static void run_level(void) {
+    for (int ternary = 0; ternary < 2; ternary++) {
+        for (int64_t tokens = 1; tokens <= 70; tokens += tokens < 3 ? 1 : 33)
+            for (int k = 0; k < 5; k++) {
+                const int threads = 1 + k % 2;
+                run_neurons(tokens, WIDTHS[k], ternary, k % 4, k % 2, 0.9, threads);
+                run_attention(tokens, WIDTHS[k], ternary, k % 2, threads);
+                for (int32_t type = FLOAT32; type <= INT8; type++)
+                    run_products(tokens, 8 * (1 + 7 * k), 3, WIDTHS[k], type, ternary, threads);
+            }
+        /* Long enough, and soon enough forgotten, to go by windows. */
+        for (int k = 0; k < 4; k++) run_neurons(1300, WIDTHS[k], ternary, k, k % 2, 0.3, 1 + k % 2);
+        run_attention(3, 512, ternary, 1, 1);
+        run_products(2, 1024, 2, 128, INT8, ternary, 2);
+    }
+}
+
+static void run_tiles(void) {
+    for (int ternary = 0; ternary < 2; ternary++)
+        for (int64_t tokens = 1; tokens <= 49; tokens += 8)
+            for (int k = 0; k < 5; k++)
+                run_products(tokens, 8 * (1 + 7 * k), 3, WIDTHS[k], INT8_TILES, ternary, 1 + k % 2);
+}
+
+/* Where there are no tiles, or none are allowed, a product on them is refused and nothing is touched. */
+static void refuse_tiles(void) {
+    struct spike_lists lists = {.rows = 1, .inputs = 8};
+    struct product q = {.outputs = 8, .weight_type = INT8_TILES};
+    struct neuron p = {.batch = 1, .tokens = 1, .channels = 8, .groups = 1};
+    if (event_linear(&lists, &q, 1) != NO_TILES || event_linear_bpsn(&lists, &q, &p, 1) != NO_TILES)
+        fail("tiles were not refused", 0);
+}
+
+/* Prints the levels that ran, in order, and the number of spikes that were seen. */
 int main(void) {
-    int levels = 0;
-    for (int level = 1; level <= 4; level++) {
-        if (level == 2 || !has(level)) continue;
-        levels++;
-        for (int ternary = 0; ternary < 2; ternary++) {
-            for (int64_t tokens = 1; tokens <= 70; tokens += tokens < 3 ? 1 : 33)
-                for (int k = 0; k < 5; k++) {
-                    const int threads = 1 + k % 2;
-                    run_neurons(level, tokens, WIDTHS[k], ternary, k % 4, k % 2, 0.9, threads);
-                    run_attention(level, tokens, WIDTHS[k], ternary, k % 2, threads);
-                    for (int32_t type = FLOAT32; type <= INT8; type++)
-                        run_products(level, tokens, 8 * (1 + 7 * k), 3, WIDTHS[k], type, ternary, threads);
-                }
-            /* Long enough, and soon enough forgotten, to go by windows. */
-            for (int k = 0; k < 4; k++) run_neurons(level, 1300, WIDTHS[k], ternary, k, k % 2, 0.3, 1 + k % 2);
-            run_attention(level, 3, 512, ternary, 1, 1);
-            run_products(level, 2, 1024, 2, 128, INT8, ternary, 2);
-            if (level < 4 || !has_spike_tiles()) continue;
-            for (int64_t tokens = 1; tokens <= 49; tokens += 8)
-                for (int k = 0; k < 5; k++)
-                    run_products(level, tokens, 8 * (1 + 7 * k), 3, WIDTHS[k], INT8_TILES, ternary, 1 + k % 2);
-        }
+    static const char *const NAMES[] = {"plain", "avx2", "avx512", "amx"};
+    if (kernels_version() != KERNELS_VERSION) fail("the library has another version", kernels_version());
+    for (int32_t level = LEVEL_PLAIN; level <= LEVEL_AMX; level++) {
+        cap_cpu_level(level);
+        if (cpu_level() != level) continue;
+        if (level < LEVEL_AMX) refuse_tiles();
+        state = 88172645463325252u;
+        recording = level == LEVEL_PLAIN;
+        replayed = 0;
+        if (level == LEVEL_AMX) run_tiles();
+        else run_level();
+        if (level < LEVEL_AMX && !recording && replayed != recorded_bytes) fail("results are missing", level);
+        printf("%s ", NAMES[level]);
     }
     if (!spikes_seen) fail("no spike was ever seen", 0);
-    printf("%d levels, %lld spikes\n", levels, (long long)spikes_seen);
+    if (differing_bits * 10000 > compared_bits) fail("spikes differ from the plain level", differing_bits);
+    free(recorded);
+    printf("%lld\n", (long long)spikes_seen);
     return 0;
 }
