@@ -7,7 +7,8 @@ Subjects have the same shape and vocabulary, no head and no pooler. Thresholds o
 tokens so that each channel fires at the imposed rate; the rate that is met is in the table. All subjects of a table are
 timed in turns, round by round, and the ratios are taken round by round. Natural lengths are those of short film
 reviews, padded to the longest of the batch. The ONNX models are exports of the very BERT that is timed, checked against
-it. The section `linears` times the products of one layer alone. Writes inference.json.
+it. The section `linears` times the products of one layer alone, `levels` the whole encoder at each level of the
+instruction set that the processor has. Writes inference.json.
 
 ONNX Runtime and its tools are needed for two of the subjects only:
 
@@ -65,7 +66,9 @@ LENGTH = 128
 # The firing rate whose cost the section `linears` compares with, and the tokens of a product there.
 REFERENCE_RATE = 0.2
 LINEAR_TOKENS = 1024
-SECTIONS = (*SHAPES, "linears")
+SECTIONS = (*SHAPES, "linears", "levels")
+# Batch and firing rate of the section `levels`.
+LEVELS_BATCH, LEVELS_RATE = 8, 0.1
 TILES = "any, on AMX"
 # Token counts of short film reviews (SST-2's validation sentences): mean, standard deviation, and the range.
 NATURAL_LENGTHS = (25.0, 12.0, 5, 64)
@@ -361,6 +364,66 @@ def run_dense(linears: list[nn.Linear], inputs: list[torch.Tensor]) -> None:
         nn.functional.linear(x, linear.weight, linear.bias)
 
 
+class AtLevel:
+    """A call of `model` with the kernels at one level of the instruction set."""
+
+    def __init__(self, model: nn.Module, level: str) -> None:
+        self.model = model
+        self.level = level
+
+    def __call__(self, **inputs: torch.Tensor) -> Any:
+        before = cpu_kernels.cpu_level()
+        assert before is not None  # whoever makes levels has kernels
+        cpu_kernels.cap_cpu_level(self.level)
+        try:
+            return self.model(**inputs)
+        finally:
+            cpu_kernels.cap_cpu_level(before)
+
+
+def levels_here() -> tuple[str, ...]:
+    """The levels of the instruction set that the kernels have on this processor.
+
+    Raises:
+        SystemExit: if there are no kernels.
+    """
+    highest = cpu_kernels.highest_cpu_level()
+    if highest is None:
+        raise SystemExit("the section levels needs the compiled kernels: install the package where there is a compiler")
+    return cpu_kernels.CPU_LEVELS[: cpu_kernels.CPU_LEVELS.index(highest) + 1]
+
+
+def level_tables(settings: Settings) -> Iterator[Table]:
+    """The encoder at each level of the instruction set against BERT, every product by events, or on AMX by tiles."""
+    for shape_name, full_shape in SHAPES.items():
+        shape, length = ((2, 48, 96, 4), 16) if settings.quick else (full_shape, LENGTH)
+        model = build_spiking(shape, settings.seed)
+        inputs = make_batches((LEVELS_BATCH,), length, VOCAB_SIZE, settings.seed)[f"{LEVELS_BATCH} x {length}"]
+        impose_firing_rate(model, LEVELS_RATE, inputs)
+        firing_rates(model, inputs)
+        calls: dict[str, Callable[..., Any]] = {REFERENCE: bert_like(model.config)}
+        for weight_dtype in ("float32", "int8"):
+            for level in levels_here():
+                if level != "amx":
+                    calls[f"{weight_dtype}, {level}"] = AtLevel(
+                        event_driven(copy.deepcopy(model), weight_dtype, dense_above=1.0), level
+                    )
+                elif weight_dtype == "int8":
+                    calls["int8, amx"] = AtLevel(event_driven(copy.deepcopy(model), "int8", dense_above=0.0), level)
+        with torch.inference_mode():
+            samples = interleaved_seconds({n: partial(c, **inputs) for n, c in calls.items()}, settings.repeats, 2)
+        table = Table(
+            "levels",
+            f"{shape_name}, batch {LEVELS_BATCH} x {length}, rate {LEVELS_RATE}, {settings.threads} threads",
+            {"subject": "weights, level", "milliseconds": "ms", "speedup": f"{REFERENCE} / time"},
+            notes=["Median of interleaved rounds (quartiles)."],
+        )
+        for name in calls:
+            row = {"milliseconds": spread(samples[name], 1e3), "speedup": ratio(samples, REFERENCE, name)}
+            table.rows.append({"subject": name, **row})
+        yield table
+
+
 @benchmark("inference", sections=SECTIONS, subjects=SUBJECTS, repeats=7)
 def inference(settings: Settings) -> Iterator[Table]:
     """Inference: event-driven SNN-BERT against BERT in transformers and ONNX Runtime, at imposed firing rates."""
@@ -373,6 +436,8 @@ def tables_of(
     """The tables of the sections that were asked for."""
     if "linears" in settings.sections:
         yield from linear_tables(settings, rates)
+    if "levels" in settings.sections:
+        yield from level_tables(settings)
     yield from at_imposed_rates(settings, rates, batch_sizes, memory)
 
 

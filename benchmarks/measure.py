@@ -162,6 +162,7 @@ def environment(threads: int, seed: int) -> dict[str, Any]:
         "platform": platform.platform(),
         "device": "cpu",
         "cpu": cpu_name(),
+        "cpu_level": modeling_snn_bert.cpu_kernels.cpu_level(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cpu_count": os.cpu_count(),
         "memory_bytes": physical_memory(),
