@@ -32,6 +32,9 @@ from .leaky_integration import widen
 
 # Byte `i` of eight, each 0 or 1, times 2^(56 - 7 i) lands on bit 56 + i, and nothing else reaches the highest byte.
 _GATHER_BITS = 0x0102040810204080
+# A byte times the first is eight copies of it, and the second leaves bit `i` of copy `i` (it is 0x8040201008040201).
+_COPY_BYTE = 0x0101010101010101
+_OWN_BIT = -0x7FBFDFEFF7FBFDFF
 _ATTRIBUTE = "_packed_spikes"
 # The firing rate below which a product of a training step runs by events.
 EVENTS_BELOW = 0.3
@@ -52,10 +55,11 @@ def pack(spikes: torch.Tensor, ternary: bool) -> torch.Tensor:
 
 def unpack(packed: torch.Tensor, channels: int, dtype: torch.dtype) -> torch.Tensor:
     """The inverse of `pack`: spikes `[..., channels]` of the given dtype."""
-    values = torch.arange(256, device=packed.device)[:, None]
-    eight_spikes = ((values >> torch.arange(8, device=packed.device)) & 1).to(dtype)
-    planes = nn.functional.embedding(packed.int(), eight_spikes).flatten(-2)[..., :channels]
-    return planes[0] if len(planes) == 1 else planes[0] - planes[1]
+    eight = packed.to(torch.int64, memory_format=torch.contiguous_format).mul_(_COPY_BYTE).bitwise_and_(_OWN_BIT)
+    bits = eight.view(torch.uint8)[..., :channels]
+    # The comparison itself writes `dtype`: to convert its bools would be another pass.
+    planes = torch.ne(bits, 0, out=bits.new_empty(bits.shape, dtype=dtype))
+    return planes[0] if len(planes) == 1 else planes[0].sub_(planes[1])
 
 
 def attach_packed(spikes: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:

@@ -63,6 +63,27 @@ class TestPacking:
             packed = pack(nn.functional.one_hot(torch.tensor(channel), 24).float(), ternary=False)
             assert packed[0].tolist() == [(1 << channel % 8) * (channel // 8 == i) for i in range(3)]
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+    def test_every_byte_is_unpacked(self, dtype):
+        plus, minus = torch.arange(256, dtype=torch.uint8).expand(256, -1), torch.arange(256)[:, None].expand(-1, 256)
+        packed = torch.stack((plus, minus.to(torch.uint8)))
+        bits = (packed.int()[..., None] >> torch.arange(8)) & 1
+        wanted = (bits[0] - bits[1]).flatten(-2).to(dtype)
+        for channels in (2048, 2043, 1):
+            binary, ternary = unpack(packed[:1], channels, dtype), unpack(packed, channels, dtype)
+            assert torch.equal(binary, bits[0].flatten(-2)[:, :channels].to(dtype)) and binary.dtype == dtype
+            assert torch.equal(ternary, wanted[:, :channels]) and ternary.dtype == dtype
+
+    @pytest.mark.parametrize("ternary", [False, True])
+    def test_unpacking_leaves_the_packed_form_as_it_is(self, ternary):
+        # Every other row: packed spikes need not lie in one piece.
+        packed = torch.randint(256, (1 + ternary, 6, 5), dtype=torch.uint8)[:, ::2]
+        before = packed.clone()
+        assert torch.equal(unpack(packed, 37, torch.float32), unpack(before, 37, torch.float32))
+        assert torch.equal(packed, before)
+        turned = before.transpose(1, 2).contiguous().transpose(1, 2)
+        assert torch.equal(unpack(turned, 37, torch.float32), unpack(before, 37, torch.float32))
+
     def test_form_is_gone_once_the_spikes_change(self):
         spikes = random_spikes(2, 8)
         attach_packed(spikes, pack(spikes, False))
