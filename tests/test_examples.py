@@ -5,9 +5,9 @@ import hashlib
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from example_scripts import EXAMPLES, refused, run_script
 from huggingface_hub import ModelCard
 from small_bert import write_bert
 from transformers import BertModel
@@ -15,14 +15,13 @@ from transformers import BertModel
 from modeling_snn_bert import SNNBertModel
 from modeling_snn_bert.conversion import convert_bert
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
-
-def run(script, *arguments, check=True):
+def run(script, *arguments):
+    """What the script prints, in a process of its own."""
     command = [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
     result = subprocess.run(command, capture_output=True, text=True)
-    assert not check or result.returncode == 0, result.stderr
-    return result
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 @pytest.fixture(scope="module")
@@ -63,18 +62,23 @@ SHORT = ["--distillation_steps", 2, "--num_train_epochs", 0.5, "--batch_size", 4
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["csv", "tsv", "json"])
-def test_quickstart(tmp_path, bert, snn_bert, kind):
+def test_quickstart(tmp_path, capsys, bert, snn_bert, kind):
     output = tmp_path / "out"
     # The BERT is converted, unless there is an SNN-BERT to start from.
     start = ["--student_name_or_path", snn_bert] if kind == "json" else ["--convert"] if kind == "tsv" else []
     rows = write_rows(tmp_path, kind)
-    result = run("quickstart.py", "--model_name_or_path", bert, *rows, "--output_dir", output, *start, *SHORT)
+    arguments = ["--model_name_or_path", bert, *rows, "--output_dir", output, *start, *SHORT]
+    if kind == "csv":
+        printed = run("quickstart.py", *arguments)
+    else:
+        run_script("quickstart", *arguments)
+        printed = capsys.readouterr().out
     report = json.loads((output / "report.json").read_text())
     assert report["accuracy"]["majority class"] == 0.5
     assert report["training_sentences"] == 30 and report["finetuning_steps"] == 4
     assert len(report["firing_rates"]) == 14 and all(0 < rate < 1 for rate in report["firing_rates"].values())
     assert {p["label"] for p in report["predictions"]} <= {"bad", "good"}
-    assert (output / "report.md").read_text().strip() in result.stdout
+    assert (output / "report.md").read_text().strip() in printed
     for picture in ("firing_rates.png", "spikes.png"):
         assert (output / picture).read_bytes().startswith(b"\x89PNG")
     names = {path.name for path in (output / "model").iterdir()}
@@ -97,22 +101,21 @@ BAD_ARGUMENTS = {
 
 
 @pytest.mark.parametrize(("arguments", "message"), BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS)
-def test_quickstart_refuses(bert, arguments, message):
-    result = run("quickstart.py", "--model_name_or_path", bert, *arguments, check=False)
-    assert result.returncode and message in result.stderr
+def test_quickstart_refuses(capsys, bert, arguments, message):
+    assert message in refused(capsys, "quickstart", "--model_name_or_path", bert, *arguments)
 
 
-def test_quickstart_refuses_a_student_of_another_shape(tmp_path, bert, make_config, tokenizer):
+def test_quickstart_refuses_a_student_of_another_shape(tmp_path, capsys, bert, make_config, tokenizer):
     SNNBertModel(make_config(vocab_size=len(tokenizer), num_hidden_layers=1)).save_pretrained(tmp_path / "student")
     arguments = ["--model_name_or_path", bert, *write_rows(tmp_path, "csv"), *SHORT]
-    result = run("quickstart.py", *arguments, "--student_name_or_path", tmp_path / "student", check=False)
-    assert result.returncode and "must have the num_hidden_layers of its teacher, 2; it has 1" in result.stderr
+    message = refused(capsys, "quickstart", *arguments, "--student_name_or_path", tmp_path / "student")
+    assert "must have the num_hidden_layers of its teacher, 2; it has 1" in message
 
 
-def test_quickstart_names_a_missing_column(tmp_path, bert):
+def test_quickstart_names_a_missing_column(tmp_path, capsys, bert):
     files = write_rows(tmp_path, "csv")
-    result = run("quickstart.py", "--model_name_or_path", bert, *files, "--text_column", "text", check=False)
-    assert result.returncode and "no column 'text'" in result.stderr
+    arguments = ["--model_name_or_path", bert, *files, "--text_column", "text"]
+    assert "no column 'text'" in refused(capsys, "quickstart", *arguments)
 
 
 FETCH = """

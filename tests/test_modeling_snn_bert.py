@@ -634,7 +634,7 @@ class TestTraining:
     @each_neuron
     def test_compiles_to_one_graph(self, make_model, sentences, assert_spikes_flow, neuron, attention_type):
         batch = {name: x[:, :12] for name, x in sentences.items()}
-        settings = {"attention_type": attention_type, "attn_implementation": "sdpa"}
+        settings = {"attention_type": attention_type, "attn_implementation": "sdpa", "num_hidden_layers": 1}
         if neuron == "psn":
             settings["psn_length"] = 12
         model = make_model(SNNBertForSequenceClassification, neuron, **settings)
