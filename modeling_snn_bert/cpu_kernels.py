@@ -12,6 +12,7 @@ operators see them.
 """
 
 import ctypes
+import itertools
 import os
 from pathlib import Path
 
@@ -106,6 +107,19 @@ def available() -> bool:
     return _LIBRARY is not None
 
 
+def _free_namespace() -> str:
+    """A namespace for operators that no other copy of this code uses in this process.
+
+    Code from the Hub and the package may be there side by side. Whoever registers an operator again takes it from the
+    copy that did so before, whose next call of it would crash.
+    """
+    names = ("snn_bert" if number == 1 else f"snn_bert_{number}" for number in itertools.count(1))
+    return next(name for name in names if not hasattr(getattr(torch.ops, name), "bpsn_forward"))
+
+
+NAMESPACE = _free_namespace()
+
+
 def cap_cpu_level(level: str) -> None:
     """Set the highest level of the instruction set that the kernels may use, for the whole process.
 
@@ -183,7 +197,7 @@ def packed_shape(shape: torch.Size, ternary: bool) -> tuple[int, ...]:
     return (2 if ternary else 1, *shape[:-1], (shape[-1] + 7) // 8)
 
 
-@torch.library.custom_op("snn_bert::bpsn_forward", mutates_args=(), schema=FORWARD_SCHEMA)
+@torch.library.custom_op(f"{NAMESPACE}::bpsn_forward", mutates_args=(), schema=FORWARD_SCHEMA)
 def bpsn_forward(
     current, mask, v_threshold, decay_forward, decay_backward, reset, normalize, reset_iterations, ternary
 ):
@@ -215,7 +229,7 @@ def fake_bpsn_forward(
     return torch.empty_like(current, memory_format=torch.contiguous_format), packed
 
 
-@torch.library.custom_op("snn_bert::bpsn_backward", mutates_args=(), schema=BACKWARD_SCHEMA)
+@torch.library.custom_op(f"{NAMESPACE}::bpsn_backward", mutates_args=(), schema=BACKWARD_SCHEMA)
 def bpsn_backward(
     grad_spikes,
     current,

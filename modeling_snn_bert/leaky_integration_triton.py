@@ -41,6 +41,7 @@ from transformers.utils import logging
 from .cpu_kernels import (
     BACKWARD_SCHEMA,
     FORWARD_SCHEMA,
+    NAMESPACE,
     fake_bpsn_backward,
     fake_bpsn_forward,
     packed_shape,
@@ -1015,7 +1016,7 @@ def _on_device_of(x: torch.Tensor):
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-@torch.library.custom_op("snn_bert::bpsn_triton_forward", mutates_args=(), schema=FORWARD_SCHEMA)
+@torch.library.custom_op(f"{NAMESPACE}::bpsn_triton_forward", mutates_args=(), schema=FORWARD_SCHEMA)
 def bpsn_forward(
     current, mask, v_threshold, decay_forward, decay_backward, reset, normalize, reset_iterations, ternary
 ):
@@ -1037,7 +1038,7 @@ def bpsn_forward(
     return spikes, packed
 
 
-@torch.library.custom_op("snn_bert::bpsn_triton_backward", mutates_args=(), schema=BACKWARD_SCHEMA)
+@torch.library.custom_op(f"{NAMESPACE}::bpsn_triton_backward", mutates_args=(), schema=BACKWARD_SCHEMA)
 def bpsn_backward(
     grad_spikes,
     current,
