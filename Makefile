@@ -20,7 +20,7 @@ REMOVE_BUILD := rm -rf build dist snn_bert.egg-info
 .DEFAULT_GOAL := help
 # pip installs must not run side by side in one environment.
 .NOTPARALLEL:
-.PHONY: help demo test lint bench docs clean
+.PHONY: help demo test lint bench docs wheel clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +49,10 @@ bench: $(EXAMPLES_STAMP) $(PACKAGE_STAMP) ## Run benchmarks/run.py; tables as JS
 
 docs: $(TESTS_STAMP) $(PACKAGE_STAMP) ## Write the API reference, from the docstrings, to outputs/docs
 	$(BIN)/python docs/build_reference.py outputs/docs
+
+wheel: | $(BIN)/python ## Build the wheel with compiled CPU kernels, to outputs/wheels; ARCHITECTURE=aarch64 builds it for ARM
+	$(PIP_INSTALL) auditwheel
+	$(BIN)/python build_wheel.py $(if $(ARCHITECTURE),--architecture $(ARCHITECTURE))
 
 clean: ## Remove the environment, build products and caches
 	rm -rf $(VENV) build dist snn_bert.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import BaseError
 
@@ -25,6 +26,9 @@ class BuildKernels(build_ext):
 
     They are a plain shared library that ctypes loads and no module of Python, and their name is none either, so that
     whoever walks the package's modules does not try to import them.
+
+    The library names no OpenMP runtime that it needs and so takes the one in the process, which is torch's. With a
+    runtime of its own there would be two, whose threads wait for each other's cores.
     """
 
     def get_ext_filename(self, fullname: str) -> str:
@@ -33,11 +37,26 @@ class BuildKernels(build_ext):
     def build_extension(self, ext: Extension) -> None:
         try:
             super().build_extension(ext)
+            if b"__kmpc_" in Path(self.get_ext_fullpath(ext.name)).read_bytes():
+                # clang calls functions of a runtime that torch's need not have.
+                ext.extra_link_args = ["-fopenmp"]
+                self.force = True
+                super().build_extension(ext)
         except BaseError:
             self.warn("the CPU kernels do not build with OpenMP; trying without")
             ext.extra_compile_args.remove("-fopenmp")
-            ext.extra_link_args.remove("-fopenmp")
+            ext.extra_link_args = []
             super().build_extension(ext)
+
+
+class WheelForEveryPython(bdist_wheel):
+    """Names the wheel for its platform alone: ctypes loads the kernels in every Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        platform = super().get_tag()[2]
+        if not any(Path(self.bdist_dir).rglob("*.shared")):
+            platform = "any"
+        return self.python_tag, "none", platform
 
 
 KERNELS = Extension(
@@ -45,7 +64,6 @@ KERNELS = Extension(
     sources=sorted(f"csrc/{path.name}" for path in (ROOT / "csrc").glob("*.c")),
     depends=sorted(f"csrc/{path.name}" for path in (ROOT / "csrc").glob("*.[ch]")),
     extra_compile_args=["-std=gnu11", "-O3", "-fopenmp", "-fvisibility=hidden", "-Wno-psabi"],
-    extra_link_args=["-fopenmp"],
     # Where there is no compiler the package installs without them, and runs on torch's operations.
     optional=True,
 )
@@ -71,6 +89,7 @@ EXPORT = [
     "onnxscript",
 ]
 TESTS = [
+    "auditwheel",
     "hypothesis",
     "mypy",
     "optuna",
@@ -102,7 +121,7 @@ setup(
     packages=["modeling_snn_bert"],
     package_data={"modeling_snn_bert": ["py.typed"]},
     ext_modules=[KERNELS],
-    cmdclass={"build_ext": BuildKernels},
+    cmdclass={"bdist_wheel": WheelForEveryPython, "build_ext": BuildKernels},
     python_requires=">=3.10",
     install_requires=[
         "huggingface-hub",

@@ -35,6 +35,11 @@ INLINE unsigned flush_denormals(void) {
     unsigned before = _mm_getcsr();
     _mm_setcsr(before | 0x8040u);
     return before;
+#elif defined(__aarch64__)
+    uint64_t before;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(before));
+    __asm__ volatile("msr fpcr, %0" : : "r"(before | 1u << 24) : "memory");
+    return (unsigned)before;
 #else
     return 0;
 #endif
@@ -43,6 +48,8 @@ INLINE unsigned flush_denormals(void) {
 INLINE void restore_denormals(unsigned before) {
 #if defined(__x86_64__)
     _mm_setcsr(before);
+#elif defined(__aarch64__)
+    __asm__ volatile("msr fpcr, %0" : : "r"((uint64_t)before) : "memory");
 #else
     (void)before;
 #endif

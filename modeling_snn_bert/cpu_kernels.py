@@ -1,8 +1,9 @@
 """The compiled kernels for the CPU: currents to spikes in one pass over memory, forward and backward.
 
-The library is built from `csrc/` by `pip install` where a C compiler is at hand. Without it (also where this code came
-from the Hub and the package is not installed) `available()` is False and the neurons run on torch's own operations,
-with the same results. `SNN_BERT_CPU_KERNELS=0` in the environment does the same by hand.
+The library comes with the package's wheel, or is built from `csrc/` by `pip install` where a C compiler is at hand.
+Code that came from the Hub has none beside it, and takes that of an installed package whose version fits. Without any
+`available()` is False and the neurons run on torch's own operations, with the same results. `SNN_BERT_CPU_KERNELS=0` in
+the environment does the same by hand.
 
 The library holds each kernel at several levels of the instruction set and takes the highest that the processor has.
 `SNN_BERT_CPU_LEVEL=plain`, `avx2`, `avx512` or `amx` in the environment is the highest that it may take.
@@ -12,8 +13,11 @@ operators see them.
 """
 
 import ctypes
+import functools
+import importlib.util
 import itertools
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -24,10 +28,21 @@ logger = logging.get_logger(__name__)
 FILENAME = "_cpu_kernels.shared"
 # The same number stands in csrc/kernels.h; it changes with every structure and signature there.
 KERNELS_VERSION = 5
+# The package that has them, and the first number of its version, for code that came from the Hub without it.
+PACKAGE = "modeling_snn_bert"
+MAJOR_VERSION = 0
 # The levels of the instruction set, lowest first: csrc/levels.h has them in this order. `avx512` and `amx` differ in
 # int8 products only.
 CPU_LEVELS = ("plain", "avx2", "avx512", "amx")
 LEVEL_VARIABLE = "SNN_BERT_CPU_LEVEL"
+SWITCH = "SNN_BERT_CPU_KERNELS"
+# At 6 x 384 and 12 x 768. To measure again: `benchmarks/run.py training --sections step_384 step_768` with and without
+# the switch, and the subjects event_int8 and torch_int8 of `benchmarks/run.py inference --sections 6x384 12x768`.
+WITHOUT_KERNELS = (
+    "Without them a training step takes 2 to 2.5 times as long and event-driven inference 4 to 7 times. To have them, "
+    "install a wheel of snn-bert for this platform, or its sources where there is a C compiler; "
+    f"{SWITCH}=0 in the environment says that this is meant"
+)
 SURROGATE_INDEX = {"atan": 0, "sigmoid": 1, "triangle": 2, "rectangle": 3}
 
 
@@ -66,31 +81,82 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     """
     allowed = os.environ.get(LEVEL_VARIABLE) or CPU_LEVELS[-1]
     _check_level(f"{LEVEL_VARIABLE} in the environment", allowed)
-    kernels, log, words = None, logger.info, ""
-    path = Path(__file__).parent / FILENAME
-    if os.environ.get("SNN_BERT_CPU_KERNELS") == "0":
-        words = "SNN-BERT's CPU kernels are switched off by SNN_BERT_CPU_KERNELS=0"
-    elif not path.exists():
+    kernels, log = None, logger.info
+    if os.environ.get(SWITCH) == "0":
+        words = f"SNN-BERT's CPU kernels are switched off by {SWITCH}=0"
+    elif (found := _find()) is None:
         words = "SNN-BERT's CPU kernels are not installed: its neurons run on torch's operations, more slowly"
     else:
         try:
-            kernels = ctypes.CDLL(str(path))
-            version = kernels.kernels_version()
-        except (OSError, AttributeError) as error:
-            kernels, log = None, logger.warning
+            kernels = _open(*found)
+        except (OSError, AttributeError, ImportError) as error:
+            log = logger.warning
             words = f"SNN-BERT's CPU kernels cannot be loaded and torch's operations run instead: {error}"
         else:
-            if version == KERNELS_VERSION:
-                kernels.cap_cpu_level(CPU_LEVELS.index(allowed))
-                words = f"SNN-BERT runs on the CPU kernels in {path}"
-            else:
-                kernels, log = None, logger.warning
-                words = (
-                    f"SNN-BERT's CPU kernels in {path} have the version {version} in place of {KERNELS_VERSION} and "
-                    "torch's operations run instead: install the package again"
-                )
+            kernels.cap_cpu_level(CPU_LEVELS.index(allowed))
+            words = f"SNN-BERT runs on the CPU kernels in {found[0]}"
     log(words)
     return kernels, words
+
+
+def _find() -> tuple[Path, str | None] | None:
+    """The library's file: the one beside this module, or else the installed package's, with the package's version.
+
+    The package is not imported for that, which would make its classes the ones that the Auto classes load.
+    """
+    beside = Path(__file__).parent / FILENAME
+    if beside.exists():
+        return beside, None
+    try:
+        spec = importlib.util.find_spec(PACKAGE)
+    except (ImportError, ValueError):
+        return None
+    if spec is None or spec.origin is None:
+        return None
+    module = Path(spec.origin)
+    installed = module.parent / FILENAME
+    if not installed.exists():
+        return None
+    version = re.search(r'^__version__ = "([^"]+)"$', module.read_text(encoding="utf-8"), re.MULTILINE)
+    return installed, "unknown" if version is None else version[1]
+
+
+def _open(path: Path, package_version: str | None) -> ctypes.CDLL:
+    """The kernels in `path`, once it is sure that this code can call them.
+
+    Raises:
+        OSError, AttributeError: if there are none in the file.
+        ImportError: if they are of another version.
+    """
+    if package_version is not None and package_version.split(".")[0] != str(MAJOR_VERSION):
+        raise ImportError(f"{path} is of snn-bert {package_version}, and this code is of snn-bert {MAJOR_VERSION}")
+    try:
+        kernels = ctypes.CDLL(str(path))
+    except OSError as error:
+        # The library takes the OpenMP runtime that torch has loaded, which not every build of torch shows to others.
+        if "undefined symbol" not in str(error):
+            raise
+        _show_openmp()
+        kernels = ctypes.CDLL(str(path))
+    version = kernels.kernels_version()
+    if version != KERNELS_VERSION:
+        raise ImportError(
+            f"{path} has the version {version} in place of {KERNELS_VERSION}: install the package that this code is of"
+        )
+    return kernels
+
+
+def _show_openmp() -> None:
+    """Let libraries that are loaded from now on find the OpenMP runtime in this process, torch's before any other.
+
+    Without one in the process the system's is loaded.
+    """
+    maps = Path("/proc/self/maps")
+    text = maps.read_text(encoding="utf-8", errors="surrogateescape") if maps.exists() else ""
+    runtimes = re.findall(r" (/.*/lib(?:gomp|i?omp)[^/]*)$", text, re.MULTILINE)
+    folder = str(Path(torch.__file__).parent)
+    runtime = min(runtimes, key=lambda path: not path.startswith(folder), default="libgomp.so.1")
+    ctypes.CDLL(runtime, mode=ctypes.RTLD_GLOBAL)
 
 
 def _check_level(name: str, level: str) -> None:
@@ -105,6 +171,13 @@ _LIBRARY, _WHY = _load()
 def available() -> bool:
     """Whether there are compiled kernels."""
     return _LIBRARY is not None
+
+
+@functools.cache
+def warn_if_missing() -> None:
+    """Log a warning if there are no kernels and nobody has switched them off; at the first call and never again."""
+    if not available() and os.environ.get(SWITCH) != "0":
+        logger.warning(f"{_WHY}. {WITHOUT_KERNELS}")
 
 
 def _free_namespace() -> str:

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from transformers.utils import logging, output_capturing
 
-from .cpu_kernels import available
+from .cpu_kernels import available, warn_if_missing
 from .event_kernels import (
     MAX_HEAD_SIZE,
     MAX_INPUTS,
@@ -94,6 +94,7 @@ def event_driven(model: Model, weight_dtype: str = "float32", *, dense_above: fl
     devices = {parameter.device.type for layer in layers for parameter in layer.parameters()}
     if devices != {"cpu"}:
         raise ValueError(f"event-driven inference runs on the CPU, but `model` is on {sorted(devices)}")
+    warn_if_missing()
     dense(model)
     on_kernels = available()
     for layer in layers:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from .cpu_kernels import SURROGATE_INDEX, bpsn_backward, bpsn_forward
+from .cpu_kernels import SURROGATE_INDEX, bpsn_backward, bpsn_forward, warn_if_missing
 from .cpu_kernels import available as kernels_available
 from .leaky_integration import (
     both_scans,
@@ -286,12 +286,14 @@ class BPSN(SpikingNeuron):
 
     def _cpu_kernel_takes(self, current: torch.Tensor) -> bool:
         """Whether the CPU's kernel computes this; it packs group by group, whose channels must come in whole bytes."""
-        return (
+        takes = (
             current.device.type == "cpu"
             and wide_dtype(current.dtype) == torch.float32
             and (self.num_channels // self.num_groups) % 8 == 0
-            and kernels_available()
         )
+        if takes and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            warn_if_missing()
+        return takes and kernels_available()
 
     def _total_weight(self, x: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
         if not self.normalize:

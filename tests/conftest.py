@@ -12,6 +12,7 @@ import torch
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
 from cpu_levels import CPU_LEVELS
+from shared_builds import build_once, build_wheel, why_no_kernels_wheel
 from transformers import BertTokenizer
 
 from modeling_snn_bert import SNNBertConfig, cpu_kernels
@@ -119,3 +120,10 @@ def assert_spikes_flow():
         return rates
 
     return check
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory):
+    """The package's wheel: the one with kernels for every Python where it can be built, or else what pip makes here."""
+    architecture = os.uname().machine if why_no_kernels_wheel() is None else None
+    return build_once(tmp_path_factory, "wheel", lambda folder: build_wheel.build(folder, architecture))

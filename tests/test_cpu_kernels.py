@@ -2,7 +2,10 @@
 
 import copy
 import ctypes
+import importlib.machinery
+import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +14,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import modeling_snn_bert
 from modeling_snn_bert import cpu_kernels
+from modeling_snn_bert.event_driven import event_driven
 from modeling_snn_bert.leaky_integration import divide_by_group, leaky_sum, silence, total_weight
 from modeling_snn_bert.packed_spikes import packed_form, unpack
 from modeling_snn_bert.spiking_neurons import BPSN
@@ -205,7 +210,11 @@ class TestLoading:
 
     @pytest.fixture
     def load(self, tmp_path, monkeypatch, caplog):
-        """A function that loads the kernels of a folder with the given file in it; returns them and what was logged."""
+        """A function that loads the kernels of a folder with the given file in it; returns them and what was logged.
+
+        Nothing is installed elsewhere, until a test says so.
+        """
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
         monkeypatch.setattr(cpu_kernels, "__file__", str(tmp_path / "cpu_kernels.py"))
         monkeypatch.setattr(cpu_kernels.logger, "propagate", True)
         monkeypatch.setattr(cpu_kernels.logging.get_logger("transformers"), "propagate", True)
@@ -253,6 +262,38 @@ class TestLoading:
         library, logged = load(b"")
         assert library is None and message in logged
 
+    @pytest.mark.parametrize(
+        "version, message", [("0.0.1", "runs on the CPU kernels"), ("1.0.0", "is of snn-bert 1.0.0"), (None, "unknown")]
+    )
+    @needs_kernels
+    def test_installed_elsewhere(self, load, monkeypatch, tmp_path, version, message):
+        """As for code from the Hub, where a package of that version is installed."""
+        installed = tmp_path / "installed"
+        installed.mkdir()
+        (installed / "__init__.py").write_text(
+            "" if version is None else f'"""A package."""\n__version__ = "{version}"\n'
+        )
+        spec = importlib.machinery.ModuleSpec("modeling_snn_bert", None, origin=str(installed / "__init__.py"))
+        monkeypatch.setattr(importlib.util, "find_spec", {"modeling_snn_bert": spec}.get)
+        library, logged = load(None)
+        assert library is None and "not installed" in logged
+        shutil.copy(PACKAGE / cpu_kernels.FILENAME, installed)
+        library, logged = load(None)
+        assert (library is not None) == (version == "0.0.1") and message in logged
+        assert str(installed / cpu_kernels.FILENAME) in logged
+
+    @pytest.mark.parametrize("error", [ModuleNotFoundError("hidden"), ValueError("modeling_snn_bert.__spec__ is None")])
+    def test_a_package_that_cannot_be_found(self, load, monkeypatch, error):
+        def find_spec(name):
+            raise error
+
+        monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+        library, logged = load(None)
+        assert library is None and "not installed" in logged
+
+    def test_major_version_is_the_packages(self):
+        assert modeling_snn_bert.__version__.split(".")[0] == str(cpu_kernels.MAJOR_VERSION)
+
     @needs_kernels
     def test_neurons_do_without(self, monkeypatch):
         neuron, current = make_neuron(16, 2), torch.randn(2, 20, 16)
@@ -295,3 +336,39 @@ class TestLevels:
         monkeypatch.setattr(cpu_kernels, "_LIBRARY", None)
         cpu_kernels.cap_cpu_level("avx2")
         assert cpu_kernels.cpu_level() is None and list(cpu_kernels.kernel_facts()) == ["kernels"]
+
+
+class TestMissing:
+    """One warning where the slow path is taken, and only there."""
+
+    @pytest.fixture
+    def warnings(self, monkeypatch, caplog):
+        """What was logged from a time at which there are no kernels."""
+        monkeypatch.setattr(cpu_kernels, "_LIBRARY", None)
+        monkeypatch.setattr(cpu_kernels.logger, "propagate", True)
+        monkeypatch.setattr(cpu_kernels.logging.get_logger("transformers"), "propagate", True)
+        cpu_kernels.warn_if_missing.cache_clear()
+        yield caplog
+        cpu_kernels.warn_if_missing.cache_clear()
+
+    def test_in_training_once(self, warnings):
+        neuron = make_neuron(16, 2).eval()
+        neuron(torch.randn(2, 20, 16))
+        with torch.no_grad():
+            neuron.train()(torch.randn(2, 20, 16))
+        neuron.double()(torch.randn(2, 20, 16).double())
+        assert cpu_kernels.WITHOUT_KERNELS not in warnings.text
+        for _ in range(2):
+            neuron.float()(torch.randn(2, 20, 16))
+        assert warnings.text.count(cpu_kernels.WITHOUT_KERNELS) == 1
+
+    def test_in_event_driven_inference_once(self, warnings, make_config):
+        model = modeling_snn_bert.SNNBertModel(make_config()).eval()
+        for _ in range(2):
+            event_driven(model, dense_above=1.0)
+        assert warnings.text.count(cpu_kernels.WITHOUT_KERNELS) == 1
+
+    def test_not_if_switched_off(self, warnings, monkeypatch):
+        monkeypatch.setenv(cpu_kernels.SWITCH, "0")
+        make_neuron(16, 2).train()(torch.randn(2, 20, 16))
+        assert not warnings.text

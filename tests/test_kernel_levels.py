@@ -144,7 +144,9 @@ def installed_program(tmp_path_factory):
     if command is None:
         pytest.skip("no C compiler")
     program = tmp_path_factory.mktemp("levels") / "levels"
-    printed_by([*command, *COMMON, "-O1", DRIVER, LIBRARY, f"-Wl,-rpath,{LIBRARY.parent}", "-lm", "-o", program])
+    # The library takes its OpenMP runtime from the process.
+    options = [*COMMON, "-O1", "-fopenmp", f"-Wl,-rpath,{LIBRARY.parent}"]
+    printed_by([*command, *options, DRIVER, LIBRARY, "-lm", "-o", program])
     return program
 
 

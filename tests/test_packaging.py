@@ -10,10 +10,8 @@ import importlib
 import importlib.metadata
 import os
 import pkgutil
-import shutil
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import zipfile
 from pathlib import Path
@@ -21,6 +19,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from shared_builds import build_wheel, has_compiler
 
 # No import of the package up here: as a script this file loads a model without it.
 ROOT = Path(__file__).resolve().parents[1]
@@ -124,32 +123,6 @@ def smoke(folder, *python_path):
     return [run(sys.executable, __file__, step, folder / "model", env=environment) for step in ("save", "load")]
 
 
-def build_wheel(folder, **environment):
-    """The package's wheel, built in `folder` from a copy: setuptools leaves its traces in the folder that it builds."""
-    source, target = folder / "source", folder / "wheel"
-    source.mkdir()
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"):
-        shutil.copy(ROOT / name, source)
-    ignored = shutil.ignore_patterns("__pycache__", FILENAME)
-    for name in (PACKAGE.name, "csrc"):
-        shutil.copytree(ROOT / name, source / name, ignore=ignored)
-    pip("wheel", "--no-deps", "--wheel-dir", target, source, env={**os.environ, **environment})
-    (path,) = target.iterdir()
-    return path
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """The package's wheel as it is built here."""
-    return build_wheel(tmp_path_factory.mktemp("build"))
-
-
-def has_compiler():
-    """Whether the compiler that setuptools would call is there."""
-    command = os.environ.get("CC") or sysconfig.get_config_var("CC") or ""
-    return bool(command) and shutil.which(command.split()[0]) is not None
-
-
 @pytest.fixture(scope="module")
 def metadata(wheel):
     """The metadata in the wheel, which is where setup.py's statements end up."""
@@ -215,12 +188,13 @@ def test_wheel_holds_exactly_the_package(wheel, metadata):
         expected.add(f"{PACKAGE.name}/{FILENAME}")
     with zipfile.ZipFile(wheel) as archive:
         assert set(archive.namelist()) == expected
-    assert wheel.name.startswith(f"snn_bert-{metadata['Version']}-")
+    assert wheel.name.startswith(f"snn_bert-{metadata['Version']}-py3-none-")
 
 
 @pytest.mark.slow
 def test_installs_without_a_working_compiler(tmp_path):
-    wheel = build_wheel(tmp_path, CC="false")
+    wheel = build_wheel.build(tmp_path, CC="false")
+    assert wheel.name.endswith("-py3-none-any.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     assert f"{PACKAGE.name}/cpu_kernels.py" in names and f"{PACKAGE.name}/{FILENAME}" not in names
@@ -262,7 +236,11 @@ def test_constraints_pin_each_requirement_within_its_range(requirements):
 
 def test_sources_are_python_3_10():
     folders = ("modeling_snn_bert", "examples", "benchmarks", "tests", "hub_configs")
-    files = [ROOT / "setup.py", *(path for folder in folders for path in (ROOT / folder).rglob("*.py"))]
+    files = [
+        ROOT / "setup.py",
+        ROOT / "build_wheel.py",
+        *(path for folder in folders for path in (ROOT / folder).rglob("*.py")),
+    ]
     # Modules that newer versions of Python have added, and names that they have added to older modules.
     newer = {"tomllib", "compression", "annotationlib"}
     newer_names = {
