@@ -9,6 +9,7 @@ import json
 import math
 import os
 import platform
+import random
 import shutil
 import time
 from collections.abc import Callable
@@ -392,3 +393,40 @@ class RowBatches:
         ]
         batches = [group[i : i + size] for group in groups for i in range(0, len(group), size)]
         return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+class DrawnBatches:
+    """Batches of rows that are drawn one by one and without end, which follow from the seed and the step alone.
+
+    So many rows as fill `WINDOW` batches are drawn at a time, sorted by length and cut into batches, which saves
+    padding; the batches come in a random order.
+
+    Args:
+        draw: draws a row with `input_ids`; all that is random in it comes from its argument.
+        collate: makes a batch of a list of rows.
+        batch_size: rows of a batch.
+        seed: seed of the draws.
+        part: number of this process; each draws rows of its own.
+    """
+
+    WINDOW = 16
+
+    def __init__(
+        self, draw: Callable[[random.Random], dict], collate: Callable, batch_size: int, seed: int, part: int = 0
+    ) -> None:
+        self.draw, self.collate, self.batch_size, self.seed, self.part = draw, collate, batch_size, seed, part
+
+    def batch(self, number: int) -> Batch:
+        """This process' batch number `number`, counted over the whole run."""
+        window, place = divmod(number, self.WINDOW)
+        if getattr(self, "_window", None) != window:
+            self._window, self._batches = window, self._draw_window(window)
+        return dict(self.collate(self._batches[place]))
+
+    def _draw_window(self, window: int) -> list[list[dict]]:
+        rng = random.Random(f"{self.seed}, {self.part}, {window}")
+        rows = [self.draw(rng) for _ in range(self.WINDOW * self.batch_size)]
+        rows.sort(key=lambda row: len(row["input_ids"]))
+        batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
+        rng.shuffle(batches)
+        return batches

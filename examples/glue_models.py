@@ -6,10 +6,10 @@ import statistics
 from typing import Any, Literal, cast
 
 import torch
-from augmentation import WordReplacement
 from datasets import Dataset, DatasetDict
 from glue_tasks import Task, load_task
 from seeds import check_seeds
+from several_tasks import heads_of, keep_head, load_for_task
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -21,10 +21,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.hf_argparser import HfArg
+from unlabelled_data import WordReplacement
 
 from modeling_snn_bert import SNNBertConfig, SNNBertForSequenceClassification
 from modeling_snn_bert.conversion import convert_bert
-from modeling_snn_bert.distillation import attention_loss, hidden_state_loss, label_and_logit_loss
+from modeling_snn_bert.distillation import attention_loss, hidden_state_loss, label_and_logit_loss, logit_loss
 from modeling_snn_bert.energy import energy_report
 
 SETTINGS = "neuron_type coding num_timesteps psn_length spike_type attention_type".split()
@@ -258,7 +259,7 @@ def load_model(
 ) -> PreTrainedModel:
     """The model that is fine-tuned: an SNN-BERT, a BERT, or a BERT that is converted on `train`.
 
-    The head is new unless the checkpoint has one; seed the random numbers first.
+    The head is new unless the checkpoint has one, alone or among those of other tasks; seed the random numbers first.
 
     Raises:
         ValueError: if the checkpoint is of another kind, or the settings do not fit it.
@@ -274,17 +275,13 @@ def load_model(
     options = {
         "revision": args.revision,
         "attn_implementation": args.attn_implementation(),
-        "num_labels": len(task.labels) or 1,
-        "id2label": dict(enumerate(task.labels)) if task.labels else {0: "score"},
-        "label2id": {name: index for index, name in enumerate(task.labels or ("score",))},
-        "problem_type": "regression" if task.is_regression else "single_label_classification",
         "dtype": torch.float32,  # a checkpoint in half precision is trained in full
     }
     if config.model_type == SNNBertConfig.model_type:
         if args.convert:
             raise ValueError(f"--convert is for a BERT, {args.model_name_or_path} is an SNN-BERT already")
-        model: PreTrainedModel = SNNBertForSequenceClassification.from_pretrained(
-            args.model_name_or_path, **options, **settings
+        model = load_for_task(
+            SNNBertForSequenceClassification, args.model_name_or_path, task, **options, **settings
         ).to(device)
     elif config.model_type != "bert":
         raise ValueError(
@@ -294,7 +291,7 @@ def load_model(
     elif settings and not args.convert:
         raise ValueError(f"{sorted(settings)} are settings of an SNN-BERT: give --convert to make one of the BERT")
     else:
-        model = BertForSequenceClassification.from_pretrained(args.model_name_or_path, **options).to(device)
+        model = load_for_task(BertForSequenceClassification, args.model_name_or_path, task, **options).to(device)
         if args.convert:
             batches = calibration_batches(train, tokenizer)
             model = convert_bert(model, batches, args.firing_rate, threshold_per=args.threshold_per, **settings).train()
@@ -320,7 +317,7 @@ class Teacher:
 
     Args:
         args: the flags.
-        task: the task that it must have been fine-tuned on.
+        task: the task that it must have been fine-tuned on, alone or with others.
         tokenizer: what the batches are made with.
         device: where it runs.
 
@@ -335,6 +332,8 @@ class Teacher:
         model = BertForSequenceClassification.from_pretrained(
             args.teacher_name_or_path, attn_implementation=args.attn_implementation(), dtype=torch.float32
         )
+        if task.name in heads_of(model.config):
+            keep_head(model, task)
         if model.config.num_labels != (len(task.labels) or 1):
             raise ValueError(
                 f"--teacher_name_or_path must have been fine-tuned on {task.name}, with {len(task.labels) or 1} "
@@ -349,15 +348,14 @@ class Teacher:
         self.replace_words = WordReplacement(words, tokenizer) if args.augment_probability else None
 
     def loss(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, Any]:
-        """The mixed loss of `model` on a batch with labels, and its outputs.
+        """The mixed loss of `model` on a batch, and its outputs; without labels it is the teacher's part alone.
 
         With the share `augment_probability` it is that on a variant of the batch, whose labels nobody knows.
         """
         inputs = {name: x for name, x in batch.items() if name != "labels"}
-        logit_weight = self.logit_weight
         if self.replace_words is not None and torch.rand(()) < self.augment_probability:
             inputs["input_ids"] = self.replace_words(inputs["input_ids"])
-            batch, logit_weight = {**batch, **inputs}, 1.0
+            batch = inputs
         mask = batch.get("attention_mask")
         extras = {"output_hidden_states": self.hidden_weight > 0, "output_attentions": self.attention_weight > 0}
         outputs = model(**batch, **extras)
@@ -365,13 +363,19 @@ class Teacher:
             wanted = self.model(**inputs, **extras)
         # In several processes the model is wrapped. A BERT has no firing rates.
         config = cast(PreTrainedConfig, getattr(model, "module", model).config)
-        loss = label_and_logit_loss(
-            outputs,
-            wanted.logits,
-            logit_weight,
-            firing_rate_weight=getattr(config, "firing_rate_weight", 0.0),
-            temperature=self.temperature,
-        )
+        firing_rate_weight = getattr(config, "firing_rate_weight", 0.0)
+        if "labels" in batch:
+            loss = label_and_logit_loss(
+                outputs,
+                wanted.logits,
+                self.logit_weight,
+                firing_rate_weight=firing_rate_weight,
+                temperature=self.temperature,
+            )
+        else:
+            loss = logit_loss(outputs.logits, wanted.logits, self.temperature)
+            penalty = getattr(outputs, "firing_rate_penalty", None)
+            loss = loss if penalty is None else loss + firing_rate_weight * penalty
         if self.hidden_weight:
             states = hidden_state_loss(outputs.hidden_states, wanted.hidden_states, mask)
             loss = loss + self.hidden_weight * states

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from augmentation import WordReplacement
 from example_scripts import EXAMPLES, interrupt_after, refused, run_script
+from glue_files import write_glue
 from glue_models import ModelArguments, Teacher, parse_overrides
 from glue_tasks import METRICS_FROM, TASKS, load_task, score
 from safetensors.torch import load_file
@@ -30,30 +30,6 @@ def test_overrides_have_the_types_of_the_configuration():
     assert found == wanted and all(type(found[name]) is type(value) for name, value in wanted.items())
     assert parse_overrides("firing_rate_target=0.2") == {"firing_rate_target": 0.2}
     assert parse_overrides(None) == {}
-
-
-def write_glue(folder, task, rows=40):
-    """Made-up rows of `task` in the standard layout, which can be learned from their first word."""
-    task = TASKS[task]
-    folder = folder / task.folder
-    folder.mkdir(parents=True)
-    generator = random.Random(0)
-    names = list(task.header) if task.header else ["index", *(task.in_tsv.get(c, c) for c in (*task.columns, "label"))]
-    for file, count in (("train.tsv", rows), *((file, 12) for file in task.validation_files.values())):
-        lines = [] if task.header else ["\t".join(names)]
-        for number in range(count):
-            good = number % 2
-            words = [("fox", "dog")[good], *generator.choices(["river", "null", '"old', "film", "night"], k=4)]
-            row = dict.fromkeys(names, "x")
-            row |= {task.in_tsv.get(c, c): " ".join(words) for c in task.columns}
-            # GLUE's files hold names of classes for the entailment tasks and numbers for the others.
-            named = task.name in ("qnli", "rte", "mnli")
-            label = f"{5.0 * good:.3f}" if task.is_regression else task.labels[good] if named else str(good)
-            row[task.in_tsv.get("label", "label")] = label
-            lines.append("\t".join(row[name] for name in names))
-        mark = "\ufeff" if task.name == "mrpc" else ""
-        (folder / file).write_text(mark + "\n".join(lines) + "\n", encoding="utf-8")
-    return folder.parent
 
 
 @pytest.mark.parametrize("name", list(TASKS))
@@ -307,6 +283,68 @@ def test_teacher(tmp_path, bert):
     assert not (tmp_path / "student" / "seed_0" / "model.safetensors").exists()
 
 
+@pytest.fixture
+def unlabelled_file(tmp_path):
+    """Text of the words that the made-up rows have, and whose first word says what they are."""
+    generator = random.Random(1)
+    words = ["river", "null", "film", "night"]
+    lines = [" ".join([generator.choice(("fox", "dog")), *generator.choices(words, k=7)]) + "." for _ in range(60)]
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("task", ["sst2", "stsb"])
+def test_unlabelled_batches(tmp_path, bert, unlabelled_file, task):
+    """They come between those with labels, are of the task's kind, and teach what the teacher knows."""
+    glue = write_glue(tmp_path / "glue", task)
+    common = ["--task_name", task, "--per_device_train_batch_size", 8, "--learning_rate", 5e-3, "--data_dir", glue]
+    common += ["--model_name_or_path", bert, "--seeds", 0, "--energy_samples", 0]
+    run_script("run_glue_no_trainer", *common, "--num_train_epochs", 8, "--output_dir", tmp_path / "teacher")
+    teacher = tmp_path / "teacher" / "seed_0"
+    seen = []
+
+    class Watched(Teacher):
+        def loss(self, model, batch):
+            loss, outputs = super().loss(model, batch)
+            seen.append(("labels" in batch, bool(batch["token_type_ids"].any(1).all()), float(loss)))
+            return loss, outputs
+
+    common += ["--convert", "--teacher_name_or_path", teacher, "--hidden_weight", 0.1, "--num_train_epochs", 3]
+    common += ["--unlabelled_file", unlabelled_file, "--unlabelled_batches", 3]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("run_glue_no_trainer.Teacher", Watched)
+        run_script("run_glue_no_trainer", *common, "--output_dir", tmp_path / "out", "--skip_saving")
+    # 40 rows are 5 batches, and three times as many come between them.
+    assert [labelled for labelled, _, _ in seen] == [True, False, False, False] * 15
+    assert all(pairs == (task == "stsb") for _, pairs, _ in seen)
+    assert read(tmp_path / "out")["runs"][0]["last_step"] == 60
+    losses = [loss for labelled, _, loss in seen if not labelled]
+    assert sum(losses[-10:]) < 0.6 * sum(losses[:10])
+
+
+@pytest.mark.slow
+def test_unlabelled_batches_resume_exactly(tmp_path, bert, unlabelled_file):
+    glue = write_glue(tmp_path / "glue", "sst2")
+    run_script(
+        "run_glue_no_trainer",
+        *[*BASE, "--model_name_or_path", bert, "--data_dir", glue, "--max_train_steps", 2, "--seeds", 0],
+        *["--output_dir", tmp_path / "teacher"],
+    )
+    common = [*BASE, "--model_name_or_path", bert, "--data_dir", glue, "--convert", "--max_train_steps", 9]
+    common += ["--teacher_name_or_path", tmp_path / "teacher" / "seed_0", "--unlabelled_file", unlabelled_file]
+    common += ["--checkpointing_steps", 3, "--seeds", 5]
+    run_script("run_glue_no_trainer", *common, "--output_dir", tmp_path / "whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("accelerate_loop.TrainingLoop._save", interrupt_after(6))
+        with pytest.raises(KeyboardInterrupt):
+            run_script("run_glue_no_trainer", *common, "--output_dir", tmp_path / "parts")
+    resume = ["--resume_from_checkpoint", tmp_path / "parts" / "seed_5" / "step_6"]
+    run_script("run_glue_no_trainer", *common, "--output_dir", tmp_path / "parts", *resume)
+    one, other = (load_file(tmp_path / name / "seed_5" / "model.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 @pytest.mark.parametrize("kind", [[], ["--convert"]], ids=["bert", "snn-bert"])
 def test_frozen_embeddings_stay_as_they_are(tmp_path, bert, kind):
     glue = write_glue(tmp_path / "glue", "sst2", rows=24)
@@ -365,6 +403,16 @@ def test_trainer(tmp_path, bert):
         pytest.param(["--hidden_weight", 1], "--hidden_weight needs --teacher_name_or_path", id="no-teacher"),
         pytest.param(["--augment_probability", 1.5], "--augment_probability must lie in", id="augment"),
         pytest.param(["--augment_probability", 1], "--augment_probability needs --teacher", id="augment-no-teacher"),
+        pytest.param(["--unlabelled_file", __file__ + "x"], "there is no file", id="unlabelled-missing"),
+        pytest.param(["--unlabelled_file", __file__], "--unlabelled_file must be one of .txt", id="unlabelled-kind"),
+        pytest.param(["--unlabelled_file", "{text}"], "--unlabelled_file needs --teacher", id="unlabelled-no-teacher"),
+        pytest.param(
+            ["--unlabelled_file", "{text}", "--teacher_name_or_path", "{bert}"],
+            "has no sentences",
+            id="unlabelled-short",
+        ),
+        pytest.param(["--unlabelled_sentences", 0], "--unlabelled_sentences must be >= 1", id="unlabelled-sentences"),
+        pytest.param(["--unlabelled_batches", 0], "--unlabelled_batches must be >= 1", id="unlabelled-batches"),
         pytest.param(["--seeds", 1, 1], "must differ", id="seeds"),
         pytest.param(["--spike_type", "ternary"], "give --convert", id="settings-of-a-bert"),
         pytest.param(["--task_name", "glue"], "must be one of cola", id="task"),
@@ -376,6 +424,8 @@ def test_trainer(tmp_path, bert):
 def test_no_trainer_refuses(tmp_path, bert, capsys, arguments, message):
     glue = write_glue(tmp_path / "glue", "sst2")
     common = [*BASE, "--model_name_or_path", bert, "--data_dir", glue, "--output_dir", tmp_path / "out"]
+    (tmp_path / "text.txt").write_text("Too short.")
+    arguments = [{"{text}": tmp_path / "text.txt", "{bert}": bert}.get(x, x) for x in arguments]
     assert message in refused(capsys, "run_glue_no_trainer", *common, *arguments)
     assert not (tmp_path / "out" / "results.json").exists()
 
@@ -394,32 +444,6 @@ def test_a_teacher_of_another_task_is_refused(tmp_path, bert, capsys):
     arguments = ["--model_name_or_path", bert, "--data_dir", glue, "--output_dir", tmp_path / "out"]
     message = refused(capsys, "run_glue_no_trainer", *arguments, "--task_name", "stsb", "--teacher_name_or_path", bert)
     assert "must have been fine-tuned on stsb, with 1 labels; it has 2" in message
-
-
-def test_words_are_replaced_by_their_neighbours(tokenizer):
-    torch.manual_seed(0)
-    words = torch.randn(len(tokenizer), 16)
-    replace = WordReplacement(words, tokenizer, max_share=0.5, neighbours=2)
-    ids = tokenizer(["the old clock", "the quick fox"] * 50, return_tensors="pt", padding="max_length", max_length=12)
-    ids = ids["input_ids"]
-    variant = replace(ids)
-    special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids))
-    changed = variant != ids
-    assert 0.1 < changed[~special].float().mean() < 0.4 and not changed[special].any()
-    cosine = torch.nn.functional.cosine_similarity(words[:, None], words[None], dim=-1)
-    cosine.fill_diagonal_(-2)[:, tokenizer.all_special_ids] = -2
-    for before, after in zip(ids[changed].tolist(), variant[changed].tolist(), strict=True):
-        assert after in cosine[before].topk(2).indices.tolist()
-    torch.manual_seed(1)
-    again = replace(ids)
-    torch.manual_seed(1)
-    assert torch.equal(replace(ids), again) and not torch.equal(again, variant)
-
-
-@pytest.mark.parametrize(("argument", "value"), [("max_share", 0), ("max_share", 1.5), ("neighbours", 10**6)])
-def test_word_replacement_refuses(tokenizer, argument, value):
-    with pytest.raises(ValueError, match=f"`{argument}` must"):
-        WordReplacement(torch.randn(len(tokenizer), 16), tokenizer, **{argument: value})
 
 
 @pytest.mark.parametrize("augment", [0.0, 1.0])
