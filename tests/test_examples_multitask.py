@@ -1,0 +1,297 @@
+"""One encoder with a head for each of several tasks: its loss and figures, and the script that trains it."""
+
+import argparse
+import json
+import random
+
+import pytest
+import torch
+from example_scripts import interrupt_after, refused, run_script
+from glue_files import write_glue
+from glue_tasks import TASKS, score
+from run_multitask_no_trainer import labelled_rows, load_task
+from safetensors.torch import load_file
+from several_tasks import (
+    check_heads,
+    heads_logit_loss,
+    heads_of,
+    keep_head,
+    label_loss,
+    label_settings,
+    load_for_task,
+    score_tasks,
+)
+from small_bert import bert_fixture, write_half_precision
+from transformers import BertConfig, BertForSequenceClassification, BertModel
+
+from modeling_snn_bert import SNNBertForSequenceClassification
+from modeling_snn_bert.conversion import convert_bert
+from modeling_snn_bert.distillation import logit_loss
+
+NAMES = ["sst2", "stsb", "rte"]
+SOME_TASKS = [TASKS[name] for name in NAMES]
+SCRIPT = "run_multitask_no_trainer"
+bert = bert_fixture(BertModel)
+
+
+@pytest.fixture(scope="module")
+def glue(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("glue")
+    for name, rows in zip(NAMES, (64, 32, 16), strict=True):
+        write_glue(folder, name, rows)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def snn_bert(tmp_path_factory, bert, tokenizer, texts):
+    folder = tmp_path_factory.mktemp("snn_bert")
+    batch = dict(tokenizer(texts, padding=True, return_tensors="pt"))
+    convert_bert(BertModel.from_pretrained(bert), [batch]).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory):
+    words, generator = ["fox", "dog", "river", "null", "film", "night"], random.Random(1)
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("\n".join(" ".join(generator.choices(words, k=8)) + "." for _ in range(60)), encoding="utf-8")
+    return path
+
+
+def common(glue):
+    return ["--tasks", *NAMES, "--data_dir", glue, "--per_device_train_batch_size", 8, "--max_seq_length", 32]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory, bert, glue):
+    folder = tmp_path_factory.mktemp("teacher")
+    arguments = ["--model_name_or_path", bert, "--learning_rate", 3e-3, "--max_train_steps", 80]
+    run_script(SCRIPT, *common(glue), *arguments, "--output_dir", folder)
+    return folder
+
+
+def read(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def make_bert(tasks, **settings):
+    small = {"vocab_size": 120, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = BertConfig(**small, intermediate_size=48, **{**label_settings(tasks), **settings})
+    return BertForSequenceClassification(config).eval()
+
+
+def test_heads_are_told_by_the_labels():
+    config = make_bert(SOME_TASKS).config
+    assert heads_of(config) == {"sst2": slice(0, 2), "stsb": slice(2, 3), "rte": slice(3, 5)}
+    assert config.id2label[2] == "stsb:score" and config.label2id["rte:entailment"] == 3
+    assert heads_of(BertConfig()) == {} and heads_of(BertConfig(id2label={0: "alarm:set", 1: "alarm:stop"})) == {}
+    check_heads(config, SOME_TASKS[::-1], "here")
+    with pytest.raises(ValueError, match=r"here must have a head for cola with the labels .'unacceptable'"):
+        check_heads(config, [TASKS["cola"]], "here")
+    config.id2label[0] = "sst2:bad"
+    with pytest.raises(ValueError, match="must have a head for sst2"):
+        check_heads(config, SOME_TASKS, "here")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_head_is_kept(tmp_path, name):
+    """It gives the same logits, and is saved and loaded as a model of one task."""
+    model = make_bert(SOME_TASKS)
+    inputs = {"input_ids": torch.arange(5, 17).reshape(2, 6)}
+    with torch.no_grad():
+        wanted = model(**inputs).logits[:, heads_of(model.config)[name]]
+    model.save_pretrained(tmp_path / "all")
+    loaded = load_for_task(BertForSequenceClassification, str(tmp_path / "all"), TASKS[name])
+    keep_head(model, TASKS[name])
+    model.save_pretrained(tmp_path / "one")
+    again = BertForSequenceClassification.from_pretrained(tmp_path / "one")
+    for kept in (model, loaded, again):
+        with torch.no_grad():
+            torch.testing.assert_close(kept(**inputs).logits, wanted)
+        assert kept.num_labels == kept.config.num_labels == wanted.shape[1] and heads_of(kept.config) == {}
+        assert kept.config.id2label == dict(enumerate(TASKS[name].labels or ("score",)))
+    labels = torch.tensor([1.0, 0.0]) if name == "stsb" else torch.tensor([1, 0])
+    assert again(**inputs, labels=labels).loss.isfinite()
+    with pytest.raises(ValueError, match="must have a head for cola"):
+        keep_head(make_bert(SOME_TASKS), TASKS["cola"])
+
+
+def test_a_task_that_is_not_among_them_gets_a_new_head(tmp_path):
+    model = make_bert(SOME_TASKS)
+    model.save_pretrained(tmp_path)
+    loaded = load_for_task(BertForSequenceClassification, str(tmp_path), TASKS["mnli"])
+    assert loaded.classifier.weight.shape == (3, 32)
+    query = "bert.encoder.layer.0.attention.self.query.weight"
+    assert torch.equal(loaded.state_dict()[query], model.state_dict()[query])
+    # The head of one task must fit.
+    keep_head(model, TASKS["sst2"])
+    model.save_pretrained(tmp_path / "one")
+    with pytest.raises(RuntimeError, match=r"mismatch"):
+        load_for_task(BertForSequenceClassification, str(tmp_path / "one"), TASKS["mnli"])
+
+
+def test_label_loss_is_the_mean_over_rows():
+    heads = heads_of(make_bert(SOME_TASKS).config)
+    logits, labels = torch.randn(5, 5, requires_grad=True), torch.tensor([1.0, 2.5, 0.0, 1.0, 0.0])
+    of_task = torch.tensor([0, 1, 2, 2, 0])
+    wanted = [
+        torch.nn.functional.cross_entropy(logits[row, :2], torch.tensor(label)) for row, label in ((0, 1), (4, 0))
+    ]
+    wanted += [
+        torch.nn.functional.cross_entropy(logits[row, 3:], torch.tensor(label)) for row, label in ((2, 0), (3, 1))
+    ]
+    wanted += [(logits[1, 2] - 2.5).square()]
+    loss = label_loss(logits, labels, of_task, SOME_TASKS, heads)
+    torch.testing.assert_close(loss, torch.stack(wanted).mean())
+    loss.backward()
+    # A row teaches its own head alone.
+    assert (logits.grad[1] != 0).tolist() == [False, False, True, False, False]
+
+
+def test_logit_loss_of_each_head_is_on_the_rows_it_can_read():
+    """A teacher may have its heads in another order; rows of one kind alone teach the heads of that kind."""
+    heads, teacher_heads = (heads_of(make_bert(tasks).config) for tasks in (SOME_TASKS, SOME_TASKS[::-1]))
+    student, teacher = torch.randn(6, 5, requires_grad=True), torch.randn(6, 5)
+    pair = torch.tensor([True, False, True, True, False, True])
+    loss = heads_logit_loss(student, teacher, pair, SOME_TASKS, heads, teacher_heads)
+    single, both = ~pair, pair
+    wanted = 2 / 6 * logit_loss(student[single][:, :2], teacher[single][:, 3:])
+    wanted = wanted + 4 / 6 * logit_loss(student[both][:, 2:3], teacher[both][:, 2:3])
+    wanted = wanted + 4 / 6 * logit_loss(student[both][:, 3:], teacher[both][:, :2])
+    torch.testing.assert_close(loss, wanted)
+    loss.backward()
+    assert not student.grad[single][:, 2:].any() and not student.grad[both][:, :2].any()
+    assert student.grad[single][:, :2].all() and student.grad[both][:, 2:].all()
+    only = heads_logit_loss(student, teacher, torch.zeros(6, dtype=torch.bool), SOME_TASKS, heads, teacher_heads)
+    torch.testing.assert_close(only, logit_loss(student[:, :2], teacher[:, 3:]))
+
+
+def test_scores_of_all_tasks():
+    heads = heads_of(make_bert(SOME_TASKS).config)
+    generator = torch.Generator().manual_seed(0)
+    predictions = {
+        task.name: [(torch.randn(5, generator=generator).tolist(), float(row % 2)) for row in range(12)]
+        for task in SOME_TASKS
+    }
+    figures = score_tasks(SOME_TASKS, predictions, heads)
+    for task in SOME_TASKS:
+        logits, labels = zip(*predictions[task.name], strict=True)
+        wanted = score(task, [row[heads[task.name]] for row in logits], labels)
+        assert {name: figures[f"{task.name}_{name}"] for name in wanted} == wanted
+    mean = (figures["sst2_accuracy"] + figures["stsb_combined"] + figures["rte_accuracy"]) / 3
+    assert figures["average"] == pytest.approx(mean)
+
+
+def test_tasks_are_drawn_by_the_root_of_their_size(glue, tokenizer):
+    data = [load_task(task_name=name, data_dir=str(glue))[1] for name in NAMES]
+    draw = labelled_rows(argparse.Namespace(max_seq_length=32), SOME_TASKS, data, tokenizer)
+    rng = random.Random(0)
+    rows = [draw(rng) for _ in range(2000)]
+    shares = [sum(row["task"] == index for row in rows) / len(rows) for index in range(3)]
+    roots = [64**0.5, 32**0.5, 16**0.5]
+    assert shares == pytest.approx([root / sum(roots) for root in roots], abs=0.04)
+    assert {row["labels"] for row in rows if row["task"] == 1} == {0.0, 5.0}
+    assert all((1 in row["token_type_ids"]) == (row["task"] > 0) for row in rows)
+
+
+def test_labels_teach_every_task(teacher):
+    """Figures of each task in the results; the folder is an ordinary classifier with all heads."""
+    results = read(teacher)
+    figures = results["evaluation"]
+    assert figures["eval_sst2_accuracy"] >= 0.9 and figures["eval_stsb_combined"] >= 0.8
+    assert results["tasks"] == NAMES and results["steps"] == 80
+    model = BertForSequenceClassification.from_pretrained(teacher)
+    assert list(heads_of(model.config)) == NAMES
+
+
+@pytest.mark.slow
+def test_a_student_learns_from_the_teacher_alone(tmp_path, snn_bert, teacher, glue, text_file):
+    """By its states, attention and logits on rows without labels; embeddings and heads start as the teacher's."""
+    arguments = [*common(glue), "--model_name_or_path", snn_bert, "--teacher_name_or_path", teacher]
+    arguments += [
+        "--unlabelled_file",
+        text_file,
+        "--attention_weight",
+        0.2,
+        "--freeze_embeddings",
+        "--logging_steps",
+        5,
+    ]
+    run_script(SCRIPT, *arguments, "--max_train_steps", 0, "--output_dir", tmp_path / "before")
+    run_script(SCRIPT, *arguments, "--max_train_steps", 60, "--learning_rate", 3e-3, "--output_dir", tmp_path / "after")
+    log = [entry for entry in read(tmp_path / "after")["log"] if "loss" in entry]
+    for name in ("logit_loss", "hidden_state_loss", "attention_loss"):
+        assert log[-1][name] < 0.9 * log[0][name]
+    assert read(tmp_path / "after")["evaluation"]["eval_average"] > 0.75
+    start, end, taught = (
+        load_file(folder / "model.safetensors") for folder in (tmp_path / "before", tmp_path / "after", teacher)
+    )
+    assert torch.equal(start["classifier.weight"], taught["classifier.weight"])
+    assert not torch.equal(end["classifier.weight"], taught["classifier.weight"])
+    for name in (name for name in taught if name.startswith("bert.embeddings.")):
+        assert torch.equal(end[name], taught[name])
+    # One of its heads goes on by the script for one task.
+    one = ["--task_name", "rte", "--data_dir", glue, "--model_name_or_path", tmp_path / "after", "--seeds", 0]
+    one += ["--teacher_name_or_path", teacher, "--energy_samples", 4]
+    run_script("run_glue_no_trainer", *one, "--max_train_steps", 0, "--output_dir", tmp_path / "rte")
+    run = read(tmp_path / "rte")["runs"][0]
+    assert run["metrics"]["accuracy"] == read(tmp_path / "after")["evaluation"]["eval_rte_accuracy"]
+    assert 0 < run["energy"]["mean_firing_rate"] < 1
+    assert SNNBertForSequenceClassification.from_pretrained(tmp_path / "rte" / "seed_0").config.num_labels == 2
+
+
+@pytest.mark.slow
+def test_resumes_exactly_also_to_another_end(tmp_path, snn_bert, teacher, glue, text_file):
+    """A run at a constant rate is resumed, and a fall branches off one of its checkpoints."""
+    arguments = [*common(glue), "--model_name_or_path", snn_bert, "--teacher_name_or_path", teacher, "--seed", 1]
+    arguments += ["--unlabelled_file", text_file, "--lr_scheduler_type", "warmup_stable_decay", "--logging_steps", 1]
+    arguments += ["--num_warmup_steps", 2, "--checkpointing_steps", 4]
+    constant = ["--max_train_steps", 12, "--num_decay_steps", 1]
+    run_script(SCRIPT, *arguments, *constant, "--output_dir", tmp_path / "whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("accelerate_loop.TrainingLoop._save", interrupt_after(8))
+        with pytest.raises(KeyboardInterrupt):
+            run_script(SCRIPT, *arguments, *constant, "--output_dir", tmp_path / "parts")
+    resume = ["--resume_from_checkpoint", tmp_path / "parts" / "step_8"]
+    run_script(SCRIPT, *arguments, *constant, *resume, "--output_dir", tmp_path / "parts")
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+    fall = ["--max_train_steps", 12, "--num_decay_steps", 4]
+    run_script(SCRIPT, *arguments, *fall, *resume, "--output_dir", tmp_path / "fall")
+    rates = [entry["learning_rate"] for entry in read(tmp_path / "fall")["log"] if "learning_rate" in entry]
+    assert rates == pytest.approx([5e-5, *[1e-4] * 7, 7.5e-5, 5e-5, 2.5e-5, 0])
+    assert read(tmp_path / "fall")["log"][:8] == read(tmp_path / "parts")["log"][:8]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param(["--tasks", "rte", "rte"], "--tasks must differ", id="tasks"),
+        pytest.param(["--max_seq_length", 4], "--max_seq_length must be >= 5", id="length"),
+        pytest.param(["--single_share", 2], "--single_share must lie in", id="share"),
+        pytest.param(["--hidden_weight", -1], "--hidden_weight must be >= 0", id="weight"),
+        pytest.param(
+            ["--unlabelled_file", "{text}"], "--unlabelled_file needs --teacher_name_or_path", id="no-teacher"
+        ),
+        pytest.param(["--attention_weight", 1], "--attention_weight needs --teacher_name_or_path", id="attention"),
+        pytest.param(["--unlabelled_sentences", 0], "--unlabelled_sentences must be >= 1", id="sentences"),
+        pytest.param(["--teacher_name_or_path", "{bert}"], "must have a head for sst2", id="heads"),
+        pytest.param(["--teacher_name_or_path", "{snn_bert}"], "must be a BERT", id="teacher"),
+        pytest.param(["--data_dir", "nowhere"], "there is no train.tsv", id="data"),
+    ],
+)
+def test_refuses(tmp_path, capsys, bert, snn_bert, glue, text_file, arguments, message):
+    names = {"{text}": text_file, "{bert}": bert, "{snn_bert}": snn_bert}
+    arguments = [names.get(x, x) for x in arguments]
+    output = ["--output_dir", tmp_path / "out"]
+    assert message in refused(capsys, SCRIPT, *common(glue), "--model_name_or_path", bert, *output, *arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_half_precision_is_trained_in_full(tmp_path, bert, tokenizer, glue):
+    write_half_precision(tmp_path / "half", bert, tokenizer)
+    arguments = ["--model_name_or_path", tmp_path / "half", "--max_train_steps", 1, "--output_dir", tmp_path / "out"]
+    run_script(SCRIPT, *common(glue), *arguments)
+    assert all(x.dtype == torch.float32 for x in load_file(tmp_path / "out" / "model.safetensors").values())
