@@ -29,7 +29,7 @@ from accelerate_loop import (
     make_accelerator,
 )
 from datasets import Dataset, DatasetDict
-from glue_models import check_vocabulary
+from glue_models import attention_implementation, check_vocabulary
 from glue_tasks import TASKS, Task, load_task
 from run_glue_no_trainer import predict
 from several_tasks import check_heads, heads_logit_loss, heads_of, label_loss, label_settings, score_tasks
@@ -161,8 +161,8 @@ def load_model(
         raise ValueError(f"{path} has heads for {list(heads_of(config))}: give these --tasks in this order")
     # Dropout would only blur what a teacher says.
     settings |= {} if teacher is None else {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    # Only the eager attention returns its weights; on a CPU sdpa's backward pass in bfloat16 takes seven times as long.
-    attention = "eager" if args.attention_weight or device.type == "cpu" else None
+    dropout = {**config.to_dict(), **settings}.get("attention_probs_dropout_prob", 0.0)
+    attention = attention_implementation(args.attention_weight > 0, device, dropout)
     model = AutoModelForSequenceClassification.from_pretrained(
         path, attn_implementation=attention, dtype=torch.float32, ignore_mismatched_sizes=not has_heads, **settings
     )
