@@ -11,7 +11,7 @@ import pytest
 import torch
 from example_scripts import EXAMPLES, interrupt_after, refused, run_script
 from glue_files import write_glue
-from glue_models import ModelArguments, Teacher, parse_overrides
+from glue_models import ModelArguments, Teacher, attention_implementation, parse_overrides
 from glue_tasks import METRICS_FROM, TASKS, load_task, score
 from safetensors.torch import load_file
 from small_bert import bert_fixture, write_half_precision
@@ -466,6 +466,14 @@ def test_a_teacher_leaves_the_firing_rate_penalty_whole(bert, tokenizer, augment
         losses.append(loss)
     assert outputs.firing_rate_penalty > 0
     torch.testing.assert_close(losses[1] - losses[0], 2 * outputs.firing_rate_penalty)
+
+
+@pytest.mark.parametrize(
+    ("weights", "device", "dropout", "wanted"),
+    [(False, "cpu", 0.0, "eager"), (False, "cpu", 0.1, None), (False, "cuda", 0.0, None), (True, "cuda", 0.1, "eager")],
+)
+def test_attention_in_training(weights, device, dropout, wanted):
+    assert attention_implementation(weights, torch.device(device), dropout) == wanted
 
 
 def test_metrics_are_named():
