@@ -323,6 +323,18 @@ def test_unlabelled_batches(tmp_path, bert, unlabelled_file, task):
     assert sum(losses[-10:]) < 0.6 * sum(losses[:10])
 
 
+def test_unlabelled_rows_are_padded_too(tmp_path, bert, unlabelled_file):
+    """PSN takes one length only."""
+    glue = write_glue(tmp_path / "glue", "sst2")
+    common = [*BASE, "--model_name_or_path", bert, "--data_dir", glue, "--seeds", 0]
+    run_script("run_glue_no_trainer", *common, "--max_train_steps", 1, "--output_dir", tmp_path / "teacher")
+    common += ["--teacher_name_or_path", tmp_path / "teacher" / "seed_0", "--unlabelled_file", unlabelled_file]
+    common += ["--convert", "--neuron_type", "psn", "--psn_length", 24, "--max_seq_length", 24, "--pad_to_max_length"]
+    run_script("run_glue_no_trainer", *common, "--max_train_steps", 3, "--output_dir", tmp_path / "out")
+    run = read(tmp_path / "out")["runs"][0]
+    assert run["last_step"] == 3 and 0 < run["energy"]["mean_firing_rate"] < 1
+
+
 @pytest.mark.slow
 def test_unlabelled_batches_resume_exactly(tmp_path, bert, unlabelled_file):
     glue = write_glue(tmp_path / "glue", "sst2")
