@@ -96,7 +96,7 @@ def takes(current: torch.Tensor) -> bool:
 
 # Numbers that change from batch to batch. Triton would compile a kernel anew for each that is 1, or the first that is a
 # multiple of 16, and would make a 1 a constant, which has no methods.
-FREE_NUMBERS = ("tokens", "batch", "segments", "weight_row", "weight_stride", "weight_step")
+FREE_NUMBERS = ("tokens", "batch", "segments", "weight_row", "weight_stride", "weight_step", "packed_plane")
 
 
 def jit(function):
@@ -1011,7 +1011,7 @@ class _Launches:
         )
 
 
-def _on_device_of(x: torch.Tensor):
+def on_device_of(x: torch.Tensor):
     """The context in which kernels are launched on the GPU that `x` is on."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
@@ -1029,7 +1029,7 @@ def bpsn_forward(
     packed = current.new_empty(packed_shape(current.shape, ternary), dtype=torch.uint8)
     if current.shape[0] == 0:
         return spikes, packed
-    with _on_device_of(current):
+    with on_device_of(current):
         launches = _Launches(
             current, mask, v_threshold, decay_forward, decay_backward, reset, normalize, reset_iterations, ternary
         )
@@ -1057,7 +1057,7 @@ def bpsn_backward(
     grad_current = torch.empty_like(current, memory_format=torch.contiguous_format)
     if current.shape[0] == 0:
         return grad_current, *(torch.zeros_like(x) for x in (v_threshold, decay_forward, decay_backward, reset))
-    with _on_device_of(current):
+    with on_device_of(current):
         launches = _Launches(
             current, mask, v_threshold, decay_forward, decay_backward, reset, normalize, reset_iterations, ternary, True
         )

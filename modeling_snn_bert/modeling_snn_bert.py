@@ -36,6 +36,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 # transformers 5.4 copies from a folder only the modules that this file names, and not those that they name in turn: so
 # those stand here too.
+from .bpsn_triton import MAX_TOKENS  # noqa: F401
 from .checksums import CONFIG_NAME, check_checksums, check_finite, check_layers, write_checksums
 from .configuration_snn_bert import SNNBertConfig
 from .cpu_kernels import KERNELS_VERSION  # noqa: F401

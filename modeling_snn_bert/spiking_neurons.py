@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from .bpsn_triton import MAX_TOKENS, BPSNByTile
 from .cpu_kernels import SURROGATE_INDEX, bpsn_backward, bpsn_forward, warn_if_missing
 from .cpu_kernels import available as kernels_available
 from .leaky_integration import (
@@ -255,11 +256,15 @@ class BPSN(SpikingNeuron):
         return "toeplitz" if self.implementation == "auto" and _is_exporting() else self.implementation
 
     def spikes(self, current: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        settings = [self.reset_iterations, self.spike_type == "ternary", self.surrogate, self.surrogate_alpha]
+        by_triton = self._may_use_kernels() and triton_takes(current)
+        if by_triton and current.shape[1] <= MAX_TOKENS:
+            names = ("v_threshold", "decay_forward_logit", "decay_backward_logit", "reset_strength")
+            trained = [getattr(self, name, None) for name in names]
+            return attach_packed(*BPSNByTile.apply(current, attention_mask, *trained, self.normalize, *settings))
         dtype = wide_dtype(current.dtype)
         parameters = [x.to(dtype) for x in (self.v_threshold, self.decay_forward, self.decay_backward, self.reset)]
-        settings = [self.reset_iterations, self.spike_type == "ternary", self.surrogate, self.surrogate_alpha]
-        by_triton = triton_takes(current)
-        if self._may_use_kernels() and (by_triton or self._cpu_kernel_takes(current)):
+        if by_triton or (self._may_use_kernels() and self._cpu_kernel_takes(current)):
             spikes, packed = BPSNByKernel.apply(
                 current, attention_mask, *parameters, by_triton, self.normalize, *settings
             )

@@ -1,0 +1,661 @@
+"""The BPSN on a GPU for sequences of up to `MAX_TOKENS`: one Triton kernel forward, and two backward.
+
+Forward, a program owns a block of channels of one row with all its tokens: it reads the currents once, keeps them in
+registers, and writes each spike once as a float and once as a bit. Sums over tokens, in both directions, the division
+by `n`, every sweep of the reset, threshold and packing happen in between. The parameters are read as they are trained
+(logits, and a strength whose sign does not count), so nothing runs before the kernel. Backward, a program does the
+same again and goes on to the gradients. It keeps the current, and nothing else, from the forward pass. The parameters'
+gradients are sums over rows, which a second small kernel adds up: without atomic additions, so that a run can be
+repeated bit for bit.
+
+How a sum over tokens is split among threads: the sequence is cut into chunks of `CHUNK` tokens, and a *tile* is a tuple
+of `CHUNK` tensors `[chunks, channels]`, of which the `k`-th holds the `k`-th token of every chunk. Inside the chunks a
+sum is a step per token, for all chunks at once; from chunk to chunk it is an associative scan of a `CHUNK`-th of the
+numbers (`_carry`). All arithmetic is in float32. A block that lies in one group needs its decays, its mask and its `n`
+once and not per channel: those tensors then have one column, and broadcast.
+
+Longer sequences are for `leaky_integration_triton`, which cuts them into segments.
+"""
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from .cpu_kernels import packed_shape
+from .leaky_integration_triton import _derivative, jit, on_device_of
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.language import constexpr
+except ImportError:
+    triton = constexpr = None
+
+# The longest sequence that a program can hold.
+MAX_TOKENS = 512
+# Tokens of a chunk: a multiple of four, and a power of two.
+CHUNK = 8
+# Channels of a program and its warps, by the number of tokens rounded up to a power of two; the first row that is not
+# below it. A kernel is compiled once for each row, so a new length needs none. A thread has 32 numbers forward.
+FORWARD_TILES = {32: (32, 1), 64: (32, 2), 128: (32, 4), 256: (32, 8), 512: (16, 8)}
+BACKWARD_TILES = {32: (32, 1), 64: (32, 2), 128: (32, 4), 256: (32, 8), 512: (16, 8)}
+# Rows and channels that the sum over rows takes at a time.
+SUM_ROWS, SUM_CHANNELS = 64, 32
+
+
+@jit
+def _load_rows(rows, first, tokens, stride, inside, CHUNK: constexpr):
+    """A tile of `rows`, `stride` apart, in float32; 0 from the end of the sequence on. `first` are its first tokens."""
+    tile = ()
+    for k in tl.static_range(CHUNK):
+        there = inside & (first + k < tokens)
+        tile = tile + (tl.load(rows + (first + k) * stride, mask=there, other=0).to(tl.float32),)
+    return tile
+
+
+@jit
+def _valid_tokens(mask, first, tokens, CHUNK: constexpr):
+    """1 at valid tokens and 0 at others, a tile of one column."""
+    tile = ()
+    for k in tl.static_range(CHUNK):
+        valid = first + k < tokens
+        if mask is not None:
+            valid = valid & (tl.load(mask + first + k, mask=valid, other=0) != 0)
+        tile = tile + (tl.where(valid, 1.0, 0.0),)
+    return tile
+
+
+@jit
+def _silence(tile, valid, CHUNK: constexpr):
+    """A tile with zeros at tokens that are not valid, whatever stood there."""
+    silent = ()
+    for k in tl.static_range(CHUNK):
+        silent = silent + (tl.where(valid[k] > 0, tile[k], 0),)
+    return silent
+
+
+@jit
+def _scale(tile, factors, CHUNK: constexpr):
+    scaled = ()
+    for k in tl.static_range(CHUNK):
+        scaled = scaled + (tile[k] * factors[k],)
+    return scaled
+
+
+@jit
+def _join(power, total, power_before, before, next_power, next_total, next_power_before, next_before):
+    """Two neighbouring runs of chunks as one: its decay and its sum, and both without its last chunk."""
+    return (
+        power * next_power,
+        next_power * total + next_total,
+        power * next_power_before,
+        next_power_before * total + next_before,
+    )
+
+
+@jit
+def _carry(ends, decay, REVERSE: constexpr, CHUNK: constexpr):
+    """What the chunks before each chunk (after it, if `REVERSE`) hand to it, from each chunk's own sum, `ends`."""
+    power = decay
+    for _ in tl.static_range(CHUNK.bit_length() - 1):
+        power = power * power
+    power = tl.broadcast_to(power, ends.shape)
+    # The sum without the last chunk is kept beside the sum: to shift the latter would change the layout of all tiles.
+    _, _, _, before = tl.associative_scan((power, ends, power * 0 + 1, ends * 0), 0, _join, reverse=REVERSE)
+    return before
+
+
+@jit
+def _carry_earlier(tile, decay, CHUNK: constexpr):
+    """The leaky sum over the tokens before each chunk, as it stands at the last of them."""
+    total = tile[0]
+    for k in tl.static_range(1, CHUNK):
+        total = decay * total + tile[k]
+    return _carry(total, decay, False, CHUNK)
+
+
+@jit
+def _carry_later(tile, decay, CHUNK: constexpr):
+    """The leaky sum over the tokens after each chunk, as it stands at the first of them."""
+    total = tile[CHUNK - 1]
+    for k in tl.static_range(1, CHUNK):
+        total = decay * total + tile[CHUNK - 1 - k]
+    return _carry(total, decay, True, CHUNK)
+
+
+@jit
+def _sums_before(tile, carry, decay, REVERSE: constexpr, CHUNK: constexpr):
+    """The leaky sum at the token before each (after it, if `REVERSE`), in the order of the tokens, from the carry."""
+    sums = ()
+    for k in tl.static_range(CHUNK):
+        sums = ((carry,) + sums) if REVERSE else (sums + (carry,))
+        carry = decay * carry + tile[CHUNK - 1 - k if REVERSE else k]
+    return sums
+
+
+@jit
+def _leaky_sums(tile, earlier, later, forward, backward, WITH_SELF: constexpr, CHUNK: constexpr):
+    """`sum_j a[t, j] x[j]`, over all `j` or over `j != t`, from the carries."""
+    laters = _sums_before(tile, later, backward, True, CHUNK)
+    sums = ()
+    for k in tl.static_range(CHUNK):
+        before = forward * earlier
+        earlier = before + tile[k]
+        sums = sums + ((earlier if WITH_SELF else before) + backward * laters[k],)
+    return sums
+
+
+@jit
+def _inverse_weights(valid, earlier, later, forward, backward, CHUNK: constexpr):
+    """`1 / n` at valid tokens and 0 at others, from the carries of `valid`."""
+    weights = _leaky_sums(valid, earlier, later, forward, backward, True, CHUNK)
+    inverse = ()
+    for k in tl.static_range(CHUNK):
+        inverse = inverse + (tl.where(valid[k] > 0, 1 / tl.where(valid[k] > 0, weights[k], 1), 0),)
+    return inverse
+
+
+@jit
+def _slopes(valid, carry, decay, REVERSE: constexpr, CHUNK: constexpr):
+    """The derivative of one direction's part of `n` with respect to its decay, from the carry of `valid`.
+
+    `y[t] = decay * y[t - 1] + m[t]` gives `y'[t] = decay * y'[t - 1] + y[t - 1]`: the leaky sum of the sum before.
+    """
+    before = _sums_before(valid, carry, decay, REVERSE, CHUNK)
+    slope = _carry_later(before, decay, CHUNK) if REVERSE else _carry_earlier(before, decay, CHUNK)
+    slopes = ()
+    for k in tl.static_range(CHUNK):
+        slope = decay * slope + before[CHUNK - 1 - k if REVERSE else k]
+        slopes = ((slope,) + slopes) if REVERSE else (slopes + (slope,))
+    return slopes
+
+
+@jit
+def _fire(potentials, valid, threshold, TERNARY: constexpr, CHUNK: constexpr):
+    """Spikes as floats, 0 at tokens that are not valid."""
+    spikes = ()
+    for k in tl.static_range(CHUNK):
+        fired = tl.where((potentials[k] >= threshold) & (valid[k] > 0), 1.0, 0.0)
+        if TERNARY:
+            fired = fired - tl.where((potentials[k] <= -threshold) & (valid[k] > 0), 1.0, 0.0)
+        spikes = spikes + (fired,)
+    return spikes
+
+
+@jit
+def _reset_by(potentials, received, reset, CHUNK: constexpr):
+    """`v - reset * r`."""
+    margins = ()
+    for k in tl.static_range(CHUNK):
+        margins = margins + (potentials[k] - reset * received[k],)
+    return margins
+
+
+@jit
+def _store_bits(spikes, packed, first, tokens, width, start, NEGATIVE: constexpr, CHUNK: constexpr, BLOCK: constexpr):
+    """Store a bit for each channel that fires with the sign wanted; the bytes of four tokens are summed as one word."""
+    byte = (start // 8 + tl.arange(0, BLOCK // 8))[None, :]
+    bit = (tl.full([BLOCK], 1, tl.int32) << (tl.arange(0, BLOCK) % 8))[None, :]
+    for four in tl.static_range(CHUNK // 4):
+        word = tl.zeros_like(spikes[0]).to(tl.int32)
+        for j in tl.static_range(4):
+            spike = spikes[4 * four + j]
+            word = word | tl.where((spike < 0) if NEGATIVE else (spike > 0), bit << (8 * j), 0)
+        words = tl.sum(tl.reshape(word, [word.shape[0], BLOCK // 8, 8]), 2)
+        for j in tl.static_range(4):
+            token = first + 4 * four + j
+            there = (byte < width) & (token < tokens)
+            tl.store(packed + token * width + byte, (words >> (8 * j)).to(tl.uint8), mask=there)
+
+
+@jit
+def _place(channels, group_size, CHUNK: constexpr, CHUNKS: constexpr, BLOCK: constexpr, ONE_GROUP: constexpr):
+    """Where this program works: row, first channel, channels and their groups, and the first token of each chunk."""
+    blocks = tl.cdiv(channels, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    start = (tl.program_id(0) % blocks) * BLOCK
+    channel = (start + tl.arange(0, BLOCK))[None, :]
+    if ONE_GROUP:
+        group = tl.zeros([1, 1], tl.int32) + start // group_size
+    else:
+        group = tl.minimum(channel, channels - 1) // group_size
+    return row, start, channel, channel < channels, group, (tl.arange(0, CHUNKS) * CHUNK)[:, None]
+
+
+@jit
+def _decays(decay_forward_logit, decay_backward_logit, group):
+    forward = tl.sigmoid(tl.load(decay_forward_logit + group).to(tl.float32))
+    backward = tl.zeros_like(forward)
+    if decay_backward_logit is not None:
+        backward = tl.sigmoid(tl.load(decay_backward_logit + group).to(tl.float32))
+    return forward, backward
+
+
+@jit
+def _received(fired, inverse, forward, backward, CHUNK: constexpr):
+    """The reset received, `sum_{j != t} a[t, j] s[j] / n[t]`."""
+    earlier, later = _carry_earlier(fired, forward, CHUNK), _carry_later(fired, backward, CHUNK)
+    return _scale(_leaky_sums(fired, earlier, later, forward, backward, False, CHUNK), inverse, CHUNK)
+
+
+@jit
+def _bpsn_forward(
+    current,
+    mask,
+    v_threshold,
+    decay_forward_logit,
+    decay_backward_logit,
+    reset_strength,
+    spikes,
+    packed,
+    packed_plane,
+    tokens,
+    channels,
+    group_size,
+    sweeps,
+    NORMALIZE: constexpr,
+    TERNARY: constexpr,
+    CHUNK: constexpr,
+    CHUNKS: constexpr,
+    BLOCK: constexpr,
+    ONE_GROUP: constexpr,
+):
+    """Currents to spikes. `packed_plane` is the number of bytes of a sign's plane."""
+    row, start, channel, inside, group, first = _place(channels, group_size, CHUNK, CHUNKS, BLOCK, ONE_GROUP)
+    forward, backward = _decays(decay_forward_logit, decay_backward_logit, group)
+    # What lies beyond the last channel never fires: its bits share a byte with those of real channels.
+    threshold = tl.load(v_threshold + channel, mask=inside, other=float("inf")).to(tl.float32)
+    offset = row * tokens * channels + channel
+    if mask is not None:
+        mask += row * tokens
+    valid = _valid_tokens(mask, first, tokens, CHUNK)
+    x = _load_rows(current + offset, first, tokens, channels, inside, CHUNK)
+    if mask is not None:
+        x = _silence(x, valid, CHUNK)
+    inverse = valid
+    if NORMALIZE:
+        earlier, later = _carry_earlier(valid, forward, CHUNK), _carry_later(valid, backward, CHUNK)
+        inverse = _inverse_weights(valid, earlier, later, forward, backward, CHUNK)
+    earlier, later = _carry_earlier(x, forward, CHUNK), _carry_later(x, backward, CHUNK)
+    potentials = _scale(_leaky_sums(x, earlier, later, forward, backward, True, CHUNK), inverse, CHUNK)
+    fired = _fire(potentials, valid, threshold, TERNARY, CHUNK)
+    if reset_strength is not None:
+        reset = tl.abs(tl.load(reset_strength + group).to(tl.float32))
+        for _ in range(sweeps):
+            received = _received(fired, inverse, forward, backward, CHUNK)
+            fired = _fire(_reset_by(potentials, received, reset, CHUNK), valid, threshold, TERNARY, CHUNK)
+    for k in tl.static_range(CHUNK):
+        to = spikes + offset + (first + k) * channels
+        tl.store(to, fired[k].to(spikes.dtype.element_ty), mask=inside & (first + k < tokens))
+    width = tl.cdiv(channels, 8)
+    packed += row * tokens * width
+    _store_bits(fired, packed, first, tokens, width, start, False, CHUNK, BLOCK)
+    if TERNARY:
+        _store_bits(fired, packed + packed_plane, first, tokens, width, start, True, CHUNK, BLOCK)
+
+
+@jit
+def _bpsn_backward(
+    grad_spikes,
+    current,
+    mask,
+    v_threshold,
+    decay_forward_logit,
+    decay_backward_logit,
+    reset_strength,
+    grad_current,
+    partial,
+    tokens,
+    channels,
+    group_size,
+    sweeps,
+    batch,
+    alpha,
+    NORMALIZE: constexpr,
+    TERNARY: constexpr,
+    SURROGATE: constexpr,
+    CHUNK: constexpr,
+    CHUNKS: constexpr,
+    BLOCK: constexpr,
+    ONE_GROUP: constexpr,
+):
+    """The gradient to the current, and each row's part of the gradients to threshold, decays and reset into `partial`.
+
+    `partial` is `[4, batch, channels]`.
+    """
+    row, _, channel, inside, group, first = _place(channels, group_size, CHUNK, CHUNKS, BLOCK, ONE_GROUP)
+    forward, backward = _decays(decay_forward_logit, decay_backward_logit, group)
+    threshold = tl.load(v_threshold + channel, mask=inside, other=float("inf")).to(tl.float32)
+    offset = row * tokens * channels + channel
+    if mask is not None:
+        mask += row * tokens
+    valid = _valid_tokens(mask, first, tokens, CHUNK)
+    x = _load_rows(current + offset, first, tokens, channels, inside, CHUNK)
+    if mask is not None:
+        x = _silence(x, valid, CHUNK)
+    inverse = valid
+    valid_earlier, valid_later = _carry_earlier(valid, forward, CHUNK), _carry_later(valid, backward, CHUNK)
+    if NORMALIZE:
+        inverse = _inverse_weights(valid, valid_earlier, valid_later, forward, backward, CHUNK)
+    earlier, later = _carry_earlier(x, forward, CHUNK), _carry_later(x, backward, CHUNK)
+    potentials = _scale(_leaky_sums(x, earlier, later, forward, backward, True, CHUNK), inverse, CHUNK)
+    margins = potentials
+    received = potentials
+    if reset_strength is not None:
+        reset = tl.abs(tl.load(reset_strength + group).to(tl.float32))
+        for _ in range(sweeps):
+            fired = _fire(margins, valid, threshold, TERNARY, CHUNK)
+            received = _received(fired, inverse, forward, backward, CHUNK)
+            margins = _reset_by(potentials, received, reset, CHUNK)
+
+    if NORMALIZE:
+        slopes_forward = _slopes(valid, valid_earlier, forward, False, CHUNK)
+        slopes_backward = _slopes(valid, valid_later, backward, True, CHUNK)
+    grad_threshold = tl.zeros([CHUNKS, BLOCK], tl.float32)
+    grad_forward = tl.zeros([CHUNKS, BLOCK], tl.float32)
+    grad_backward = tl.zeros([CHUNKS, BLOCK], tl.float32)
+    grad_reset = tl.zeros([CHUNKS, BLOCK], tl.float32)
+    # The gradient to the leaky sum.
+    g = ()
+    for k in tl.static_range(CHUNK):
+        there = inside & (first + k < tokens)
+        incoming = tl.load(grad_spikes + offset + (first + k) * channels, mask=there, other=0).to(tl.float32)
+        incoming = tl.where(valid[k] > 0, incoming, 0)
+        grad = incoming * _derivative(margins[k] - threshold, alpha, SURROGATE)
+        grad_threshold -= grad
+        if TERNARY:
+            mirrored = incoming * _derivative(-margins[k] - threshold, alpha, SURROGATE)
+            grad_threshold += mirrored
+            grad += mirrored
+        if reset_strength is not None:
+            grad_reset -= received[k] * grad
+        grad *= inverse[k]
+        if NORMALIZE:
+            # v = sum / n, so d loss / d n = - grad v / n.
+            grad_forward -= potentials[k] * grad * slopes_forward[k]
+            grad_backward -= potentials[k] * grad * slopes_backward[k]
+        g = g + (grad,)
+
+    # The transpose of a sum over earlier tokens is a sum over later ones, and the reverse.
+    to_later, to_earlier = _carry_earlier(g, backward, CHUNK), _carry_later(g, forward, CHUNK)
+    to_earliers = _sums_before(g, to_earlier, forward, True, CHUNK)
+    # Read again, from the cache: to hold it through all of the above would take more registers than there are.
+    tl.debug_barrier()
+    x = _load_rows(current + offset, first, tokens, channels, inside, CHUNK)
+    if mask is not None:
+        x = _silence(x, valid, CHUNK)
+    laters = _sums_before(x, later, backward, True, CHUNK)
+    for k in tl.static_range(CHUNK):
+        from_earlier = backward * to_later
+        to_later = from_earlier + g[k]
+        from_later = forward * to_earliers[k]
+        # With `h` the transposed sum, y[t] = x[t] + f y[t - 1] gives d loss / d f = sum_t h[t] y[t - 1].
+        grad_forward += (from_later + g[k]) * earlier
+        grad_backward += to_later * laters[k]
+        earlier = forward * earlier + x[k]
+        total = tl.where(valid[k] > 0, from_earlier + g[k] + from_later, 0)
+        to = grad_current + offset + (first + k) * channels
+        tl.store(to, total.to(grad_current.dtype.element_ty), mask=inside & (first + k < tokens))
+
+    partial += row * channels + channel
+    plane = batch.to(tl.int64) * channels
+    tl.store(partial, tl.sum(grad_threshold, 0)[None, :], mask=inside)
+    tl.store(partial + plane, tl.sum(grad_forward, 0)[None, :], mask=inside)
+    tl.store(partial + 2 * plane, tl.sum(grad_backward, 0)[None, :], mask=inside)
+    tl.store(partial + 3 * plane, tl.sum(grad_reset, 0)[None, :], mask=inside)
+
+
+@jit
+def _sum_rows(
+    partial,
+    decay_forward_logit,
+    decay_backward_logit,
+    reset_strength,
+    grad_threshold,
+    grad_forward,
+    grad_backward,
+    grad_reset,
+    batch,
+    channels,
+    group_size,
+    ROWS: constexpr,
+    CHANNELS: constexpr,
+):
+    """Sums of `partial` (see `_bpsn_backward`) over rows and groups, and from decays and reset on to their parameters.
+
+    A program for each group and each of the four gradients.
+    """
+    group = tl.program_id(0)
+    which = tl.program_id(1)
+    row = tl.arange(0, ROWS)[:, None]
+    partial += which.to(tl.int64) * batch * channels
+    total = 0.0
+    for block in range(0, tl.cdiv(group_size, CHANNELS)):
+        channel = block * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+        inside = channel < group_size
+        channel += group * group_size
+        sums = tl.zeros([ROWS, CHANNELS], tl.float32)
+        for start in range(0, batch, ROWS):
+            rows = (start + row).to(tl.int64)
+            sums += tl.load(partial + rows * channels + channel, mask=inside & (rows < batch), other=0)
+        of_channel = tl.sum(sums, 0)
+        total += tl.sum(of_channel, 0)
+        if which == 0:
+            tl.store(grad_threshold + channel, of_channel[None, :].to(grad_threshold.dtype.element_ty), mask=inside)
+    if which == 1:
+        decay = tl.sigmoid(tl.load(decay_forward_logit + group).to(tl.float32))
+        tl.store(grad_forward + group, (total * decay * (1 - decay)).to(grad_forward.dtype.element_ty))
+    # The compiler decides about what is `None`, and the program about its number: so these are two.
+    if decay_backward_logit is not None:  # noqa: SIM102
+        if which == 2:
+            decay = tl.sigmoid(tl.load(decay_backward_logit + group).to(tl.float32))
+            tl.store(grad_backward + group, (total * decay * (1 - decay)).to(grad_backward.dtype.element_ty))
+    if reset_strength is not None:  # noqa: SIM102
+        if which == 3:
+            negative = tl.load(reset_strength + group).to(tl.float32) < 0
+            tl.store(grad_reset + group, tl.where(negative, -total, total).to(grad_reset.dtype.element_ty))
+
+
+# Triton runs kernels in its interpreter if `TRITON_INTERPRET=1` was set before the import. The tracer of torch, which
+# would show them to a compiler, cannot follow them there.
+INTERPRETED = triton is not None and not isinstance(_bpsn_forward, triton.runtime.JITFunction)
+
+
+def _tile(tiles: dict[int, tuple[int, int]], tokens: int, channels: int, groups: int) -> dict[str, Any]:
+    """The arguments of a kernel that say how large its programs are."""
+    padded = next(length for length in tiles if length >= tokens)
+    block, warps = tiles[padded]
+    group_size = channels // groups
+    return {
+        "CHUNK": CHUNK,
+        "CHUNKS": padded // CHUNK,
+        "BLOCK": block,
+        "ONE_GROUP": group_size % block == 0,
+        "num_warps": warps,
+    }
+
+
+def _contiguous(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    return [None if x is None else x.contiguous() for x in tensors]
+
+
+def _operator(name: str):
+    """Register a torch operator whose kernels `torch.compile` sees, where Triton compiles them."""
+    register = torch.library.custom_op if triton is None or INTERPRETED else torch.library.triton_op
+    return register(name, mutates_args=())
+
+
+def _kernel(function):
+    """A kernel to launch inside an operator of `_operator`."""
+    return function if INTERPRETED else torch.library.wrap_triton(function)
+
+
+@_operator("snn_bert::bpsn_tile_forward")
+def bpsn_tile_forward(
+    current: torch.Tensor,
+    mask: torch.Tensor | None,
+    v_threshold: torch.Tensor,
+    decay_forward_logit: torch.Tensor,
+    decay_backward_logit: torch.Tensor | None,
+    reset_strength: torch.Tensor | None,
+    normalize: bool,
+    reset_iterations: int,
+    ternary: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Spikes of a `BPSN`, in the dtype of `current` and packed.
+
+    `current` is `[batch, seq_len, channels]` in float32, bfloat16 or float16 with `seq_len <= MAX_TOKENS`, `mask`
+    `[batch, seq_len]` of any dtype, `v_threshold` `[channels]`, the logits and the strength `[groups]`.
+    """
+    batch, tokens, channels = current.shape
+    spikes, packed = _new_spikes(current, ternary)
+    if batch:
+        groups = decay_forward_logit.shape[0]
+        current, mask, *parameters = _contiguous(
+            current, mask, v_threshold, decay_forward_logit, decay_backward_logit, reset_strength
+        )
+        tile = _tile(FORWARD_TILES, tokens, channels, groups)
+        with on_device_of(current):
+            _kernel(_bpsn_forward)[(batch * -(-channels // tile["BLOCK"]),)](
+                current,
+                mask,
+                *parameters,
+                spikes,
+                packed,
+                packed.numel() // packed.shape[0],
+                tokens,
+                channels,
+                channels // groups,
+                reset_iterations,
+                NORMALIZE=normalize,
+                TERNARY=ternary,
+                **tile,
+            )
+    return spikes, packed
+
+
+@_operator("snn_bert::bpsn_tile_backward")
+def bpsn_tile_backward(
+    grad_spikes: torch.Tensor,
+    current: torch.Tensor,
+    mask: torch.Tensor | None,
+    v_threshold: torch.Tensor,
+    decay_forward_logit: torch.Tensor,
+    decay_backward_logit: torch.Tensor | None,
+    reset_strength: torch.Tensor | None,
+    normalize: bool,
+    reset_iterations: int,
+    ternary: bool,
+    surrogate: str,
+    alpha: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients to the current, threshold, both logits and strength, zeros for what is `None`; see the forward one."""
+    batch, tokens, channels = current.shape
+    groups = decay_forward_logit.shape[0]
+    grad_current, *grads = _new_gradients(
+        current, v_threshold, decay_forward_logit, decay_backward_logit, reset_strength
+    )
+    if not batch:
+        for grad in grads:
+            grad.zero_()
+        return grad_current, grads[0], grads[1], grads[2], grads[3]
+    grad_spikes, current, mask, *parameters = _contiguous(
+        grad_spikes, current, mask, v_threshold, decay_forward_logit, decay_backward_logit, reset_strength
+    )
+    partial = current.new_empty((4, batch, channels), dtype=torch.float32)
+    tile = _tile(BACKWARD_TILES, tokens, channels, groups)
+    with on_device_of(current):
+        _kernel(_bpsn_backward)[(batch * -(-channels // tile["BLOCK"]),)](
+            grad_spikes,
+            current,
+            mask,
+            *parameters,
+            grad_current,
+            partial,
+            tokens,
+            channels,
+            channels // groups,
+            reset_iterations,
+            batch,
+            alpha,
+            NORMALIZE=normalize,
+            TERNARY=ternary,
+            SURROGATE=surrogate,
+            **tile,
+        )
+        _kernel(_sum_rows)[(groups, 4)](
+            partial,
+            *parameters[1:],
+            *grads,
+            batch,
+            channels,
+            channels // groups,
+            ROWS=SUM_ROWS,
+            CHANNELS=SUM_CHANNELS,
+            num_warps=4,
+        )
+    return grad_current, grads[0], grads[1], grads[2], grads[3]
+
+
+def _new_spikes(current: torch.Tensor, ternary: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    packed = current.new_empty(packed_shape(current.shape, ternary), dtype=torch.uint8)
+    return torch.empty_like(current, memory_format=torch.contiguous_format), packed
+
+
+def _new_gradients(
+    current: torch.Tensor,
+    v_threshold: torch.Tensor,
+    decay_forward_logit: torch.Tensor,
+    decay_backward_logit: torch.Tensor | None,
+    reset_strength: torch.Tensor | None,
+) -> tuple[torch.Tensor, ...]:
+    """Room for the gradients. For a parameter that there is not, an empty tensor: an operator returns no `None`."""
+    optional = (decay_forward_logit.new_empty(0) if x is None else x for x in (decay_backward_logit, reset_strength))
+    return tuple(
+        torch.empty_like(x, memory_format=torch.contiguous_format)
+        for x in (current, v_threshold, decay_forward_logit, *optional)
+    )
+
+
+if triton is None or INTERPRETED:
+    # Elsewhere the operators' own code, which launches nothing while it is traced, serves for that.
+    bpsn_tile_forward.register_fake(lambda current, *arguments: _new_spikes(current, arguments[-1]))
+    bpsn_tile_backward.register_fake(
+        lambda grad_spikes, current, mask, *arguments: _new_gradients(current, *arguments[:4])
+    )
+
+
+class BPSNByTile(torch.autograd.Function):
+    """A `BPSN` from currents to spikes, as floats and packed, by the operators above."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        current: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        v_threshold: torch.Tensor,
+        decay_forward_logit: torch.Tensor,
+        decay_backward_logit: torch.Tensor | None,
+        reset_strength: torch.Tensor | None,
+        normalize: bool,
+        reset_iterations: int,
+        ternary: bool,
+        surrogate: str,
+        alpha: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        tensors = current, attention_mask, v_threshold, decay_forward_logit, decay_backward_logit, reset_strength
+        spikes, packed = bpsn_tile_forward(*tensors, normalize, reset_iterations, ternary)
+        ctx.save_for_backward(*tensors)
+        ctx.settings = normalize, reset_iterations, ternary, surrogate, alpha
+        ctx.mark_non_differentiable(packed)
+        return spikes, packed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_spikes: torch.Tensor, grad_packed: None):
+        tensors = ctx.saved_tensors
+        grads = bpsn_tile_backward(grad_spikes.to(tensors[0].dtype), *tensors, *ctx.settings)
+        grad_current, *of_parameters = grads
+        of_parameters = [None if x is None else g for x, g in zip(tensors[2:], of_parameters, strict=True)]
+        return grad_current, None, *of_parameters, *[None] * len(ctx.settings)
