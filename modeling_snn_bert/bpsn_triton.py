@@ -480,18 +480,24 @@ def _contiguous(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
     return [None if x is None else x.contiguous() for x in tensors]
 
 
-def _operator(name: str):
+def triton_operator(name: str):
     """Register a torch operator whose kernels `torch.compile` sees, where Triton compiles them."""
     register = torch.library.custom_op if triton is None or INTERPRETED else torch.library.triton_op
     return register(name, mutates_args=())
 
 
-def _kernel(function):
-    """A kernel to launch inside an operator of `_operator`."""
+def register_fake(operator, fake) -> None:
+    """What an operator returns while it is traced, where its own code, which then launches nothing, does not say so."""
+    if triton is None or INTERPRETED:
+        operator.register_fake(fake)
+
+
+def kernel_in_operator(function):
+    """A kernel to launch inside an operator of `triton_operator`."""
     return function if INTERPRETED else torch.library.wrap_triton(function)
 
 
-@_operator("snn_bert::bpsn_tile_forward")
+@triton_operator("snn_bert::bpsn_tile_forward")
 def bpsn_tile_forward(
     current: torch.Tensor,
     mask: torch.Tensor | None,
@@ -517,7 +523,7 @@ def bpsn_tile_forward(
         )
         tile = _tile(FORWARD_TILES, tokens, channels, groups)
         with on_device_of(current):
-            _kernel(_bpsn_forward)[(batch * -(-channels // tile["BLOCK"]),)](
+            kernel_in_operator(_bpsn_forward)[(batch * -(-channels // tile["BLOCK"]),)](
                 current,
                 mask,
                 *parameters,
@@ -535,7 +541,7 @@ def bpsn_tile_forward(
     return spikes, packed
 
 
-@_operator("snn_bert::bpsn_tile_backward")
+@triton_operator("snn_bert::bpsn_tile_backward")
 def bpsn_tile_backward(
     grad_spikes: torch.Tensor,
     current: torch.Tensor,
@@ -566,7 +572,7 @@ def bpsn_tile_backward(
     partial = current.new_empty((4, batch, channels), dtype=torch.float32)
     tile = _tile(BACKWARD_TILES, tokens, channels, groups)
     with on_device_of(current):
-        _kernel(_bpsn_backward)[(batch * -(-channels // tile["BLOCK"]),)](
+        kernel_in_operator(_bpsn_backward)[(batch * -(-channels // tile["BLOCK"]),)](
             grad_spikes,
             current,
             mask,
@@ -584,7 +590,7 @@ def bpsn_tile_backward(
             SURROGATE=surrogate,
             **tile,
         )
-        _kernel(_sum_rows)[(groups, 4)](
+        kernel_in_operator(_sum_rows)[(groups, 4)](
             partial,
             *parameters[1:],
             *grads,
@@ -618,12 +624,8 @@ def _new_gradients(
     )
 
 
-if triton is None or INTERPRETED:
-    # Elsewhere the operators' own code, which launches nothing while it is traced, serves for that.
-    bpsn_tile_forward.register_fake(lambda current, *arguments: _new_spikes(current, arguments[-1]))
-    bpsn_tile_backward.register_fake(
-        lambda grad_spikes, current, mask, *arguments: _new_gradients(current, *arguments[:4])
-    )
+register_fake(bpsn_tile_forward, lambda current, *arguments: _new_spikes(current, arguments[-1]))
+register_fake(bpsn_tile_backward, lambda grad_spikes, current, mask, *others: _new_gradients(current, *others[:4]))
 
 
 class BPSNByTile(torch.autograd.Function):

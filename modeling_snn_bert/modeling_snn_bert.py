@@ -44,6 +44,7 @@ from .event_kernels import WEIGHT_TYPES  # noqa: F401
 from .leaky_integration import IMPLEMENTATIONS  # noqa: F401
 from .leaky_integration_triton import takes  # noqa: F401
 from .packed_spikes import SpikingLinear, attention_on_spikes, keep_packed, packed_form
+from .packed_spikes_triton import takes_packed  # noqa: F401
 from .sparsity import FiringRateRecorder, firing_rate_penalty
 from .spiking_neurons import BPSN, LIF, PSN, SpikingNeuron
 from .surrogate_gradients import SURROGATES  # noqa: F401

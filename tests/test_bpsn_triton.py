@@ -32,7 +32,7 @@ def launches(monkeypatch):
         names.append(function.__name__)
         return function
 
-    monkeypatch.setattr(kernels, "_kernel", spy)
+    monkeypatch.setattr(kernels, "kernel_in_operator", spy)
     return names
 
 
