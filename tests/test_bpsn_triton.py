@@ -10,7 +10,7 @@ import pytest
 import torch
 from bpsn_checks import check, check_on_gpu, interpreted, make_neuron, masks, needs_gpu, reference_of, run
 
-from modeling_snn_bert import SNNBertModel, leaky_integration_triton, spiking_neurons
+from modeling_snn_bert import SNNBertForSequenceClassification, SNNBertModel, leaky_integration_triton, spiking_neurons
 from modeling_snn_bert import bpsn_triton as kernels
 from modeling_snn_bert.packed_spikes import pack
 from modeling_snn_bert.surrogate_gradients import SURROGATES
@@ -186,7 +186,7 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from modeling_snn_bert import SNNBertModel, leaky_integration_triton, spiking_neurons
+from modeling_snn_bert import SNNBertForSequenceClassification, SNNBertModel, leaky_integration_triton, spiking_neurons
 from modeling_snn_bert import bpsn_triton as kernels
 
 tokens, folder = int(sys.argv[1]), Path(sys.argv[2])
@@ -238,6 +238,96 @@ def test_compiles_for_a_gpu_without_spills(tokens, tmp_path):
     assert "packed_plane" in forward["free"] and "batch" in backward["free"]
 
 
+# A training step of a model on the meta device, whose tensors have shapes and no values: to read one fails, as it would
+# stall a GPU. Kernels are not run, since there is nothing to run them on, but their launches are counted.
+STEP = """
+import collections, json, sys
+import torch
+import transformers.masking_utils
+import triton
+from torch._dynamo.backends.common import aot_autograd
+from triton.backends.compiler import GPUTarget
+import modeling_snn_bert as snn
+from functorch.compile import make_boxed_func
+from modeling_snn_bert import bpsn_triton, leaky_integration_triton, packed_spikes_triton
+
+leaky_integration_triton._DEVICE_TYPES = ("meta",)
+# transformers looks for padding once a step, unless it sees that a stream is captured; autocast knows no meta device.
+transformers.masking_utils.is_tracing = lambda tensor=None: True
+enabled = torch.is_autocast_enabled
+torch.is_autocast_enabled = lambda device="cuda": device != "meta" and enabled(device)
+config = snn.SNNBertConfig(
+    num_hidden_layers=1, hidden_size=64, intermediate_size=128, num_attention_heads=2, vocab_size=100,
+    attn_implementation="sdpa",
+)
+with torch.device("meta"):
+    model = snn.SNNBertForSequenceClassification(config).train()
+    ids = torch.zeros(4, 20, dtype=torch.long)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0]}
+
+def eager():
+    launches = collections.Counter()
+
+    class Launcher:
+        def __init__(self, kernel):
+            self.name = kernel.fn.__name__
+
+        def __getitem__(self, grid):
+            return lambda *arguments, **settings: launches.update([self.name])
+
+    for module in (bpsn_triton, packed_spikes_triton):
+        module.kernel_in_operator = Launcher
+    loss = model(**batch).loss
+    forward = dict(launches)
+    loss.backward()
+    return forward, {name: count - forward.get(name, 0) for name, count in launches.items()}
+
+def compiled():
+    class Driver:
+        def get_current_target(self):
+            return GPUTarget("cuda", 90, 32)
+
+    triton.runtime.driver.set_active(Driver())
+    counts = []
+
+    def compiler(module, inputs):
+        kernels = [node for node in module.graph.nodes if "triton_kernel_wrapper" in str(node.target)]
+        counts.append({"kernels": len(kernels)})
+        (output,) = [node for node in module.graph.nodes if node.op == "output"]
+        values = [None if node is None else node.meta["val"] for node in output.args[0]]
+
+        def like(x):
+            return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+        return make_boxed_func(lambda *_: [like(x) if isinstance(x, torch.Tensor) else x for x in values])
+
+    torch.compile(model, backend=aot_autograd(fw_compiler=compiler), fullgraph=True)(**batch).loss.backward()
+    return counts
+
+assert not bpsn_triton.INTERPRETED
+print(json.dumps(eager() if sys.argv[1] == "eager" else compiled()))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not leaky_integration_triton._AVAILABLE, reason="triton is not installed")
+@pytest.mark.parametrize("way", ["eager", "compiled"])
+def test_a_training_step_reads_no_value_and_is_one_graph(way):
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    result = subprocess.run([sys.executable, "-c", STEP, way], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    forward, backward = json.loads(result.stdout.splitlines()[-1])
+    if way == "compiled":
+        # One graph each way, in which the compiler sees every kernel.
+        assert forward == {"kernels": 7} and backward == {"kernels": 14}
+    else:
+        assert forward == {"_bpsn_forward": 7}
+        unpacked = backward.pop("_unpack")
+        assert backward == {"_bpsn_forward": 0, "_bpsn_backward": 7, "_sum_rows": 7}
+        # Six products with weights, and what attention keeps.
+        assert unpacked >= 9
+
+
 # Each line is two kernels to compile, or three, ten seconds or so; together they have every dtype, setting and tile.
 @pytest.mark.gpu
 @needs_gpu
@@ -258,3 +348,64 @@ def test_compiles_for_a_gpu_without_spills(tokens, tmp_path):
 )
 def test_agrees_with_the_scans_on_a_gpu(length, dtype, channels, groups, settings):
     check_on_gpu(make_neuron(channels, groups, **settings), length, dtype)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_graph_captures_a_training_step_and_an_inference(make_config):
+    """The recipe of docs/gpu.md."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "attn_implementation": "sdpa"}
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model = SNNBertForSequenceClassification(make_config(**sizes, **no_dropout)).cuda().train()
+    batches = [
+        {
+            "input_ids": torch.randint(5, 100, (4, 20), device="cuda"),
+            "attention_mask": masks(4, 20)[name].long().cuda(),
+            "labels": torch.randint(2, (4,), device="cuda"),
+        }
+        for name in ("right", "left")
+    ]
+
+    def step(batch):
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(**batch).loss
+        loss.backward()
+        return loss
+
+    def infer(batch):
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+            return model(**batch).logits
+
+    wanted = []
+    for batch in batches:
+        model.zero_grad()
+        loss = step(batch).item()
+        gradients = [parameter.grad.clone() for parameter in model.parameters()]
+        wanted.append((loss, gradients, infer(batch)))
+    assert wanted[0][0] != wanted[1][0] and any(gradient.abs().sum() > 0 for gradient in wanted[0][1])
+
+    inputs = {name: tensor.clone() for name, tensor in batches[0].items()}
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step(inputs)
+            infer(inputs)
+    torch.cuda.current_stream().wait_stream(side)
+    model.zero_grad(set_to_none=True)
+    training, inference = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(training):
+        loss = step(inputs)
+    with torch.cuda.graph(inference):
+        logits = infer(inputs)
+    for batch, (wanted_loss, wanted_gradients, wanted_logits) in zip(batches, wanted, strict=True):
+        for name, tensor in batch.items():
+            inputs[name].copy_(tensor)
+        for parameter in model.parameters():
+            parameter.grad.zero_()
+        training.replay()
+        inference.replay()
+        assert loss.item() == pytest.approx(wanted_loss, rel=1e-3)
+        torch.testing.assert_close(logits, wanted_logits, rtol=1e-2, atol=1e-2)
+        for parameter, gradient in zip(model.parameters(), wanted_gradients, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient, rtol=2e-2, atol=2e-2 * gradient.abs().max().item())
