@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from .cpu_kernels import packed_shape
+from .cpu_kernels import NAMESPACE, packed_shape
 from .leaky_integration_triton import _derivative, jit, on_device_of
 
 try:
@@ -481,9 +481,9 @@ def _contiguous(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
 
 
 def triton_operator(name: str):
-    """Register a torch operator whose kernels `torch.compile` sees, where Triton compiles them."""
+    """Register the torch operator `name`, whose kernels `torch.compile` sees where Triton compiles them."""
     register = torch.library.custom_op if triton is None or INTERPRETED else torch.library.triton_op
-    return register(name, mutates_args=())
+    return register(f"{NAMESPACE}::{name}", mutates_args=())
 
 
 def register_fake(operator, fake) -> None:
@@ -497,7 +497,7 @@ def kernel_in_operator(function):
     return function if INTERPRETED else torch.library.wrap_triton(function)
 
 
-@triton_operator("snn_bert::bpsn_tile_forward")
+@triton_operator("bpsn_tile_forward")
 def bpsn_tile_forward(
     current: torch.Tensor,
     mask: torch.Tensor | None,
@@ -541,7 +541,7 @@ def bpsn_tile_forward(
     return spikes, packed
 
 
-@triton_operator("snn_bert::bpsn_tile_backward")
+@triton_operator("bpsn_tile_backward")
 def bpsn_tile_backward(
     grad_spikes: torch.Tensor,
     current: torch.Tensor,

@@ -39,7 +39,7 @@ def _unpack(packed, spikes, size, width, channels, WHOLE: constexpr, TERNARY: co
         tl.store(spikes + (start + byte) // width * channels + channel, values, mask=there & (channel < channels))
 
 
-@triton_operator("snn_bert::unpack_triton")
+@triton_operator("unpack_triton")
 def unpack_triton(packed: torch.Tensor, channels: int, dtype: torch.dtype) -> torch.Tensor:
     """`unpack` of `packed_spikes` on a GPU, to float32, bfloat16 or float16."""
     spikes = _new_spikes(packed, channels, dtype)
