@@ -1,4 +1,4 @@
-"""Bidirectional leaky integration over tokens: one definition, three implementations.
+"""Bidirectional leaky integration over tokens: one definition, four implementations.
 
 With a decay `f` into the future and a decay `b` into the past, both per channel group, the current at token `j`
 reaches token `t` with the weight
@@ -13,7 +13,11 @@ charge nor receive any: their potential is 0.
 
 - `naive`: the definition, two loops over the tokens; the reference that the others are tested against;
 - `toeplitz`: one matrix product with `a`; quadratic in the length;
-- `chunked`: a scan in each direction, inside chunks and then over the chunks' ends; linear in the length.
+- `chunked`: a scan in each direction, inside chunks and then over the chunks' ends; linear in the length;
+- `stencil`: one filter over the tokens so near that their weight can be seen. A decay of 0.05 falls below float32's
+  rounding within seven tokens, so where decays are small this is the fastest by far; see `stencil_reach`.
+
+`auto` takes the stencil on a CPU where its reach is short, and the scans elsewhere.
 
 No implementation divides by a power of a decay, so a power that underflows only drops a contribution that is too
 small to be seen. float16 and bfloat16 currents are integrated in float32.
@@ -25,6 +29,10 @@ import torch
 from torch.autograd.function import once_differentiable
 
 CHUNK_SIZE = 8
+# The reaches at which the stencil is taken for its speed. A shorter one is no faster than the shortest of them, and at
+# 5 and 6 oneDNN takes twice as long with AVX-512.
+STENCIL_MIN_REACH = 7
+STENCIL_MAX_REACH = 64
 WEIGHT_TOEPLITZ_MAX_LENGTH = 128
 
 
@@ -46,7 +54,7 @@ def leaky_integration(
         decay_backward (`[groups]`): decay per token towards earlier tokens, in [0, 1]; 0 integrates forward only.
         attention_mask (`[batch, seq_len]`, bool or numeric): 1 at valid tokens, 0 at padding.
         normalize: divide by the total weight `n[t]`, which makes the potential a weighted mean of the currents.
-        implementation: `"auto"` (chosen by length), `"naive"`, `"toeplitz"` or `"chunked"`.
+        implementation: `"auto"` (the fastest), `"naive"`, `"toeplitz"`, `"chunked"` or `"stencil"`.
 
     Returns:
         `[batch, seq_len, channels]` in the dtype of `current`: the potential, 0 at masked tokens.
@@ -85,7 +93,8 @@ def leaky_sum(
     need float32.
     """
     with torch.autocast(x.device.type, enabled=False):
-        return _implementation(implementation, x.shape[1])(x, decay_forward, decay_backward)
+        integrate = _auto if implementation == "auto" else IMPLEMENTATIONS[implementation]
+        return integrate(x, decay_forward, decay_backward)
 
 
 def total_weight(
@@ -94,20 +103,25 @@ def total_weight(
     decay_backward: torch.Tensor,
     attention_mask: torch.Tensor | None,
     implementation: str = "auto",
+    stencil: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`n[t] = sum_j a[t, j] m[j]` as `[batch or 1, seq_len, groups]`, set to 1 at masked tokens.
 
-    It is at least 1 at every valid token, whose own weight is 1; a masked token has nothing to divide.
+    It is at least 1 at every valid token, whose own weight is 1; a masked token has nothing to divide. By the kernel
+    `stencil` if there is one, and otherwise by `implementation`.
     """
     groups = decay_forward.shape[0]
-    if implementation == "auto" and like.shape[1] <= WEIGHT_TOEPLITZ_MAX_LENGTH:
-        # One number per group: so little work that the number of operations is what counts.
-        implementation = "toeplitz"
-    if attention_mask is None:
-        return leaky_sum(like.new_ones(1, like.shape[1], groups), decay_forward, decay_backward, implementation)
-    valid = attention_mask.to(like.dtype)[..., None].expand(-1, -1, groups)
-    weight = leaky_sum(valid, decay_forward, decay_backward, implementation)
-    return weight.masked_fill(valid == 0, 1)
+    valid = like.new_ones(1, like.shape[1], groups)
+    if attention_mask is not None:
+        valid = attention_mask.to(like.dtype)[..., None].expand(-1, -1, groups)
+    if stencil is not None:
+        weight = LeakySum.apply(valid, decay_forward, decay_backward, stencil)
+    else:
+        if implementation == "auto" and like.shape[1] <= WEIGHT_TOEPLITZ_MAX_LENGTH:
+            # One number per group: so little work that the number of operations is what counts.
+            implementation = "toeplitz"
+        weight = leaky_sum(valid, decay_forward, decay_backward, implementation)
+    return weight if attention_mask is None else weight.masked_fill(valid == 0, 1)
 
 
 def divide_by_group(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -277,45 +291,197 @@ def both_scans_backward(
     """
     to_later, to_earlier = both_scans(grad_sum, decay_backward, decay_forward)
 
-    def per_group(product: torch.Tensor) -> torch.Tensor:
-        return product.sum((0, 1)).unflatten(0, (decay_forward.shape[0], -1)).sum(-1)
-
-    grad_forward = per_group(earlier[:, :-1].mul_(to_earlier[:, 1:]))
-    grad_backward = per_group(later[:, 1:].mul_(to_later[:, :-1]))
+    groups = decay_forward.shape[0]
+    grad_forward = sum_by_group(earlier[:, :-1].mul_(to_earlier[:, 1:]), groups)
+    grad_backward = sum_by_group(later[:, 1:].mul_(to_later[:, :-1]), groups)
     return to_later.add_(to_earlier).sub_(grad_sum), grad_forward, grad_backward
 
 
-class ChunkedLeakySum(torch.autograd.Function):
-    """`leaky_sum` by `_scan` in both directions. Keeps its input for the backward pass and nothing else."""
+def stencil_reach(decay_forward: torch.Tensor, decay_backward: torch.Tensor, most: int) -> int:
+    """How many tokens away, up to `most`, a current still counts in the dtype of the decays, `[groups]`.
 
-    @staticmethod
-    def forward(x: torch.Tensor, decay_forward: torch.Tensor, decay_backward: torch.Tensor) -> torch.Tensor:
+    With the largest decay `d`, what lies beyond a reach of `k` adds at most `sum_{j > k} j d^(j - 1)` times the
+    largest current to the derivative with respect to `d`, and less than `d` times as much to the sum itself. The reach
+    is the smallest at which that is below the rounding error of 1.
+    """
+    decay = float(torch.maximum(decay_forward.detach(), decay_backward.detach()).max())
+    rounding = torch.finfo(decay_forward.dtype).eps
+    for reach in range(1, most):
+        if decay**reach * (reach + 1 - reach * decay) <= rounding * (1 - decay) ** 2:
+            return reach
+    return most
+
+
+@torch.no_grad()
+def stencil_kernel(decay_forward: torch.Tensor, decay_backward: torch.Tensor, reach: int) -> torch.Tensor:
+    """The weights `a` of the tokens from `reach` before to `reach` behind, `[groups, 2 reach + 1]`."""
+    distances, decays = _distances(decay_forward, decay_backward, reach)
+    return _flush(decays ** distances.abs())
+
+
+def _stencil_slopes(
+    decay_forward: torch.Tensor, decay_backward: torch.Tensor, reach: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The derivatives of `stencil_kernel` with respect to either decay, in its shape."""
+    distances, decays = _distances(decay_forward, decay_backward, reach)
+    slopes = _flush(decays ** (distances.abs() - 1).clamp_(min=0)) * distances
+    return (-slopes).clamp_(min=0), slopes.clamp_(min=0)
+
+
+def _distances(
+    decay_forward: torch.Tensor, decay_backward: torch.Tensor, reach: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The distances from `-reach`, of an earlier token, to `reach`; and the decay at each, `[groups, 2 reach + 1]`."""
+    distances = torch.arange(-reach, reach + 1, device=decay_forward.device, dtype=decay_forward.dtype)
+    return distances, torch.where(distances < 0, decay_forward[:, None], decay_backward[:, None])
+
+
+def _flush(powers: torch.Tensor) -> torch.Tensor:
+    """Powers of a decay, with zeros for those far below the rounding error: denormal numbers are many times slower."""
+    return torch.threshold_(powers, 1e-3 * torch.finfo(powers.dtype).eps, 0)
+
+
+def fast_stencil(x: torch.Tensor, decay_forward: torch.Tensor, decay_backward: torch.Tensor) -> torch.Tensor | None:
+    """The kernel of the stencil if that is the fastest way to `leaky_sum(x)`, and `None` if scans are.
+
+    It is scans where the values of the decays, on which the reach depends, cannot be read: while a graph is written,
+    and of a tensor that has none, such as a FakeTensor.
+    """
+    readable = type(decay_forward) in (torch.Tensor, torch.nn.Parameter) and not _writes_graph()
+    if not readable or not _has_fast_filter(x):
+        return None
+    most = x.shape[1] - 1
+    reach = stencil_reach(decay_forward, decay_backward, min(most, STENCIL_MAX_REACH + 1))
+    if reach > STENCIL_MAX_REACH:
+        return None
+    return stencil_kernel(decay_forward, decay_backward, min(most, max(reach, STENCIL_MIN_REACH)))
+
+
+def _writes_graph() -> bool:
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def _has_fast_filter(x: torch.Tensor) -> bool:
+    """Whether torch filters `x` in one pass: by oneDNN's depthwise convolution, at full precision."""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or not torch._C._get_mkldnn_enabled():
+        return False
+    # An old torch has no such setting, and computes at full precision.
+    precision = getattr(getattr(torch.backends.mkldnn, "conv", None), "fp32_precision", "none")
+    return torch.backends.mkldnn.is_available() and precision in ("none", "ieee")
+
+
+def _filter(x: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
+    """`y[t] = sum_k kernel[., reach + k] x[t + k]` for `k` from `-reach` to `reach`; zeros stand beyond the ends.
+
+    `x` is `[batch, seq_len, channels]`, `kernel` is `[channels or groups, 2 reach + 1]` with `reach < seq_len`.
+    """
+    reach, channels = kernel.shape[1] // 2, x.shape[-1]
+    if kernel.shape[0] != channels:
+        kernel = kernel_per_channel(kernel, channels)
+    if _has_fast_filter(x):
+        # What oneDNN does best: images one pixel high whose channels come last.
+        image = x.contiguous()[:, None].permute(0, 3, 1, 2)
+        with torch.autocast("cpu", enabled=False):
+            y = torch.conv2d(image, kernel[:, None, None], padding=(0, reach), groups=channels)
+        return y.permute(0, 2, 3, 1).squeeze(1).contiguous()
+    y = x * kernel[:, reach]
+    for k in range(1, reach + 1):
+        y[:, k:].addcmul_(x[:, :-k], kernel[:, reach - k])
+        y[:, :-k].addcmul_(x[:, k:], kernel[:, reach + k])
+    return y
+
+
+def kernel_per_channel(kernel: torch.Tensor, channels: int) -> torch.Tensor:
+    """A kernel of `[groups, width]` as `[channels, width]`."""
+    return kernel[:, None].expand(-1, channels // kernel.shape[0], -1).flatten(0, 1)
+
+
+def plain_sum(
+    x: torch.Tensor, decay_forward: torch.Tensor, decay_backward: torch.Tensor, stencil: torch.Tensor | None
+) -> torch.Tensor:
+    """`leaky_sum(x)` with no gradient: by the kernel `stencil`, `[channels or groups, width]`, or by scans."""
+    if stencil is None:
         earlier, later = both_scans(x, decay_forward, decay_backward)
         return earlier.add_(later).sub_(x)
+    return _filter(x, stencil)
 
+
+def plain_sum_and_parts(
+    x: torch.Tensor, decay_forward: torch.Tensor, decay_backward: torch.Tensor, stencil: torch.Tensor | None
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """`plain_sum(x)`, and what `plain_sum_backward` starts from."""
+    if stencil is None:
+        earlier, later = both_scans(x, decay_forward, decay_backward)
+        return earlier.add(later).sub_(x), (earlier, later)
+    return _filter(x, stencil), (x,)
+
+
+def plain_sum_backward(
+    grad_sum: torch.Tensor,
+    parts: tuple[torch.Tensor, ...],
+    decay_forward: torch.Tensor,
+    decay_backward: torch.Tensor,
+    stencil: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients to `x`, `decay_forward` and `decay_backward` from the gradient to `leaky_sum(x)`.
+
+    `parts` are from `plain_sum_and_parts(x)`; those of scans are overwritten.
+    """
+    if stencil is None:
+        earlier, later = parts
+        return both_scans_backward(grad_sum, earlier, later, decay_forward, decay_backward)
+    (x,) = parts
+    groups, reach = decay_forward.shape[0], stencil.shape[1] // 2
+    grad_forward, grad_backward = (
+        sum_by_group(_filter(x, slopes).mul_(grad_sum), groups)
+        for slopes in _stencil_slopes(decay_forward, decay_backward, reach)
+    )
+    return _filter(grad_sum, stencil.flip(-1)), grad_forward, grad_backward
+
+
+def sum_by_group(x: torch.Tensor, groups: int) -> torch.Tensor:
+    """The sum of `[batch, seq_len, channels]` over everything but the groups."""
+    return x.sum((0, 1)).unflatten(0, (groups, -1)).sum(-1)
+
+
+class LeakySum(torch.autograd.Function):
+    """`leaky_sum` as `plain_sum` computes it. Keeps its input for the backward pass and nothing else."""
+
+    # Not by `setup_context`, before which torch looks up this function's signature in each call.
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        ctx.save_for_backward(*inputs)
+    def forward(
+        ctx, x: torch.Tensor, decay_forward: torch.Tensor, decay_backward: torch.Tensor, stencil: torch.Tensor | None
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, decay_forward, decay_backward, stencil)
+        return plain_sum(x, decay_forward, decay_backward, stencil)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_sum: torch.Tensor):
-        x, decay_forward, decay_backward = ctx.saved_tensors
-        return both_scans_backward(
-            grad_sum, *both_scans(x, decay_forward, decay_backward), decay_forward, decay_backward
-        )
+        x, decay_forward, decay_backward, stencil = ctx.saved_tensors
+        parts = both_scans(x, decay_forward, decay_backward) if stencil is None else (x,)
+        return *plain_sum_backward(grad_sum, parts, decay_forward, decay_backward, stencil), None
 
 
 def _chunked(x: torch.Tensor, decay_forward: torch.Tensor, decay_backward: torch.Tensor) -> torch.Tensor:
-    return ChunkedLeakySum.apply(x, decay_forward, decay_backward)
+    return LeakySum.apply(x, decay_forward, decay_backward, None)
+
+
+def _stencil(x: torch.Tensor, decay_forward: torch.Tensor, decay_backward: torch.Tensor) -> torch.Tensor:
+    if _writes_graph():
+        # A graph must hold for all decays.
+        return _toeplitz(x, decay_forward, decay_backward)
+    kernel = stencil_kernel(decay_forward, decay_backward, stencil_reach(decay_forward, decay_backward, x.shape[1] - 1))
+    return LeakySum.apply(x, decay_forward, decay_backward, kernel)
+
+
+def _auto(x: torch.Tensor, decay_forward: torch.Tensor, decay_backward: torch.Tensor) -> torch.Tensor:
+    return LeakySum.apply(x, decay_forward, decay_backward, fast_stencil(x, decay_forward, decay_backward))
 
 
 IMPLEMENTATIONS: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "naive": _naive,
     "toeplitz": _toeplitz,
     "chunked": _chunked,
+    "stencil": _stencil,
 }
-
-
-def _implementation(name: str, length: int) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
-    return IMPLEMENTATIONS["chunked" if name == "auto" else name]

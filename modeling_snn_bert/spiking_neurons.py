@@ -7,6 +7,7 @@ learned per group, thresholds per channel.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -16,13 +17,17 @@ from .bpsn_triton import MAX_TOKENS, BPSNByTile
 from .cpu_kernels import SURROGATE_INDEX, bpsn_backward, bpsn_forward, warn_if_missing
 from .cpu_kernels import available as kernels_available
 from .leaky_integration import (
-    both_scans,
-    both_scans_backward,
     check_implementation,
     check_sequence,
     divide_by_group,
+    fast_stencil,
+    kernel_per_channel,
     leaky_sum,
+    plain_sum,
+    plain_sum_and_parts,
+    plain_sum_backward,
     silence,
+    sum_by_group,
     total_weight,
     wide_dtype,
     widen,
@@ -34,6 +39,8 @@ from .packed_spikes import attach_packed, pack, packed_form
 from .surrogate_gradients import SURROGATES, check_surrogate, heaviside
 
 SPIKE_TYPES = ("binary", "ternary")
+# Filters run on about so many currents at a time, which stay in the cache from one operation to the next.
+PIECE = 2**18
 
 
 class SpikingNeuron(nn.Module):
@@ -270,9 +277,12 @@ class BPSN(SpikingNeuron):
             )
             return attach_packed(spikes, packed)
         x = widen(current)
-        weight = self._total_weight(x, attention_mask)
         if self._integration in ("auto", "chunked"):
-            return BPSNByScans.apply(current, attention_mask, weight, *parameters, *settings)
+            _, f, b, _ = parameters
+            stencil = fast_stencil(x, f, b) if self._integration == "auto" else None
+            weight = total_weight(x, f, b, attention_mask, self._integration, stencil) if self.normalize else None
+            return BPSNInPlace.apply(current, attention_mask, weight, stencil, *parameters, *settings)
+        weight = self._total_weight(x, attention_mask)
         potential = self._leaky_mean(x, attention_mask, weight)
         v_threshold = parameters[0]
         if self.reset_iterations:
@@ -348,7 +358,7 @@ class BPSNByKernel(torch.autograd.Function):
     """`BPSN` from currents to spikes by a kernel; returns them as floats and packed.
 
     The kernel is that of `leaky_integration_triton` if `by_triton`, and otherwise the CPU's (see `cpu_kernels`). It
-    keeps the current for the backward pass. The other arguments are those of `BPSNByScans`, with `normalize` for the
+    keeps the current for the backward pass. The other arguments are those of `BPSNInPlace`, with `normalize` for the
     weight.
     """
 
@@ -397,19 +407,23 @@ class BPSNByKernel(torch.autograd.Function):
         return grad_x.to(current.dtype), None, *grads, None, *[None] * len(ctx.settings)
 
 
-class BPSNByScans(torch.autograd.Function):
-    """`BPSN` from currents to spikes in one piece, by scans and in place.
+class BPSNInPlace(torch.autograd.Function):
+    """`BPSN` from currents to spikes by few torch operations, in place and on one piece of the batch after the other.
 
     It keeps the current for the backward pass and computes the potential again there. `current` is
-    `[batch, seq_len, channels]`, `weight` is `n` as `[batch or 1, seq_len, groups]` or `None`, `v_threshold` is
-    `[channels]`, the decays and `reset` are `[groups]`, all in the dtype that the current is integrated in.
+    `[batch, seq_len, channels]`, `weight` is `n` as `[batch or 1, seq_len, groups]` or `None`, `stencil` is the kernel
+    from `fast_stencil`, or `None` for scans, `v_threshold` is `[channels]`, the decays and `reset` are `[groups]`, all
+    in the dtype that the current is integrated in.
     """
 
+    # Not by `setup_context`, before which torch looks up this function's signature in each call.
     @staticmethod
     def forward(
+        ctx,
         current: torch.Tensor,
         attention_mask: torch.Tensor | None,
         weight: torch.Tensor | None,
+        stencil: torch.Tensor | None,
         v_threshold: torch.Tensor,
         decay_forward: torch.Tensor,
         decay_backward: torch.Tensor,
@@ -419,106 +433,138 @@ class BPSNByScans(torch.autograd.Function):
         surrogate: str,
         alpha: float,
     ) -> torch.Tensor:
-        x = silence(widen(current), attention_mask)
-        potential = divide_by_group_(add_scans_(*both_scans(x, decay_forward, decay_backward), x), weight)
-        if reset_iterations:
-            received = _received_reset(
-                potential,
-                attention_mask,
-                weight,
-                v_threshold,
-                decay_forward,
-                decay_backward,
-                reset,
-                reset_iterations,
-                ternary,
-            )
-            potential.sub_(multiply_by_group_(received, reset))
-        return silence_(_fire(potential, v_threshold, ternary), attention_mask).to(current.dtype)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        ctx.save_for_backward(*inputs[:7])
-        ctx.reset_iterations, ctx.ternary, ctx.surrogate, ctx.alpha = inputs[7:]
+        parameters = v_threshold, decay_forward, decay_backward, reset
+        ctx.save_for_backward(current, attention_mask, weight, stencil, *parameters)
+        ctx.settings = reset_iterations, ternary, surrogate, alpha
+        neuron = _Neuron.of(stencil, *parameters, reset_iterations, ternary)
+        spikes = torch.empty_like(current, memory_format=torch.contiguous_format)
+        for rows in _pieces(current, stencil):
+            spikes[rows] = neuron.spikes(current[rows], _of_rows(attention_mask, rows), _of_rows(weight, rows))
+        return spikes
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_spikes: torch.Tensor):
-        current, attention_mask, weight, v_threshold, decay_forward, decay_backward, reset = ctx.saved_tensors
+        current, attention_mask, weight, stencil, *parameters = ctx.saved_tensors
+        reset_iterations, ternary, surrogate, alpha = ctx.settings
+        neuron = _Neuron.of(stencil, *parameters, reset_iterations, ternary)
+        grad_current = torch.empty_like(current, memory_format=torch.contiguous_format)
+        of_pieces: list[list[torch.Tensor]] = []
+        for rows in _pieces(current, stencil):
+            inputs = grad_spikes[rows], current[rows], _of_rows(attention_mask, rows), _of_rows(weight, rows)
+            grad_current[rows], grads_of_piece = neuron.gradients(*inputs, surrogate, alpha)
+            of_pieces.append(grads_of_piece)
+        grad_weights, *others = zip(*of_pieces, strict=True)
+        grad_weight = None if weight is None else torch.cat(grad_weights).sum_to_size(weight.shape)
+        grads = [torch.stack(pieces).sum(0) for pieces in others]
+        return grad_current, None, grad_weight, None, *grads, *[None] * 4
+
+
+class _Neuron(NamedTuple):
+    """A `BPSN` at work on a piece of its batch, for `BPSNInPlace`.
+
+    `stencil` is per channel; `neighbours` is the same without the token itself.
+    """
+
+    stencil: torch.Tensor | None
+    neighbours: torch.Tensor | None
+    v_threshold: torch.Tensor
+    decay_forward: torch.Tensor
+    decay_backward: torch.Tensor
+    reset: torch.Tensor
+    reset_iterations: int
+    ternary: bool
+
+    @staticmethod
+    def of(stencil: torch.Tensor | None, v_threshold: torch.Tensor, *others) -> "_Neuron":
+        neighbours = None
+        if stencil is not None:
+            stencil = kernel_per_channel(stencil, v_threshold.shape[0])
+            neighbours = stencil.clone()
+            neighbours[:, stencil.shape[1] // 2] = 0
+        return _Neuron(stencil, neighbours, v_threshold, *others)
+
+    def spikes(
+        self, current: torch.Tensor, attention_mask: torch.Tensor | None, weight: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The spikes, in the dtype of the integration."""
         x = silence(widen(current), attention_mask)
-        earlier, later = both_scans(x, decay_forward, decay_backward)
-        potential = divide_by_group_(add_scans_(earlier.clone(), later, x), weight)
+        margin = divide_by_group_(plain_sum(x, self.decay_forward, self.decay_backward, self.stencil), weight)
+        if self.reset_iterations:
+            margin = self._subtract_reset_(margin, self._received(margin, attention_mask, weight), weight)
+        return silence_(_fire(margin, self.v_threshold, self.ternary), attention_mask)
+
+    def gradients(
+        self,
+        grad_spikes: torch.Tensor,
+        current: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        weight: torch.Tensor | None,
+        surrogate: str,
+        alpha: float,
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The gradient to the current, and those to the weight in every row, the threshold, both decays and reset."""
+        x = silence(widen(current), attention_mask)
+        decays = self.decay_forward, self.decay_backward
+        potential, parts = plain_sum_and_parts(x, *decays, self.stencil)
+        divide_by_group_(potential, weight)
         margin, received = potential, None
-        if ctx.reset_iterations:
-            received = _received_reset(
-                potential,
-                attention_mask,
-                weight,
-                v_threshold,
-                decay_forward,
-                decay_backward,
-                reset,
-                ctx.reset_iterations,
-                ctx.ternary,
-            )
-            margin = potential - multiply_by_group_(received.clone(), reset)
+        if self.reset_iterations:
+            received = self._received(potential, attention_mask, weight)
+            margin = self._subtract_reset_(potential.clone(), received, weight)
 
         grad_spikes = silence(grad_spikes.to(x.dtype), attention_mask)
-        derivative = SURROGATES[ctx.surrogate]
-        grad_potential = derivative(margin - v_threshold, ctx.alpha).mul_(grad_spikes)
+        derivative = SURROGATES[surrogate]
+        grad_potential = derivative(margin - self.v_threshold, alpha).mul_(grad_spikes)
         grad_threshold = -grad_potential.sum((0, 1))
-        if ctx.ternary:
-            grad_mirrored = derivative(-margin - v_threshold, ctx.alpha).mul_(grad_spikes)
+        if self.ternary:
+            grad_mirrored = derivative(-margin - self.v_threshold, alpha).mul_(grad_spikes)
             grad_threshold += grad_mirrored.sum((0, 1))
             grad_potential += grad_mirrored
 
-        groups = reset.shape[0]
-        grad_reset = grad_weight = None
-        if received is not None:
-            grad_reset = -received.mul_(grad_potential).sum((0, 1)).unflatten(0, (groups, -1)).sum(-1)
-        if weight is not None:
-            grad_weight = (potential * grad_potential).unflatten(-1, (groups, -1)).sum(-1).div_(weight).neg_()
-            grad_weight = grad_weight.sum_to_size(weight.shape)
         grad_sum = divide_by_group_(grad_potential, weight)
-        grad_x, grad_forward, grad_backward = both_scans_backward(
-            grad_sum, earlier, later, decay_forward, decay_backward
-        )
-        grad_current = silence_(grad_x, attention_mask).to(current.dtype)
-        return (
-            grad_current,
-            None,
-            grad_weight,
-            grad_threshold,
-            grad_forward,
-            grad_backward,
-            grad_reset,
-            None,
-            None,
-            None,
-            None,
-        )
+        groups = self.reset.shape[0]
+        grad_reset = torch.zeros_like(self.reset)
+        if received is not None:
+            grad_reset = sum_by_group(received.mul_(grad_sum), groups).neg_()
+        grad_weight = potential.mul_(grad_sum).unflatten(-1, (groups, -1)).sum(-1).neg_()
+        grad_x, *grad_decays = plain_sum_backward(grad_sum, parts, *decays, self.stencil)
+        return silence_(grad_x, attention_mask), [grad_weight, grad_threshold, *grad_decays, grad_reset]
+
+    def _received(
+        self, potential: torch.Tensor, attention_mask: torch.Tensor | None, weight: torch.Tensor | None
+    ) -> torch.Tensor:
+        """`n * r` after all sweeps."""
+        margin = potential
+        for sweep in range(self.reset_iterations):
+            spikes = silence_(_fire(margin, self.v_threshold, self.ternary), attention_mask)
+            received = plain_sum(spikes, self.decay_forward, self.decay_backward, self.neighbours)
+            if self.neighbours is None:
+                received.sub_(spikes)
+            if sweep + 1 < self.reset_iterations:
+                margin = self._subtract_reset_(potential.clone(), received, weight)
+        return received
+
+    def _subtract_reset_(
+        self, potential: torch.Tensor, received: torch.Tensor, weight: torch.Tensor | None
+    ) -> torch.Tensor:
+        """`potential - reset * received / weight`, in place of the potential."""
+        factor = self.reset if weight is None else self.reset / weight
+        grouped, received = (x.unflatten(-1, (self.reset.shape[0], -1)) for x in (potential, received))
+        grouped.addcmul_(received, factor[..., None], value=-1)
+        return potential
 
 
-def _received_reset(
-    potential: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    v_threshold: torch.Tensor,
-    decay_forward: torch.Tensor,
-    decay_backward: torch.Tensor,
-    reset: torch.Tensor,
-    reset_iterations: int,
-    ternary: bool,
-) -> torch.Tensor:
-    """`r` after `reset_iterations` sweeps, by scans."""
-    margin = potential
-    for sweep in range(reset_iterations):
-        spikes = silence_(_fire(margin, v_threshold, ternary), attention_mask)
-        received = add_scans_(*both_scans(spikes, decay_forward, decay_backward), spikes)
-        received = divide_by_group_(received.sub_(spikes), weight)
-        if sweep + 1 < reset_iterations:
-            margin = potential - multiply_by_group_(received, reset)
-    return received
+def _pieces(current: torch.Tensor, stencil: torch.Tensor | None) -> list[slice]:
+    """Slices of the batch. Scans take it whole: they are too many operations to be repeated."""
+    batch, length, channels = current.shape
+    size = batch if stencil is None else max(1, PIECE // (length * channels))
+    return [slice(first, first + size) for first in range(0, batch, size)]
+
+
+def _of_rows(x: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
+    """The part of a mask or weight that belongs to `rows`; one that has a single row belongs to all."""
+    return x if x is None or len(x) == 1 else x[rows]
 
 
 def _fire(potential: torch.Tensor, v_threshold: torch.Tensor, ternary: bool) -> torch.Tensor:
@@ -663,11 +709,6 @@ class PSN(SpikingNeuron):
         return silence(spikes, attention_mask).to(current.dtype)
 
 
-def add_scans_(earlier: torch.Tensor, later: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """The leaky sum of `x` from its two scans, each of which counts `x` itself; in place of `earlier`."""
-    return earlier.add_(later).sub_(x)
-
-
 def silence_(x: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
     """Zero finite values at masked tokens, in place."""
     return x if attention_mask is None else x.mul_(attention_mask.to(x.dtype)[..., None])
@@ -678,11 +719,6 @@ def divide_by_group_(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tens
     if weight is not None:
         x.unflatten(-1, (weight.shape[-1], -1)).div_(weight[..., None])
     return x
-
-
-def multiply_by_group_(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """Multiply the channels of `x`, `[batch, seq_len, channels]`, by their group's `factor`, `[groups]`, in place."""
-    return x.mul_(factor.repeat_interleave(x.shape[-1] // factor.shape[0]))
 
 
 def _is_exporting() -> bool:

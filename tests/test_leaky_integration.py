@@ -7,17 +7,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_snn_bert.leaky_integration import (
     IMPLEMENTATIONS,
+    STENCIL_MAX_REACH,
     check_implementation,
+    fast_stencil,
     leaky_integration,
     leaky_sum,
+    stencil_kernel,
+    stencil_reach,
     total_weight,
 )
 
-FAST = ("toeplitz", "chunked", "auto")
+FAST = ("toeplitz", "chunked", "stencil", "auto")
 # Each direction's decays, one a group.
 DECAYS = {
     "zero": ([0.0], [0.0]),
@@ -346,6 +351,99 @@ class TestGradients:
         out = leaky_integration(*[x.requires_grad_() for x in inputs])
         for gradient in torch.autograd.grad(out.square().sum(), inputs):
             assert gradient.isfinite().all()
+
+
+class TestStencil:
+    """The filter that small decays allow, in float32: what a model without the compiled kernels runs on."""
+
+    # Decays of six groups, of which the largest decides.
+    DECAYS = {
+        "as-trained": [0.03, 0.1, 0.05, 0.07, 0.04, 0.06],
+        "tiny": [1e-12, 0.0, 1e-3, 1e-30, 1e-6, 1e-38],
+        "wide": [0.6, 0.02, 0.3, 0.0, 0.5, 1e-20],
+    }
+
+    def problem(self, name, length, mask="none", batch=3, channels=48):
+        f = torch.tensor(self.DECAYS[name])
+        return random_current(batch, length, channels, torch.float32), f, f.flip(0), MASKS[mask](batch, length)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize("decay", [0.0, 1e-30, 0.03, 0.1, 0.5, 0.9])
+    def test_what_lies_beyond_the_reach_cannot_be_seen(self, decay, dtype):
+        decays = torch.tensor([decay / 2, decay], dtype=dtype)
+        reach = stencil_reach(decays, decays.flip(0), 10_000)
+        further = torch.arange(reach + 1, 20_000, dtype=torch.float64)
+        rounding = torch.finfo(dtype).eps
+        assert (decay**further).sum() <= rounding
+        assert (further * decay ** (further - 1)).sum() <= rounding
+        assert reach == 1 or (
+            torch.arange(reach, 20_000) * float(decays[1]) ** (torch.arange(reach, 20_000) - 1)
+        ).sum() > (rounding)
+
+    def test_reach_ends_with_the_sequence(self):
+        assert stencil_reach(*decay_pair("one"), 5) == 5
+        assert stencil_reach(*decay_pair("small"), 0) == 0
+
+    @pytest.mark.parametrize("length", [1, 2, 3, 8, 20, 129, 2500])
+    @pytest.mark.parametrize("name", DECAYS)
+    @pytest.mark.parametrize("mask", MASKS)
+    def test_float32_equals_the_recursion(self, name, length, mask):
+        current, f, b, m = self.problem(name, length, mask)
+        assert fast_stencil(current, f, b) is not None
+        for normalize in (True, False):
+            got = leaky_integration(current, f, b, m, normalize=normalize)
+            expected = recursion(current.double(), f.double(), b.double(), m, normalize)
+            torch.testing.assert_close(got.double(), expected, rtol=0, atol=5e-6)
+
+    @pytest.mark.parametrize("length", [1, 2, 9, 70, 1300])
+    @pytest.mark.parametrize("name", DECAYS)
+    @pytest.mark.parametrize("mask", ["none", "left", "holes"])
+    def test_float32_gradients(self, name, length, mask):
+        *inputs, m = self.problem(name, length, mask)
+        weight = random_current(3, length, 48, torch.float32, seed=1)
+        narrow = [x.clone().requires_grad_() for x in inputs]
+        wide = [x.double().requires_grad_() for x in inputs]
+        got = torch.autograd.grad((leaky_integration(*narrow, m) * weight).sum(), narrow)
+        out = leaky_integration(*wide, m, implementation="chunked")
+        for g, e in zip(got, torch.autograd.grad((out * weight.double()).sum(), wide), strict=True):
+            torch.testing.assert_close(g.double(), e, rtol=0, atol=1e-5 * max(1.0, e.abs().max().item()))
+
+    def test_is_taken_where_it_is_fast(self):
+        current, f, b, _ = self.problem("as-trained", 200)
+        assert fast_stencil(current, f, b).shape[1] < 2 * STENCIL_MAX_REACH
+        assert fast_stencil(current, f, torch.full_like(b, 0.95)) is None
+        assert fast_stencil(current.double(), f.double(), b.double()) is None
+        expected = leaky_sum(current, f, b)
+        if hasattr(torch.backends.mkldnn, "conv"):
+            conv, before = torch.backends.mkldnn.conv, torch.backends.mkldnn.conv.fp32_precision
+            conv.fp32_precision = "bf16"
+            try:
+                assert fast_stencil(current, f, b) is None
+            finally:
+                conv.fp32_precision = before
+        with torch.backends.mkldnn.flags(enabled=False):
+            assert fast_stencil(current, f, b) is None
+            for name in ("auto", "stencil"):
+                torch.testing.assert_close(leaky_sum(current, f, b, name), expected, rtol=0, atol=2e-6)
+
+    def test_tensors_without_values(self):
+        with FakeTensorMode() as mode:
+            current, f, b = (mode.from_tensor(x) for x in self.problem("as-trained", 20)[:3])
+            assert fast_stencil(current, f, b) is None
+            assert leaky_sum(current, f, b).shape == current.shape
+
+    def test_rows_and_padding_change_nothing(self):
+        current, f, b, _ = self.problem("as-trained", 37)
+        together = leaky_sum(current, f, b)
+        padded = torch.nn.functional.pad(current, (0, 0, 11, 6))
+        assert torch.equal(leaky_sum(current[1:2], f, b), together[1:2])
+        torch.testing.assert_close(leaky_sum(padded, f, b)[:, 11:-6], together, rtol=0, atol=1e-6)
+
+    def test_kernel_has_no_denormal_numbers(self):
+        tiny = torch.tensor([1e-9, 0.2])
+        kernel = stencil_kernel(tiny, tiny, 12)
+        assert kernel[kernel != 0].min() >= 1e-10
+        assert kernel[:, 12].tolist() == [1, 1]
 
 
 class TestCost:

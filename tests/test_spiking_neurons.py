@@ -13,7 +13,7 @@ from torch.func import functional_call
 from modeling_snn_bert.spiking_neurons import BPSN, LIF, PSN
 from modeling_snn_bert.surrogate_gradients import SURROGATES
 
-IMPLEMENTATIONS = ("toeplitz", "chunked", "auto")
+IMPLEMENTATIONS = ("toeplitz", "chunked", "stencil", "auto")
 SPIKE_TYPES = ("binary", "ternary")
 
 every_spike_type = pytest.mark.parametrize("spike_type", SPIKE_TYPES)
