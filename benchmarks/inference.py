@@ -20,11 +20,9 @@ import copy
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from measure import (
@@ -35,6 +33,7 @@ from measure import (
     peak_allocated_bytes,
     ratio,
     spread,
+    without_kernels,
 )
 from registry import Settings, benchmark
 from report import Table, write_json
@@ -42,7 +41,6 @@ from torch import nn
 from transformers import BertConfig, BertModel, PreTrainedModel
 
 from modeling_snn_bert import SNNBertConfig, SNNBertModel, SpikingNeuron, cpu_kernels
-from modeling_snn_bert import event_driven as event_driven_module
 from modeling_snn_bert.event_driven import EventDrivenLinear, dense_rates, event_driven
 from modeling_snn_bert.event_kernels import PackedSpikes, event_linear, tiles_available
 from modeling_snn_bert.export import export_onnx
@@ -58,7 +56,9 @@ EVENT_DRIVEN = {
     "torch_int8": ("int8", False),
 }
 ONNX = ("onnx_float32", "onnx_int8")
-SUBJECTS = (*EVENT_DRIVEN, "snn_dense", REFERENCE, "bert_bfloat16", "bert_compiled", *ONNX)
+# The model with dense products: whether on the compiled kernels.
+DENSE = {"snn_dense": True, "snn_dense_torch": False}
+SUBJECTS = (*EVENT_DRIVEN, *DENSE, REFERENCE, "bert_bfloat16", "bert_compiled", *ONNX)
 RATES = (0.05, 0.1, 0.2, 0.3)
 SHAPES = {"6x384": (6, 384, 1536, 12), "12x768": (12, 768, 3072, 12)}
 BATCH_SIZES = (1, 8, 32)
@@ -143,14 +143,6 @@ class TorchOnly:
             return self.model(**inputs)
 
 
-def without_kernels() -> ExitStack:
-    """A context in which the library behaves as if it had been installed without a compiler."""
-    stack = ExitStack()
-    stack.enter_context(mock.patch.object(cpu_kernels, "_LIBRARY", None))
-    stack.enter_context(mock.patch.object(event_driven_module, "available", lambda: False))
-    return stack
-
-
 def event_driven_subject(name: str, model: SNNBertModel) -> SNNBertModel | TorchOnly:
     """The event-driven form of a copy of `model` that the subject `name` stands for."""
     weight_dtype, on_kernels = EVENT_DRIVEN[name]
@@ -163,6 +155,11 @@ def event_driven_subject(name: str, model: SNNBertModel) -> SNNBertModel | Torch
         return event_driven(copy.deepcopy(model), weight_dtype)
     with without_kernels():
         return TorchOnly(event_driven(copy.deepcopy(model), weight_dtype))
+
+
+def dense_subject(name: str, model: SNNBertModel) -> SNNBertModel | TorchOnly:
+    """`model` itself as the subject `name` runs it."""
+    return model if DENSE[name] else TorchOnly(model)
 
 
 def onnx_subject(name: str, bert: BertModel, threads: int, folder: Path) -> Callable[..., Any]:
@@ -227,10 +224,11 @@ def bert_like(config: SNNBertConfig) -> BertModel:
 def peak_bytes(name: str, config: SNNBertConfig, state: dict[str, torch.Tensor], inputs: Inputs) -> int:
     """Peak of the memory that one call of a PyTorch subject holds above its weights; runs in a process of its own."""
     with torch.inference_mode():
-        if name in EVENT_DRIVEN or name == "snn_dense":
+        call: Callable[..., Any]
+        if name in EVENT_DRIVEN or name in DENSE:
             model = SNNBertModel(config, add_pooling_layer=False).eval()
             model.load_state_dict(state)
-            call = model if name == "snn_dense" else event_driven_subject(name, model)
+            call = dense_subject(name, model) if name in DENSE else event_driven_subject(name, model)
         else:
             call = rival(name, bert_like(config))
         call(**inputs)
@@ -256,7 +254,7 @@ def compare(
                 with torch.inference_mode(False), torch.no_grad():
                     calls[name] = onnx_subject(name, bert, threads, Path(folder))
             else:
-                calls[name] = model if name == "snn_dense" else rival(name, bert)
+                calls[name] = dense_subject(name, model) if name in DENSE else rival(name, bert)
         for label, inputs in batches.items():
             rows = len(inputs["input_ids"])
             samples = interleaved_seconds({n: partial(c, **inputs) for n, c in calls.items()}, settings.repeats, 2)
@@ -286,7 +284,7 @@ def compare(
                     "speedup": ratio(samples, REFERENCE, name) if REFERENCE in samples else None,
                     "speedup_onnx_int8": ratio(samples, "onnx_int8", name) if "onnx_int8" in samples else None,
                     "peak_mib": peak,
-                    "firing_rate": rate if name in EVENT_DRIVEN or name == "snn_dense" else None,
+                    "firing_rate": rate if name in EVENT_DRIVEN or name in DENSE else None,
                     "dense_above": crossovers.get(name),
                 }
                 table.rows.append(row)

@@ -12,14 +12,17 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest import mock
 
 import torch
 import transformers
 from torch.profiler import ProfilerActivity
 
 import modeling_snn_bert
+from modeling_snn_bert import cpu_kernels, event_driven
 
 Result = TypeVar("Result")
 # A sample shorter than this is repeated inside one measurement, so that the clock and the scheduler matter less.
@@ -104,6 +107,14 @@ def in_fresh_process(function: Callable[..., Result], threads: int, *arguments: 
             return pool.submit(function, *arguments).result()
         except BrokenProcessPool as error:
             raise RuntimeError(f"the process that measured {arguments} died; out of memory?") from error
+
+
+def without_kernels() -> ExitStack:
+    """A context in which the library behaves as if it had been installed without a compiler."""
+    stack = ExitStack()
+    stack.enter_context(mock.patch.object(cpu_kernels, "_LIBRARY", None))
+    stack.enter_context(mock.patch.object(event_driven, "available", lambda: False))
+    return stack
 
 
 def peak_allocated_bytes(call: Callable[[], object]) -> int:

@@ -11,6 +11,7 @@ hold above them: what is saved for the backward pass, and what comes and goes.
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from measure import (
     physical_memory,
     ratio,
     spread,
+    without_kernels,
 )
 from registry import Settings, benchmark
 from report import Table
@@ -42,10 +44,13 @@ LAYERS_OF_A_SMALL_MACHINE = 3
 MIB = 2**20
 
 BASELINE = "lif_repeat4"
+TORCH_ONLY = "snn_bert_torch"
 SUBJECTS: dict[str, Callable[..., PreTrainedConfig]] = {
     "snn_bert": SNNBertConfig,
     # The same with thresholds that fewer currents reach: a firing rate of about 0.09 in place of 0.19.
     "snn_bert_sparse": partial(SNNBertConfig, v_threshold=1.65),
+    # As where there are no compiled kernels.
+    TORCH_ONLY: SNNBertConfig,
     BASELINE: partial(SNNBertConfig, neuron_type="lif", coding="repeat", num_timesteps=4),
     "bert": BertConfig,
 }
@@ -149,9 +154,10 @@ class TrainingStep:
 
     def forward_backward(self) -> None:
         """Forward, loss and backward, on top of the gradients that are there."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
-            loss = self.model(self.input_ids, self.labels)
-        loss.backward()
+        with without_kernels() if self.subject == TORCH_ONLY else nullcontext():
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+                loss = self.model(self.input_ids, self.labels)
+            loss.backward()
 
     def state_bytes(self) -> int:
         """Bytes of weights, gradients and optimiser state."""
@@ -226,7 +232,7 @@ def step_384(settings: Settings) -> Iterator[Table]:
 
 def step_768(settings: Settings) -> Iterator[Table]:
     """Time of a step, 12 x 768."""
-    subjects = among(settings, MAIN)
+    subjects = among(settings, (*MAIN, TORCH_ONLY))
     shape, notes = large_shape(settings, subjects)
     yield time_table("step_768", f"Training step, {shape}", settings, subjects, shape, notes=notes)
 
