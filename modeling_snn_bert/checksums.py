@@ -24,6 +24,8 @@ logger = logging.get_logger(__name__)
 CONFIG_NAME = "config.json"
 # Names the file of each tensor where the weights are cut into several.
 INDEX_NAME = "model.safetensors.index.json"
+# The file of weights where there is one only.
+WHOLE_NAME = "model.safetensors"
 # Keys of the metadata of a file of weights: its own sum, and the sum of the sums of all files that were saved together.
 # Those of the JSON files are the first one, a colon and their names.
 SUM_KEY = "sha256"
@@ -80,11 +82,12 @@ def check_checksums(folder: str | Path) -> bool:
 
     Raises:
         ValueError: if a file of weights, or the index that names them, is not what was saved, or if weights that are
-            cut into several files come from different saves.
+            cut into several files come from different saves, or lie beside the one file of another save.
     """
     folder, all_have_sums = Path(folder), True
     stated: dict[str, str] = {}
     shards: dict[str, list[str]] = {}
+    whole = False
     for path in weight_files(folder):
         with open(path, "rb") as file:
             header = _read_header(file)
@@ -100,6 +103,12 @@ def check_checksums(folder: str | Path) -> bool:
         stated.update(metadata)
         if SHARD_NAME.fullmatch(path.name):
             shards.setdefault(metadata.get(SHARDS_KEY, ""), []).append(metadata[SUM_KEY])
+        whole |= path.name == WHOLE_NAME
+    if whole and shards:
+        raise ValueError(
+            f"{folder} holds the weights of two saves, in {WHOLE_NAME} and cut into several files, and the first would "
+            "be loaded whichever is newer: delete one of the two"
+        )
     if any(_sha256_of_sums(sums) != together for together, sums in shards.items()):
         raise ValueError(f"the files of weights in {folder} do not belong together: they come from different saves")
     for path in _json_files(folder):
@@ -133,6 +142,27 @@ def check_layers(source: str | Path, num_hidden_layers: int, missing: Iterable[s
         raise ValueError(
             f"`num_hidden_layers` is {num_hidden_layers}, but {source} holds no weights of the encoder layers "
             f"{numbers} (counted from 0): ask for as many layers as there are, or initialise from a configuration"
+        )
+
+
+def check_model_type(source: str | Path, config: Path, own_type: str) -> None:
+    """Refuse a checkpoint that is neither a BERT nor of this type: one of equal names loads and computes other things.
+
+    Args:
+        source: the checkpoint, for the error.
+        config: its `config.json`, if it has one.
+        own_type: the model type of SNN-BERT.
+
+    Raises:
+        ValueError: if the configuration names another model type, such as RoBERTa, whose positions start at 2.
+    """
+    if not config.is_file():
+        return
+    model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    if model_type not in (None, "bert", own_type):
+        raise ValueError(
+            f"{source} is a model of the type {model_type!r}; SNN-BERT takes weights of the types 'bert' and "
+            f"{own_type!r}"
         )
 
 

@@ -37,7 +37,14 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 # transformers 5.4 copies from a folder only the modules that this file names, and not those that they name in turn: so
 # those stand here too.
 from .bpsn_triton import MAX_TOKENS  # noqa: F401
-from .checksums import CONFIG_NAME, check_checksums, check_finite, check_layers, write_checksums
+from .checksums import (
+    CONFIG_NAME,
+    check_checksums,
+    check_finite,
+    check_layers,
+    check_model_type,
+    write_checksums,
+)
 from .configuration_snn_bert import SNNBertConfig
 from .cpu_kernels import KERNELS_VERSION  # noqa: F401
 from .event_kernels import WEIGHT_TYPES  # noqa: F401
@@ -45,7 +52,7 @@ from .leaky_integration import IMPLEMENTATIONS  # noqa: F401
 from .leaky_integration_triton import takes  # noqa: F401
 from .packed_spikes import SpikingLinear, attention_on_spikes, keep_packed, packed_form
 from .packed_spikes_triton import takes_packed  # noqa: F401
-from .sparsity import FiringRateRecorder, firing_rate_penalty
+from .sparsity import FiringRateRecorder, firing_rate_penalty, warn_unless_counted
 from .spiking_neurons import BPSN, LIF, PSN, SpikingNeuron
 from .surrogate_gradients import SURROGATES  # noqa: F401
 
@@ -587,8 +594,8 @@ class SNNBertPreTrainedModel(PreTrainedModel):
         """`PreTrainedModel.from_pretrained`, and damaged or missing weights are refused (see `checksums`).
 
         Raises:
-            ValueError: if the weights are not those that were saved, hold NaN or infinite values, or are those of fewer
-                layers than the configuration asks for.
+            ValueError: if the weights are not those that were saved, hold NaN or infinite values, are those of fewer
+                layers than the configuration asks for, or are of another type of model than BERT and SNN-BERT.
         """
         source = pretrained_model_name_or_path
         is_folder = source is not None and os.path.isdir(source)
@@ -596,6 +603,7 @@ class SNNBertPreTrainedModel(PreTrainedModel):
         if is_folder:
             # First, so that there is one error for all kinds of damage.
             check_checksums(Path(source, subfolder))
+            check_model_type(source, Path(source, subfolder, CONFIG_NAME), cls.config_class.model_type)
         cache = {name: kwargs[name] for name in ("cache_dir", "revision") if kwargs.get(name) is not None}
         with_loading_info = kwargs.pop("output_loading_info", False)
         model, loading_info = super().from_pretrained(source, *model_args, output_loading_info=True, **kwargs)
@@ -604,6 +612,7 @@ class SNNBertPreTrainedModel(PreTrainedModel):
             config = try_to_load_from_cache(str(source), os.path.join(subfolder, CONFIG_NAME), **cache)
             if isinstance(config, str):
                 check_checksums(Path(config).parent)
+                check_model_type(source, Path(config), cls.config_class.model_type)
         if source is not None:
             check_layers(source, model.config.num_hidden_layers, loading_info["missing_keys"])
         check_finite(model)
@@ -715,7 +724,9 @@ class SNNBertModel(SNNBertPreTrainedModel):
             )
         if recorder is not None and target is not None:
             rates = recorder.rates(attention_mask, self.config.num_timesteps)
-            outputs["firing_rate_penalty"] = firing_rate_penalty(rates, target)
+            penalty = firing_rate_penalty(rates, target)
+            warn_unless_counted(penalty, recorder.spikes)
+            outputs["firing_rate_penalty"] = penalty
         if output_firing_rates:
             firing_rates = tuple(
                 firing_rate(spikes, attention_mask, self.config.num_timesteps) for spikes in outputs.spikes
@@ -788,7 +799,8 @@ class SNNBertForMaskedLM(SNNBertPreTrainedModel):
         if labels is not None:
             check_labels(labels, logits.shape[:-1], logits.shape[-1], ignore_index=-100)
             loss = self.loss_function(logits, labels, vocab_size=logits.shape[-1], **kwargs)
-        return SNNBertMaskedLMOutput(loss=with_penalty(loss, outputs, self.config), logits=logits, **recorded(outputs))
+            loss = with_penalty(loss, outputs, self.config, share_of_labels(labels, **kwargs))
+        return SNNBertMaskedLMOutput(loss=loss, logits=logits, **recorded(outputs))
 
 
 @auto_docstring(custom_intro="SNN-BERT with a sequence classification or regression head on the pooled output.")
@@ -868,9 +880,8 @@ class SNNBertForTokenClassification(SNNBertPreTrainedModel):
         if labels is not None:
             check_labels(labels, logits.shape[:-1], self.num_labels, ignore_index=-100)
             loss = self.loss_function(logits, labels, self.config, **kwargs)
-        return SNNBertTokenClassifierOutput(
-            loss=with_penalty(loss, outputs, self.config), logits=logits, **recorded(outputs)
-        )
+            loss = with_penalty(loss, outputs, self.config, share_of_labels(labels, **kwargs))
+        return SNNBertTokenClassifierOutput(loss=loss, logits=logits, **recorded(outputs))
 
 
 @auto_docstring(custom_intro="SNN-BERT with a span classification head for extractive question answering.")
@@ -981,11 +992,32 @@ def recorded(outputs: SNNBertModelOutput) -> dict[str, Any]:
     return {name: outputs.get(name) for name in names}
 
 
-def with_penalty(loss: torch.Tensor | None, outputs: SNNBertModelOutput, config: SNNBertConfig) -> torch.Tensor | None:
-    """The loss of a head with the penalty on firing rates, where there are labels and a target."""
+def with_penalty(
+    loss: torch.Tensor | None, outputs: SNNBertModelOutput, config: SNNBertConfig, share: torch.Tensor | float = 1.0
+) -> torch.Tensor | None:
+    """The loss of a head with the penalty on firing rates, where there are labels and a target.
+
+    `share` is the part that this loss is of the batch's, as of `share_of_labels`.
+    """
     if loss is None or outputs.firing_rate_penalty is None:
         return loss
-    return loss + config.firing_rate_weight * outputs.firing_rate_penalty
+    return loss + share * config.firing_rate_weight * outputs.firing_rate_penalty
+
+
+def share_of_labels(
+    labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None, **kwargs: Any
+) -> torch.Tensor | float:
+    """The part of a batch's labels that `labels` holds; 1 unless the loss is a sum over `num_items_in_batch`.
+
+    Such losses are added up over the micro-batches and processes, and nobody divides them by their number. With this
+    share the penalties of all of them add up to a mean, weighted as the loss is.
+    """
+    if num_items_in_batch is None:
+        return 1.0
+    count = (labels != -100).sum()
+    if torch.is_tensor(num_items_in_batch):
+        num_items_in_batch = num_items_in_batch.to(count.device)
+    return count / num_items_in_batch
 
 
 def firing_rate(spikes: torch.Tensor, attention_mask: torch.Tensor | None, num_timesteps: int = 1) -> torch.Tensor:

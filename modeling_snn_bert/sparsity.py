@@ -10,6 +10,7 @@ of a layer rather than every channel, so that channels that matter may fire ofte
 decays and weights through the surrogate.
 """
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -17,6 +18,12 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from .spiking_neurons import SpikingNeuron
+
+PENALTY_IS_MISSING = (
+    "`firing_rate_target` is set, but the loss of this training step does not hold the penalty on firing rates: it was "
+    "not computed by the model's head. Add `config.firing_rate_weight * outputs.firing_rate_penalty` to the loss "
+    "(docs/fine_tuning.md shows it for Trainer), or set `firing_rate_target` to None."
+)
 
 
 class SpikeCount(torch.autograd.Function):
@@ -54,6 +61,13 @@ class FiringRateRecorder:
         self.counts: list[torch.Tensor] = []
         self.sizes: list[int] = []
         self.tokens: list[int] = []
+        # Of the first layer that a gradient can reach, for `warn_unless_counted`.
+        self.spikes: torch.Tensor | None = None
+        self.without_gradient = False
+        # What stands before a neuron; not the pooler, which may train without the neurons.
+        self.trains = [
+            parameter for name, part in model.named_children() if name != "pooler" for parameter in part.parameters()
+        ]
 
     def __enter__(self) -> "FiringRateRecorder":
         self.handles = [neuron.register_forward_hook(self._count) for neuron in self.neurons]
@@ -65,6 +79,10 @@ class FiringRateRecorder:
 
     def _count(self, neuron: SpikingNeuron, args, output) -> None:
         spikes = output[0] if isinstance(output, tuple) else output
+        if self.spikes is None and spikes.requires_grad:
+            self.spikes = spikes
+        # Re-entrant checkpointing runs a layer without a graph first, and again, with one, after the loss is made.
+        self.without_gradient |= not torch.is_grad_enabled()
         self.counts.append(SpikeCount.apply(spikes, neuron.spike_type == "ternary"))
         self.sizes.append(neuron.num_channels)
         self.tokens.append(spikes.shape[0] * spikes.shape[1])
@@ -77,10 +95,11 @@ class FiringRateRecorder:
             num_timesteps: time-steps of the repeat coding.
 
         Raises:
-            RuntimeError: if the spikes carry no gradient although one is wanted, as under reentrant checkpointing.
+            RuntimeError: if spikes carry no gradient although something of the model trains, as under re-entrant
+                checkpointing.
         """
-        wanted = torch.is_grad_enabled() and any(p.requires_grad for n in self.neurons for p in n.parameters())
-        if wanted and not any(count.requires_grad for count in self.counts):
+        wanted = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.trains)
+        if wanted and self.without_gradient:
             raise RuntimeError(
                 "the firing rates carry no gradient, so `firing_rate_target` would have no effect: use gradient "
                 "checkpointing with `gradient_checkpointing_kwargs={'use_reentrant': False}`"
@@ -114,3 +133,30 @@ def firing_rate_penalty(rates: Sequence[torch.Tensor], firing_rate_target: float
         raise ValueError(f"`firing_rate_target` must be positive, got {firing_rate_target}")
     excess = torch.stack([rate.float().mean() for rate in rates]) / firing_rate_target - 1
     return excess.clamp(min=0).square().mean()
+
+
+def warn_unless_counted(penalty: torch.Tensor, spikes: torch.Tensor | None) -> None:
+    """Warn at the end of the backward pass if it reached `spikes` and the penalty was no part of the loss.
+
+    A head adds the penalty to the loss that it computes itself. A loss that is computed elsewhere (label smoothing,
+    weighted classes, a loss function of one's own) leaves it out unless its author adds it, and nothing else shows it.
+
+    Args:
+        penalty: of this forward pass.
+        spikes: of a neuron layer, which the gradient of every loss passes; None if none carries a gradient.
+    """
+    if spikes is None or not penalty.requires_grad or torch.compiler.is_compiling():
+        return
+    counted = False
+
+    def count(grad: torch.Tensor) -> None:
+        nonlocal counted
+        counted = True
+
+    def check() -> None:
+        if not counted:
+            warnings.warn(PENALTY_IS_MISSING, UserWarning, stacklevel=2)
+
+    penalty.register_hook(count)
+    # Only at the end of the pass is it known what it has reached.
+    spikes.register_hook(lambda grad: torch.autograd.Variable._execution_engine.queue_callback(check))

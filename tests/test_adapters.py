@@ -81,6 +81,16 @@ def test_packed_spikes_give_the_gradients_of_floats(adapt, assert_spikes_flow, m
 
 
 @each_method
+def test_reentrant_checkpointing_with_a_target_is_refused_where_only_adapters_train(adapt, method):
+    _, adapted = adapt(method, {"firing_rate_target": 0.05})
+    adapted.enable_input_require_grads()
+    assert adapted.train()(**INPUTS, labels=LABELS).firing_rate_penalty > 0
+    adapted.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(RuntimeError, match="use_reentrant"):
+        adapted(**INPUTS, labels=LABELS)
+
+
+@each_method
 @pytest.mark.parametrize("train_neurons", [True, False], ids=["neurons", "no-neurons"])
 def test_trains_saves_loads_and_merges(adapt, assert_spikes_flow, tmp_path, method, train_neurons):
     # The target makes the neurons' rates a part of the loss: the recorder has to find them inside PEFT's wrappers.

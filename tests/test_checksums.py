@@ -289,3 +289,20 @@ def test_every_auto_class_is_protected(saved):
     flip(folder / "model.safetensors", 0.9, 3)
     with pytest.raises(ValueError, match="is damaged"):
         AutoModelForSequenceClassification.from_pretrained(folder)
+
+
+def test_one_file_and_shards_of_two_saves_are_refused(make_config, tmp_path):
+    old, new = (SNNBertForSequenceClassification(make_config(num_labels=3)).eval() for _ in range(2))
+    old.save_pretrained(tmp_path)
+    new.save_pretrained(tmp_path, max_shard_size="40KB")
+    with pytest.raises(ValueError, match="the weights of two saves"):
+        load(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    assert check_checksums(tmp_path) and same_weights(load(tmp_path), new)
+
+
+def test_one_file_after_shards_is_loaded(sharded, make_config):
+    folder, _ = sharded
+    new = SNNBertForSequenceClassification(make_config(num_labels=3)).eval()
+    new.save_pretrained(folder)
+    assert check_checksums(folder) and same_weights(load(folder), new)

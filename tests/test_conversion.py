@@ -4,6 +4,8 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
+    AutoConfig,
+    AutoModel,
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
@@ -12,6 +14,7 @@ from transformers import (
     RobertaModel,
 )
 
+from modeling_snn_bert import SNNBertModel
 from modeling_snn_bert.conversion import SPIKING_CLASSES, convert_bert, decode, initialize_from_bert, ridge_regression
 from modeling_snn_bert.energy import measure_spikes
 
@@ -150,3 +153,12 @@ def test_bad_arguments(change, error, message):
         arguments["bert"] = RobertaModel(config)
     with pytest.raises(error, match=message):
         convert_bert(**arguments)
+
+
+@pytest.mark.parametrize("kind", ["roberta", "xlm-roberta", "electra", "camembert"])
+def test_from_pretrained_refuses_other_models_by_name(tmp_path, kind):
+    sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    other = AutoModel.from_config(AutoConfig.for_model(kind, **sizes, intermediate_size=48))
+    other.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"of the type '{kind}'"):
+        SNNBertModel.from_pretrained(tmp_path)

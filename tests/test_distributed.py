@@ -16,20 +16,21 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
 from distributed_training import CHECKPOINT_AT, KILLED_IN, STEPS, build_data, build_model, train
+from penalty_training import HEADS, NUM_ROWS, one_step
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "examples" / "accelerate_configs"
 
 
-def launch(*arguments):
-    """Run distributed_training.py in two processes; its exit status and what it printed."""
+def launch(*arguments, script="distributed_training.py"):
+    """Run a script of this folder in two processes; its exit status and what it printed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
     command += ["--config_file", CONFIGS / "cpu.yaml", "--main_process_port", port]
-    command += [ROOT / "tests" / "distributed_training.py", *arguments]
+    command += [ROOT / "tests" / script, *arguments]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen(
         [str(part) for part in command],
@@ -87,6 +88,20 @@ def test_two_processes_and_a_killed_run(tmp_path, one_process, engine, assert_sp
     assert read_losses(tmp_path, "resumed") == read_losses(tmp_path, "unbroken")[CHECKPOINT_AT:]
     assert read_losses(tmp_path, "unbroken") != read_losses(tmp_path, "plain")
     assert [name for name, x in unbroken.items() if not torch.equal(x, resumed[name])] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", HEADS)
+def test_the_penalty_of_two_processes_that_accumulate_is_that_of_one_batch(tmp_path, head):
+    status, output = launch(head, tmp_path, script="penalty_training.py")
+    assert status == 0, output
+    for kind in (AcceleratorState, GradientState, PartialState):
+        kind._reset_state()
+    wanted = one_step(head, tmp_path / "one", NUM_ROWS, 1)
+    got = load_file(tmp_path / f"{head}.safetensors")
+    assert set(got) == set(wanted)
+    for name, step in wanted.items():
+        torch.testing.assert_close(got[name], step, rtol=1e-3, atol=1e-4, msg=name)
 
 
 def read_losses(folder, name):

@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from datasets import Dataset, load_dataset
+from penalty_training import NUM_ROWS, build_data, build_model, one_step
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, EarlyStoppingCallback, Trainer, TrainingArguments
 
@@ -93,6 +94,79 @@ def test_trainers_accumulation_gives_the_gradient_of_one_batch(make_config, asse
     assert max(x.abs().max() for x in steps[0].values()) > 1e-2
     for name, step in steps[0].items():
         torch.testing.assert_close(steps[1][name], step, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_accumulation_leaves_the_firing_rate_penalty_as_in_one_batch(tmp_path, head):
+    whole, accumulated = (one_step(head, tmp_path, NUM_ROWS // steps, steps) for steps in (1, 4))
+    without = one_step(head, tmp_path, NUM_ROWS, 1, firing_rate_target=None)
+    thresholds = [name for name in whole if name.endswith("v_threshold")]
+    assert max((whole[name] - without[name]).abs().max() for name in thresholds) > 0.1
+    for name, step in whole.items():
+        torch.testing.assert_close(accumulated[name], step, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("head", ["masked_lm", "token"])
+@pytest.mark.parametrize("as_tensor", [True, False], ids=["tensor", "int"])
+def test_a_loop_that_passes_num_items_in_batch_gets_the_loss_of_one_batch(head, as_tensor):
+    model, data = build_model(head), build_data(head)[:]
+    items = (data["labels"] != -100).sum()
+    micro_batches = [{name: x[i : i + 2] for name, x in data.items()} for i in range(0, NUM_ROWS, 2)]
+    losses = [model(**x, num_items_in_batch=items if as_tensor else items.item()).loss for x in micro_batches]
+    outputs = model(**data)
+    assert outputs.firing_rate_penalty > 1
+    torch.testing.assert_close(sum(losses), outputs.loss, rtol=1e-4, atol=1e-4)
+
+
+class WithPenalty(Trainer):
+    """The guide's: weighted classes, and the penalty."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        loss = torch.nn.functional.cross_entropy(outputs.logits, labels, torch.tensor([1.0, 2.0]))
+        if outputs.firing_rate_penalty is not None:
+            loss = loss + self.model.config.firing_rate_weight * outputs.firing_rate_penalty
+        return (loss, outputs) if return_outputs else loss
+
+
+class WithoutPenalty(Trainer):
+    """With labels passed on, so that the head's loss is there and is not the one that is used."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        loss = torch.nn.functional.cross_entropy(outputs.logits, inputs["labels"], torch.tensor([1.0, 2.0]))
+        return (loss, outputs) if return_outputs else loss
+
+
+def own_loss(outputs, labels, num_items_in_batch=None):
+    return torch.nn.functional.cross_entropy(outputs.logits, labels)
+
+
+LOSSES_FROM_ELSEWHERE = {
+    "label_smoothing": (Trainer, {"label_smoothing_factor": 0.1}, {}),
+    "compute_loss_func": (Trainer, {}, {"compute_loss_func": own_loss}),
+    "subclass": (WithoutPenalty, {}, {}),
+}
+
+
+@pytest.mark.parametrize(("kind", "settings", "options"), LOSSES_FROM_ELSEWHERE.values(), ids=LOSSES_FROM_ELSEWHERE)
+def test_a_loss_without_the_penalty_is_told_of(tmp_path, kind, settings, options):
+    trainer = kind(
+        build_model("sequence"),
+        arguments(tmp_path, max_steps=1, **settings),
+        train_dataset=build_data("sequence"),
+        **options,
+    )
+    with pytest.warns(UserWarning, match="does not hold the penalty on firing rates"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("kind", [Trainer, WithPenalty])
+def test_a_loss_with_the_penalty_is_not(tmp_path, recwarn, kind):
+    trainer = kind(build_model("sequence"), arguments(tmp_path, max_steps=2), train_dataset=build_data("sequence"))
+    trainer.train()
+    assert not [str(x.message) for x in recwarn if "penalty" in str(x.message)]
 
 
 def test_trainer_resumes_bit_for_bit(make_config, tmp_path):

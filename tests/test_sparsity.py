@@ -111,6 +111,57 @@ def test_reentrant_checkpointing_is_refused(make_config):
         model(IDS, MASK, **CLASSES)
 
 
+# What a loss of one's own may be made of; the last two leave out the penalty on purpose or by mistake.
+LOSSES = {
+    "head": (lambda outputs: outputs.loss, False),
+    "own": (lambda outputs: outputs.logits.square().mean() + outputs.firing_rate_penalty, False),
+    "penalty": (lambda outputs: outputs.firing_rate_penalty, False),
+    "logits": (lambda outputs: outputs.logits.square().mean(), True),
+    "hidden-states": (lambda outputs: outputs.hidden_states[1].square().mean(), True),
+}
+
+
+@pytest.mark.parametrize(("loss", "warns"), LOSSES.values(), ids=LOSSES)
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+def test_a_loss_without_the_penalty_is_told_of(make_config, recwarn, loss, warns, checkpointing):
+    model = SNNBertForSequenceClassification(make_config(firing_rate_target=0.05)).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    loss(model(IDS, MASK, **CLASSES, output_hidden_states=True)).backward()
+    assert any("does not hold the penalty" in str(x.message) for x in recwarn) == warns
+
+
+def test_no_target_no_warning(make_config, recwarn):
+    model = SNNBertForSequenceClassification(make_config()).train()
+    model(IDS, MASK).logits.square().mean().backward()
+    assert not [x for x in recwarn if "penalty" in str(x.message)]
+
+
+# What may train; whether it stands before a neuron.
+TRAINED = {
+    "neurons": ("neuron", True),
+    "query": ("query.weight", True),
+    "embeddings": ("word_embeddings", True),
+    "pooler": ("pooler", False),
+    "classifier": ("classifier", False),
+}
+
+
+@pytest.mark.parametrize(("part", "refused"), TRAINED.values(), ids=TRAINED)
+def test_reentrant_checkpointing_is_refused_whatever_trains(make_config, part, refused):
+    model = SNNBertForSequenceClassification(make_config(firing_rate_target=0.05)).train()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(part in name)
+    model.enable_input_require_grads()
+    model(IDS, MASK, **CLASSES).loss.backward()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    if refused:
+        with pytest.raises(RuntimeError, match="use_reentrant"):
+            model(IDS, MASK, **CLASSES)
+    else:
+        model(IDS, MASK, **CLASSES).loss.backward()
+
+
 def test_training_reaches_the_target(make_config):
     torch.manual_seed(0)
     model = SNNBertForSequenceClassification(make_config(firing_rate_target=0.08)).train()
