@@ -13,6 +13,7 @@ from .modeling_snn_bert import (
     SNNBertModel,
     SNNBertPreTrainedModel,
 )
+from .sparsity import loss_with_penalty
 from .spiking_neurons import BPSN, LIF, PSN, SpikingNeuron
 
 __version__ = "0.1.0"
@@ -47,4 +48,5 @@ __all__ = [
     "SNNBertPreTrainedModel",
     "SpikingNeuron",
     "leaky_integration",
+    "loss_with_penalty",
 ]

@@ -464,7 +464,7 @@ def checkpoint_facts(model: SNNBertPreTrainedModel) -> dict[str, dict[str, Any]]
             "kinds": [f"{count} {kind}" for kind, count in Counter(type(n).__name__ for n in neurons.values()).items()],
         },
     }
-    for attribute in ("v_threshold", "decay", "decay_forward", "decay_backward", "reset"):
+    for attribute in ("v_threshold", "decay", "decay_forward", "decay_backward", "soft_reset"):
         values = [getattr(n, attribute).detach().float().flatten() for n in neurons.values() if hasattr(n, attribute)]
         if values:
             x = torch.cat(values)

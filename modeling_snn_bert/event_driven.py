@@ -443,7 +443,7 @@ class LayerState:
         known = self._neurons.get(name)
         if known is None or known[0] != made_for:
             with torch.inference_mode(False), torch.no_grad():
-                values = (neuron.v_threshold, neuron.decay_forward, neuron.decay_backward, neuron.reset)
+                values = (neuron.v_threshold, neuron.decay_forward, neuron.decay_backward, neuron.soft_reset)
                 v_threshold, decay_forward, decay_backward, reset = (x.detach().float().contiguous() for x in values)
             parameters = NeuronParameters(
                 neuron.num_groups,

@@ -52,7 +52,7 @@ from .leaky_integration import IMPLEMENTATIONS  # noqa: F401
 from .leaky_integration_triton import takes  # noqa: F401
 from .packed_spikes import SpikingLinear, attention_on_spikes, keep_packed, packed_form
 from .packed_spikes_triton import takes_packed  # noqa: F401
-from .sparsity import FiringRateRecorder, firing_rate_penalty, warn_unless_counted
+from .sparsity import FiringRateRecorder, firing_rate_penalty, share_of_labels, warn_unless_counted
 from .spiking_neurons import BPSN, LIF, PSN, SpikingNeuron
 from .surrogate_gradients import SURROGATES  # noqa: F401
 
@@ -1002,22 +1002,6 @@ def with_penalty(
     if loss is None or outputs.firing_rate_penalty is None:
         return loss
     return loss + share * config.firing_rate_weight * outputs.firing_rate_penalty
-
-
-def share_of_labels(
-    labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None, **kwargs: Any
-) -> torch.Tensor | float:
-    """The part of a batch's labels that `labels` holds; 1 unless the loss is a sum over `num_items_in_batch`.
-
-    Such losses are added up over the micro-batches and processes, and nobody divides them by their number. With this
-    share the penalties of all of them add up to a mean, weighted as the loss is.
-    """
-    if num_items_in_batch is None:
-        return 1.0
-    count = (labels != -100).sum()
-    if torch.is_tensor(num_items_in_batch):
-        num_items_in_batch = num_items_in_batch.to(count.device)
-    return count / num_items_in_batch
 
 
 def firing_rate(spikes: torch.Tensor, attention_mask: torch.Tensor | None, num_timesteps: int = 1) -> torch.Tensor:

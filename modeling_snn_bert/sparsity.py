@@ -11,7 +11,8 @@ decays and weights through the surrogate.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,8 +22,9 @@ from .spiking_neurons import SpikingNeuron
 
 PENALTY_IS_MISSING = (
     "`firing_rate_target` is set, but the loss of this training step does not hold the penalty on firing rates: it was "
-    "not computed by the model's head. Add `config.firing_rate_weight * outputs.firing_rate_penalty` to the loss "
-    "(docs/fine_tuning.md shows it for Trainer), or set `firing_rate_target` to None."
+    "not computed by the model's head. Give Trainer `compute_loss_func=loss_with_penalty(...)`, or add "
+    "`config.firing_rate_weight * outputs.firing_rate_penalty` to the loss (docs/fine_tuning.md shows both), or set "
+    "`firing_rate_target` to None."
 )
 
 
@@ -160,3 +162,45 @@ def warn_unless_counted(penalty: torch.Tensor, spikes: torch.Tensor | None) -> N
     penalty.register_hook(count)
     # Only at the end of the pass is it known what it has reached.
     spikes.register_hook(lambda grad: torch.autograd.Variable._execution_engine.queue_callback(check))
+
+
+def share_of_labels(
+    labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None, **kwargs: Any
+) -> torch.Tensor | float:
+    """The part of a batch's labels that `labels` holds; 1 unless the loss is a sum over `num_items_in_batch`.
+
+    Such losses are added up over the micro-batches and processes, and nobody divides them by their number. With this
+    share the penalties of all of them add up to a mean, weighted as the loss is.
+    """
+    if num_items_in_batch is None:
+        return 1.0
+    count = (labels != -100).sum()
+    if torch.is_tensor(num_items_in_batch):
+        num_items_in_batch = num_items_in_batch.to(count.device)
+    return count / num_items_in_batch
+
+
+def loss_with_penalty(
+    compute_loss: Callable[..., torch.Tensor], firing_rate_weight: float
+) -> Callable[..., torch.Tensor]:
+    """A loss function for `Trainer(compute_loss_func=...)` that counts the penalty on firing rates.
+
+    Args:
+        compute_loss: takes a model's outputs, the labels and `num_items_in_batch`, and returns the loss: a sum over
+            the labels divided by `num_items_in_batch`, or their mean where that is `None`.
+        firing_rate_weight: as in the model's configuration.
+
+    Returns:
+        A function of these arguments. Without a penalty in the outputs, as in evaluation, it is `compute_loss`.
+    """
+
+    def compute(
+        outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        loss = compute_loss(outputs, labels, num_items_in_batch=num_items_in_batch)
+        penalty = outputs.get("firing_rate_penalty")
+        if penalty is None:
+            return loss
+        return loss + share_of_labels(labels, num_items_in_batch) * firing_rate_weight * penalty
+
+    return compute

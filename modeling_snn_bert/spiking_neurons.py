@@ -209,7 +209,7 @@ class BPSN(SpikingNeuron):
         if bidirectional:
             self.decay_backward_logit = nn.Parameter(torch.empty(num_groups))
         if reset_iterations:
-            # Used through its absolute value: never negative, exact, and with a gradient everywhere (see `reset`).
+            # Used through its absolute value: never negative, exact, and with a gradient everywhere (see `soft_reset`).
             self.reset_strength = nn.Parameter(torch.empty(num_groups))
         self.reset_parameters()
 
@@ -235,7 +235,7 @@ class BPSN(SpikingNeuron):
         return torch.sigmoid(widen(self.decay_backward_logit))
 
     @property
-    def reset(self) -> torch.Tensor:
+    def soft_reset(self) -> torch.Tensor:
         """Strength of the soft reset, `[groups]`; zeros if it is switched off."""
         if not self.reset_iterations:
             return torch.zeros_like(self.decay_forward_logit)
@@ -270,7 +270,7 @@ class BPSN(SpikingNeuron):
             trained = [getattr(self, name, None) for name in names]
             return attach_packed(*BPSNByTile.apply(current, attention_mask, *trained, self.normalize, *settings))
         dtype = wide_dtype(current.dtype)
-        parameters = [x.to(dtype) for x in (self.v_threshold, self.decay_forward, self.decay_backward, self.reset)]
+        parameters = [x.to(dtype) for x in (self.v_threshold, self.decay_forward, self.decay_backward, self.soft_reset)]
         if by_triton or (self._may_use_kernels() and self._cpu_kernel_takes(current)):
             spikes, packed = BPSNByKernel.apply(
                 current, attention_mask, *parameters, by_triton, self.normalize, *settings
@@ -339,7 +339,7 @@ class BPSN(SpikingNeuron):
         weight: torch.Tensor | None,
     ) -> torch.Tensor:
         """`r` after `reset_iterations` sweeps. It carries no gradient, as is usual for a reset."""
-        reset = self.per_channel(self.reset.to(potential.dtype))
+        reset = self.per_channel(self.soft_reset.to(potential.dtype))
         spikes = self.fire(potential, v_threshold)
         received = self._leaky_mean(spikes, attention_mask, weight, without_self=True)
         for _ in range(self.reset_iterations - 1):

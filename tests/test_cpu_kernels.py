@@ -60,7 +60,7 @@ def decided(neuron, x, mask, margin=1e-4):
     f, b = neuron.decay_forward, neuron.decay_backward
     n = total_weight(x, f, b, mask, "chunked") if neuron.normalize else torch.ones(1, 1, f.shape[0], dtype=x.dtype)
     potential = divide_by_group(leaky_sum(silence(x, mask), f, b, "chunked"), n)
-    reset = neuron.per_channel(neuron.reset)
+    reset = neuron.per_channel(neuron.soft_reset)
     near, now = torch.zeros_like(x, dtype=torch.bool), potential
     for _ in range(neuron.reset_iterations + 1):
         near |= ((now - neuron.v_threshold).abs() < margin) | ((now + neuron.v_threshold).abs() < margin)
@@ -272,7 +272,9 @@ class TestOperators:
     def test_pass_torchs_own_checks(self):
         neuron, current = make_neuron(16, 2), torch.randn(2, 6, 16)
         mask = random_mask("right", 2, 6)
-        values = [x.detach() for x in (neuron.v_threshold, neuron.decay_forward, neuron.decay_backward, neuron.reset)]
+        values = [
+            x.detach() for x in (neuron.v_threshold, neuron.decay_forward, neuron.decay_backward, neuron.soft_reset)
+        ]
         checks = ("test_schema", "test_faketensor")
         torch.library.opcheck(cpu_kernels.bpsn_forward, (current, mask, *values, True, 1, True), test_utils=checks)
         arguments = (torch.randn(2, 6, 16), current, mask, *values, True, 1, True, "atan", 2.0)

@@ -538,7 +538,7 @@ class TestBertCheckpoints:
         close(neuron.v_threshold, torch.full((32,), 0.7 * spread))
         close(neuron.decay_forward, torch.full((4,), 0.1))
         close(neuron.decay_backward, torch.full((4,), 0.1))
-        close(neuron.reset, torch.full((4,), 0.2))
+        close(neuron.soft_reset, torch.full((4,), 0.2))
         assert_spikes_flow(model, **sentences)
 
 
@@ -746,7 +746,7 @@ class TestInitialisation:
 
     @pytest.mark.parametrize(
         ("setting", "attribute", "value"),
-        [("decay", "decay_forward", 0.4), ("decay", "decay_backward", 0.4), ("reset", "reset", 0.3)],
+        [("decay", "decay_forward", 0.4), ("decay", "decay_backward", 0.4), ("reset", "soft_reset", 0.3)],
     )
     def test_settings_reach_every_bpsn(self, make_config, setting, attribute, value):
         model = SNNBertModel(make_config(**{setting: value}))

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.func import functional_call
 
+from modeling_snn_bert import SNNBertModel
 from modeling_snn_bert.spiking_neurons import BPSN, LIF, PSN
 from modeling_snn_bert.surrogate_gradients import SURROGATES
 
@@ -666,7 +667,7 @@ class TestReset:
         neuron, mirrored = NEURONS["bpsn"]().double(), NEURONS["bpsn"]().double()
         with torch.no_grad():
             mirrored.reset_strength.neg_()
-        assert (mirrored.reset >= 0).all() and torch.equal(neuron.reset, mirrored.reset)
+        assert (mirrored.soft_reset >= 0).all() and torch.equal(neuron.soft_reset, mirrored.soft_reset)
         spikes = neuron(current)
         assert_spikes_flow(spikes)
         assert torch.equal(mirrored(current), spikes)
@@ -681,7 +682,7 @@ class TestReset:
     def test_off(self):
         current = random_current(2, 40, 8)
         off, zero = NEURONS["bpsn"](reset_iterations=0).double(), NEURONS["bpsn"](reset=0.0).double()
-        assert (off.reset == 0).all() and "reset_strength" not in off.state_dict()
+        assert (off.soft_reset == 0).all() and "reset_strength" not in off.state_dict()
         assert_spikes_flow(off(current))
         assert torch.equal(off(current), zero(current))
         assert torch.equal(off(current), (off.membrane_potential(current) >= off.v_threshold).double())
@@ -779,7 +780,7 @@ class TestModule:
     def test_initial_values(self):
         neuron = BPSN(8, 2, v_threshold=0.7, decay=0.2, reset=0.4)
         torch.testing.assert_close(neuron.v_threshold, torch.full((8,), 0.7))
-        for name, value in (("decay_forward", 0.2), ("decay_backward", 0.2), ("reset", 0.4)):
+        for name, value in (("decay_forward", 0.2), ("decay_backward", 0.2), ("soft_reset", 0.4)):
             torch.testing.assert_close(getattr(neuron, name), torch.full((2,), value))
         assert (BPSN(8, 2, bidirectional=False).decay_backward == 0).all()
         torch.testing.assert_close(LIF(8, 2, decay=0.3).decay, torch.full((2,), 0.3))
@@ -965,3 +966,32 @@ def test_lif_identity(seed, length, decay, v_threshold, mean, spike_type):
     expected = lif(current)
     assert 0 < expected.abs().mean() < 1
     assert torch.equal(as_lif(lif, length)(current), expected)
+
+
+# Names by which the tools of the field find a neuron's state and call it: spikingjelly's `functional` (reset_net,
+# set_step_mode, set_backend, detach_net), snntorch's `utils.reset` and hidden states, NeuroBench's hooks. A module of
+# ours has no state between batches, so it must have none of these names.
+PROBED = (
+    "reset detach step_mode supported_step_mode backend supported_backends store_v_seq v v_seq memories "
+    "mem spk init_hidden reset_hidden reset_mem detach_hidden hidden_init instances"
+).split()
+
+
+@pytest.mark.parametrize("make", [BPSN, LIF, lambda *a, **kw: PSN(*a, length=5, **kw)], ids=["bpsn", "lif", "psn"])
+@pytest.mark.parametrize("name", PROBED)
+def test_tools_for_spiking_networks_find_nothing_to_call(make, name):
+    assert not hasattr(make(8, 2), name)
+
+
+def test_reset_net_does_nothing(make_config):
+    """What spikingjelly's `functional.reset_net` does between batches, on every module of a model."""
+    model = SNNBertModel(make_config()).eval()
+    inputs = {"input_ids": torch.arange(5, 29).view(2, 12)}
+    with torch.no_grad():
+        before = model(**inputs, output_firing_rates=True)
+        for module in model.modules():
+            if hasattr(module, "reset"):
+                module.reset()
+        after = model(**inputs)
+    assert torch.equal(before.last_hidden_state, after.last_hidden_state)
+    assert all(0 < rate.mean() < 1 for rate in before.firing_rates)
