@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -34,6 +34,8 @@ SHARDS_KEY = "sha256:shards"
 SHARD_NAME = re.compile(r"model-\d+-of-\d+\.safetensors")
 # A weight that both a BERT and an SNN-BERT have in each layer.
 LINEAR_OF_LAYER = re.compile(r"\bencoder\.layer\.(\d+)\.attention\.self\.query\.weight$")
+# Types of 8 bits belong to quantised models; torch has no such check for them.
+FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # A header holds the names and shapes of the tensors; the format allows no more.
 MAX_HEADER_BYTES = 100_000_000
 
@@ -175,14 +177,20 @@ def check_finite(model: nn.Module) -> None:
     broken = [
         name
         for name, parameter in model.named_parameters()
-        # Types of 8 bits belong to quantised models; torch has no such check for them.
-        if parameter.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-        and not parameter.is_meta
-        and not bool(parameter.isfinite().all())
+        if not all(x.is_meta or x.dtype not in FLOAT_TYPES or x.isfinite().all() for x in _plain_parts(parameter))
     ]
     if broken:
         more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
         raise ValueError(f"the weights hold NaN or infinite values in {', '.join(broken[:3])}{more}")
+
+
+def _plain_parts(x: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The plain tensors of which `x` is made: itself, or those of a quantized tensor, such as numbers and scales."""
+    if not hasattr(x, "__tensor_flatten__"):
+        yield x
+        return
+    for name in x.__tensor_flatten__()[0]:
+        yield from _plain_parts(getattr(x, name))
 
 
 def _read_header(file: BinaryIO) -> dict[str, Any]:
