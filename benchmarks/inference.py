@@ -303,7 +303,7 @@ def products(model: SNNBertModel, rate: float, tokens: int, generator: torch.Gen
     def run() -> None:
         shared = {size: PackedSpikes(x) for size, x in packed.items()}
         for linear in linears:
-            inputs, weights = linear.product.kernel_operands(linear, shared[linear.in_features])
+            inputs, weights = linear.runner.kernel_operands(linear, shared[linear.in_features])
             assert weights is not None  # `dense_above` says so
             event_linear(inputs, weights)
 

@@ -21,6 +21,7 @@ import re
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -44,7 +45,8 @@ WITHOUT_KERNELS = (
     f"{SWITCH}=0 in the environment says that this is meant"
 )
 SURROGATE_INDEX = {"atan": 0, "sigmoid": 1, "triangle": 2, "rectangle": 3}
-
+# A kernel reads the memory of these types; a subclass may keep its numbers in another form, or nowhere.
+PLAIN_TYPES = (torch.Tensor, nn.Parameter)
 
 # What each operator from currents to spikes takes and gives, whatever device it is for.
 FORWARD_SCHEMA = (
@@ -233,8 +235,35 @@ def kernel_facts() -> dict[str, str]:
     return facts
 
 
+def checked_pointer(name: str, x: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    """The address of `x`, once it is sure that a kernel may read it as what it expects.
+
+    Raises:
+        TypeError: if `x` is no plain tensor.
+        ValueError: if it is not contiguous memory of the CPU, or of another dtype or shape.
+    """
+    if type(x) not in PLAIN_TYPES:
+        raise TypeError(f"`{name}` must be a plain tensor, got {type(x).__name__}")
+    if x.is_cpu and x.dtype == dtype and x.shape == shape and x.is_contiguous():
+        address = x.data_ptr()
+        # A storage that was freed by `resize_(0)` has none.
+        if address or not x.numel():
+            return address
+    is_contiguous = x.layout == torch.strided and x.is_contiguous()
+    raise ValueError(
+        f"`{name}` must be a contiguous {dtype} tensor of the shape {list(shape)} in the CPU's memory, got "
+        f"{'' if is_contiguous else 'not contiguous '}{x.dtype} {list(x.shape)} on {x.device}"
+    )
+
+
+def check_groups(channels: int, groups: int) -> None:
+    """The kernels pack group by group, in whole bytes."""
+    if groups < 1 or channels < groups or channels % groups or channels // groups % 8:
+        raise ValueError(f"the channels of a group must be a multiple of 8, got {channels} channels in {groups} groups")
+
+
 def _run(name: str, **values) -> None:
-    """Call a kernel on a `struct neuron` of numbers and tensors; the tensors are contiguous."""
+    """Call a kernel on a `struct neuron` of numbers and tensors, which `_inputs` has checked."""
     fields = {key: x.data_ptr() if isinstance(x, torch.Tensor) else x for key, x in values.items()}
     assert _LIBRARY is not None  # whoever calls an operator has asked `available`
     if getattr(_LIBRARY, name)(ctypes.byref(_Neuron(**fields)), ctypes.c_int32(torch.get_num_threads())):
@@ -248,26 +277,37 @@ def _inputs(
     decay_forward: torch.Tensor,
     decay_backward: torch.Tensor,
     reset: torch.Tensor,
+    grad_spikes: torch.Tensor | None = None,
 ) -> dict[str, int | torch.Tensor | None]:
     """The part of `struct neuron` that both kernels read. The values own the memory that the kernels see."""
+    if current.dim() != 3:
+        raise ValueError(f"`current` must be [batch, seq_len, channels], got {list(current.shape)}")
     batch, tokens, channels = current.shape
-    return {
-        "batch": batch,
-        "tokens": tokens,
-        "channels": channels,
-        "groups": decay_forward.shape[0],
-        "current": current.contiguous(),
-        "mask": None if mask is None else (mask != 0).to(torch.uint8).contiguous(),
-        "v_threshold": v_threshold.contiguous(),
-        "decay_forward": decay_forward.contiguous(),
-        "decay_backward": decay_backward.contiguous(),
-        "reset": reset.contiguous(),
-    }
+    groups = decay_forward.numel()
+    check_groups(channels, groups)
+    per_group = {"decay_forward": decay_forward, "decay_backward": decay_backward, "reset": reset}
+    tensors = {"current": current, "v_threshold": v_threshold, **per_group}
+    shapes = {"current": current.shape, "v_threshold": (channels,), **dict.fromkeys(per_group, (groups,))}
+    if mask is not None:
+        tensors["mask"], shapes["mask"] = (mask != 0).to(torch.uint8), (batch, tokens)
+    if grad_spikes is not None:
+        tensors["grad_spikes"], shapes["grad_spikes"] = grad_spikes, current.shape
+    tensors = {name: x.contiguous() for name, x in tensors.items()}
+    for name, x in tensors.items():
+        checked_pointer(name, x, torch.uint8 if name == "mask" else torch.float32, shapes[name])
+    return {"batch": batch, "tokens": tokens, "channels": channels, "groups": groups, **tensors}
 
 
 def packed_shape(shape: torch.Size, ternary: bool) -> tuple[int, ...]:
     """Shape of the packed form of spikes `[..., channels]`: bytes of eight channels, once for each sign."""
     return (2 if ternary else 1, *shape[:-1], (shape[-1] + 7) // 8)
+
+
+def _check_one_device(*tensors: torch.Tensor | None) -> None:
+    """One operand on the meta device leads here, and what is returned for the others would be memory of no content."""
+    devices = {str(x.device) for x in tensors if x is not None}
+    if len(devices) > 1:
+        raise ValueError(f"currents and parameters of a neuron must be on one device, got {sorted(devices)}")
 
 
 @torch.library.custom_op(f"{NAMESPACE}::bpsn_forward", mutates_args=(), schema=FORWARD_SCHEMA)
@@ -298,6 +338,7 @@ def bpsn_forward(
 def fake_bpsn_forward(
     current, mask, v_threshold, decay_forward, decay_backward, reset, normalize, reset_iterations, ternary
 ):
+    _check_one_device(current, mask, v_threshold, decay_forward, decay_backward, reset)
     packed = current.new_empty(packed_shape(current.shape, ternary), dtype=torch.uint8)
     return torch.empty_like(current, memory_format=torch.contiguous_format), packed
 
@@ -318,7 +359,7 @@ def bpsn_backward(
     alpha,
 ):
     """Gradients to the current, the threshold, both decays and the reset; arguments as for `bpsn_forward`."""
-    inputs = _inputs(current, mask, v_threshold, decay_forward, decay_backward, reset)
+    inputs = _inputs(current, mask, v_threshold, decay_forward, decay_backward, reset, grad_spikes)
     batch, _, channels = current.shape
     groups = decay_forward.shape[0]
     outputs = {
@@ -332,7 +373,6 @@ def bpsn_backward(
         "bpsn_backward",
         **inputs,
         **outputs,
-        grad_spikes=grad_spikes.contiguous(),
         normalize=normalize,
         reset_iterations=reset_iterations,
         ternary=ternary,
@@ -345,5 +385,6 @@ def bpsn_backward(
 
 @bpsn_backward.register_fake
 def fake_bpsn_backward(grad_spikes, current, mask, v_threshold, decay_forward, decay_backward, reset, *settings):
+    _check_one_device(grad_spikes, current, mask, v_threshold, decay_forward, decay_backward, reset)
     grad_current = torch.empty_like(current, memory_format=torch.contiguous_format)
     return grad_current, *(torch.empty_like(x) for x in (v_threshold, decay_forward, decay_backward, reset))

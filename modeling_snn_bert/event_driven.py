@@ -1,10 +1,10 @@
 """Inference whose cost follows the firing rate: a Linear on spikes is a sum over the inputs that fire.
 
-`event_driven(model)` turns an SNN-BERT in evaluation mode into that form and `dense(model)` turns it back. Parameters,
-their names and the checkpoint that `save_pretrained` writes stay as they are; only the way in which the encoder's
-products are computed changes. With the compiled kernels a whole layer runs from spikes to spikes: attention and neurons
-take and give single bits, and a projection's currents meet their neuron in the cache. Without them the products run on
-`torch.nn.functional.embedding_bag` and its int8 relative.
+`event_driven(model)` turns an SNN-BERT in evaluation mode into that form and `dense(model)` turns it back. Modules,
+parameters and the checkpoint that `save_pretrained` writes stay as they are: each encoder layer and each of its Linears
+holds a `runner` that it asks in its forward pass, and `dense` takes it away. With the compiled kernels a whole layer
+runs from spikes to spikes: attention and neurons take and give single bits, and a projection's currents meet their
+neuron in the cache. Without them the products run on `torch.nn.functional.embedding_bag` and its int8 relative.
 
 A processor with AMX multiplies whole tiles of spikes and int8 weights faster than it adds up the weights of those that
 fire, but at the lowest rates. There int8 products are dense, and give the very same sums.
@@ -15,16 +15,19 @@ the faster one, the dense one runs, with the same rounded weights.
 """
 
 import functools
+import threading
 import time
 import weakref
-from collections.abc import Callable
-from typing import Any, TypeAlias, TypeVar, cast
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import nn
-from transformers.utils import logging, output_capturing
+from torch.nn.modules import module as torch_modules
+from transformers.utils import logging
+from transformers.utils.output_capturing import OutputRecorder
 
-from .cpu_kernels import available, warn_if_missing
+from .cpu_kernels import PLAIN_TYPES, available, warn_if_missing
 from .event_kernels import (
     MAX_HEAD_SIZE,
     MAX_INPUTS,
@@ -44,8 +47,7 @@ from .event_kernels import (
     tile_weights,
     tiles_available,
 )
-from .modeling_snn_bert import SNNBertLayer
-from .packed_spikes import pack, unpack
+from .packed_spikes import SpikingLinear, pack, unpack
 from .spiking_neurons import BPSN
 
 logger = logging.get_logger(__name__)
@@ -53,7 +55,8 @@ logger = logging.get_logger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
 
 # The neurons of a layer by name, each with a Linear beside it.
-Parts: TypeAlias = tuple[tuple[str, nn.Module, nn.Module | None], ...]
+Parts: TypeAlias = tuple[tuple[str, BPSN, SpikingLinear | None], ...]
+Tensors: TypeAlias = Sequence[torch.Tensor | None]
 
 # The Linears of an encoder layer, by the place of their shared input.
 PRODUCTS = (
@@ -66,6 +69,30 @@ PRODUCTS = (
 CROSSOVER_TOKENS = 512
 CROSSOVER_RATES = (0.05, 0.3)
 CROSSOVER_REPEATS = 7
+# The kernels stand for the `forward` of these classes, and for what a module does around it.
+FORWARDS: dict[type, Callable] = {kind: kind.forward for kind in (SpikingLinear, BPSN, nn.LayerNorm, nn.Dropout)}
+CALL = nn.Module.__call__
+# The attention of these is what the kernels compute.
+ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa")
+# Of torch's copies that are made on write; where one of these is missing, copies are real ones (see `Snapshot`).
+lazy_clone: Any = getattr(torch, "_lazy_clone", None)
+data_address: Any = getattr(torch._C, "_data_address", None)
+use_count: Any = getattr(torch._C, "_storage_Use_Count", None)
+COPIES_ON_WRITE = None not in (lazy_clone, data_address, use_count)
+# Held while something is made of weights, or a snapshot of them is taken.
+_MAKING = threading.Lock()
+
+
+class RunsWhole:
+    """What an encoder layer inherits so that it can be run whole: `event_driven` sets the runner that it asks."""
+
+    runner: "EventDrivenLayer | None" = None
+
+
+def part_of_layer(kind: type[nn.Module]) -> type[nn.Module]:
+    """Mark a class of modules inside an encoder layer, as a decorator: the kernels stand for its `forward`."""
+    FORWARDS[kind] = kind.forward
+    return kind
 
 
 def event_driven(model: Model, weight_dtype: str = "float32", *, dense_above: float | None = None) -> Model:
@@ -82,7 +109,7 @@ def event_driven(model: Model, weight_dtype: str = "float32", *, dense_above: fl
         `model` itself. Its results have no gradient: a backward pass through a product raises a `RuntimeError`.
 
     Raises:
-        TypeError: if there is no encoder layer of an SNN-BERT in `model`.
+        TypeError: if there is no encoder layer of an SNN-BERT in `model`, or its weights are no plain tensors.
         ValueError: if an argument is outside its range, the model is in training mode, or it is not on the CPU.
     """
     _check_weight_dtype(weight_dtype)
@@ -91,28 +118,28 @@ def event_driven(model: Model, weight_dtype: str = "float32", *, dense_above: fl
     layers = _layers(model)
     if model.training or any(layer.training for layer in layers):
         raise ValueError("`model` is in training mode and event-driven products have no gradient: call `model.eval()`")
-    devices = {parameter.device.type for layer in layers for parameter in layer.parameters()}
-    if devices != {"cpu"}:
-        raise ValueError(f"event-driven inference runs on the CPU, but `model` is on {sorted(devices)}")
+    for layer in layers:
+        for name, parameter in layer.named_parameters():
+            _check_plain(name, parameter)
+            if parameter.device.type != "cpu":
+                raise ValueError(
+                    f"event-driven inference runs on the CPU, but `model` is on {parameter.device.type!r}: move it to "
+                    "the CPU, and offload weights after that"
+                )
+        for name in (name for names in PRODUCTS for name in names):
+            _linear(layer, name)
     warn_if_missing()
     dense(model)
-    on_kernels = available()
     for layer in layers:
-        ternary = layer.attention.self.config.spike_type == "ternary"
+        for parameter in layer.parameters():
+            own_memory(parameter)
+        layer.runner = EventDrivenLayer()
         for names in PRODUCTS:
-            shared = SharedLists(ternary, on_kernels)
+            shared = SharedLists(layer.attention.self.config.spike_type == "ternary")
             for name in names:
-                linear = _linear(layer, name)
-                shape = (linear.in_features, linear.out_features)
-                rate = crossover_rate(*shape, weight_dtype, on_kernels) if dense_above is None else dense_above
-                state = EventDrivenProduct(weight_dtype, rate, shared, type(linear))
-                linear.__class__ = EventDrivenLinear
-                cast(EventDrivenLinear, linear).product = state
-        state_of_layer = LayerState(type(layer))
-        layer.__class__ = EventDrivenLayer
-        cast(EventDrivenLayer, layer).event_driven = state_of_layer
-    path = "compiled kernels" if on_kernels else "torch's embedding_bag (no compiled kernels)"
-    on_tiles = " on AMX" if on_kernels and weight_dtype == "int8" and tiles_available() else ""
+                _linear(layer, name).runner = EventDrivenProduct(weight_dtype, dense_above, shared)
+    path = "compiled kernels" if available() else "torch's embedding_bag (no compiled kernels)"
+    on_tiles = " on AMX" if weight_dtype == "int8" and tiles_available() else ""
     rates = dense_rates(model)
     logger.info(f"event-driven inference on {path}, {weight_dtype} weights, dense{on_tiles} above the rates {rates}")
     return model
@@ -124,14 +151,8 @@ def dense(model: Model) -> Model:
     A model that is dense already is left as it is.
     """
     for module in model.modules():
-        if isinstance(module, EventDrivenLinear):
-            dense_class = module.product.dense_class
-            del module.product
-            module.__class__ = dense_class
-        elif isinstance(module, EventDrivenLayer):
-            dense_class = module.event_driven.dense_class
-            del module.event_driven
-            module.__class__ = dense_class
+        if isinstance(module, SpikingLinear | RunsWhole) and module.runner is not None:
+            del module.runner
     return model
 
 
@@ -171,14 +192,14 @@ def is_event_driven(model: nn.Module) -> bool:
 def dense_rates(model: nn.Module) -> dict[str, float]:
     """The firing rate above which a product runs dense, for each size `inputs x outputs` in an event-driven model."""
     return {
-        f"{module.in_features}x{module.out_features}": round(module.product.dense_above, 3)
+        f"{module.in_features}x{module.out_features}": round(module.runner.dense_rate(module), 3)
         for module in model.modules()
         if isinstance(module, EventDrivenLinear)
     }
 
 
-def _layers(model: nn.Module) -> list[SNNBertLayer]:
-    layers = [module for module in model.modules() if isinstance(module, SNNBertLayer)]
+def _layers(model: nn.Module) -> list[Any]:
+    layers = [module for module in model.modules() if isinstance(module, RunsWhole)]
     if not layers:
         raise TypeError(
             f"`model` must be an SNN-BERT, whose products take spikes; there is none in {type(model).__name__}"
@@ -191,20 +212,118 @@ def _check_weight_dtype(weight_dtype: str) -> None:
         raise ValueError(f"`weight_dtype` must be one of {list(WEIGHT_TYPES)}, got {weight_dtype!r}")
 
 
-def _linear(layer: SNNBertLayer, name: str) -> nn.Linear:
+def _check_plain(name: str, x: torch.Tensor) -> None:
+    if type(x) not in PLAIN_TYPES:
+        raise TypeError(
+            f"event-driven inference needs plain tensors, but {name} is {type(x).__name__}: load the model without "
+            "quantization, then `to_event_driven('int8')` rounds its weights itself"
+        )
+
+
+def _linear(layer: nn.Module, name: str) -> SpikingLinear:
     linear = layer.get_submodule(name)
     # A Linear that an adapter has wrapped stands one level deeper.
     linear = getattr(linear, "base_layer", linear)
-    if not isinstance(linear, nn.Linear) or linear.in_features > MAX_INPUTS:
-        raise TypeError(f"{name} must be a Linear of at most {MAX_INPUTS} inputs, got {type(linear).__name__}")
+    if not isinstance(linear, SpikingLinear) or linear.in_features > MAX_INPUTS:
+        raise TypeError(f"{name} must be a SpikingLinear of at most {MAX_INPUTS} inputs, got {type(linear).__name__}")
     return linear
 
 
-def stamp(*tensors: torch.Tensor | None) -> tuple:
-    """Changes whenever one of `tensors` is replaced, moved or written to, as far as torch keeps count."""
-    return tuple(
-        None if x is None else (x.data_ptr(), x.dtype, None if x.is_inference() else x._version) for x in tensors
-    )
+def own_memory(x: torch.Tensor) -> None:
+    """Move `x` to memory of torch's own if it lies in another library's, as after loading a safetensors file.
+
+    Memory that other processes share stays where it is.
+    """
+    if COPIES_ON_WRITE and not x.is_shared():
+        try:
+            lazy_clone(x.detach())
+        except RuntimeError:
+            x.data = x.detach().clone()
+
+
+def _holders(x: torch.Tensor) -> int:
+    """How many hold the memory of `x`."""
+    return use_count(x.untyped_storage()._cdata)
+
+
+# What that is for a tensor whose memory nobody else holds.
+HELD_ONCE = _holders(torch.empty(1)) if COPIES_ON_WRITE else 0
+
+
+class Snapshot:
+    """What some tensors held at one time, and whether they still do, whoever wrote to them and in whatever way.
+
+    A copy that torch makes on write shares the memory of its tensor until someone writes to that, also through `.data`:
+    then the tensor moves. So what lies in the same place holds the same, and nothing has to be read. torch copies so
+    only what lies in memory of its own; and where others hold the memory too, one of them might write behind torch's
+    back (a NumPy array does). There the copy is a real one and is compared number by number.
+    """
+
+    def __init__(self, tensors: Tensors) -> None:
+        self.addresses: list[tuple | None] | None = None
+        self.copies: Tensors = []
+        if not self._share(tensors):
+            self.copies = [None if x is None else x.detach().clone() for x in tensors]
+
+    def _share(self, tensors: Tensors) -> bool:
+        if not COPIES_ON_WRITE:
+            return False
+        if any(x is not None and _holders(x) > HELD_ONCE for x in tensors):
+            return False
+        try:
+            copies = [None if x is None else lazy_clone(x.detach()) for x in tensors]
+        except RuntimeError:
+            return False
+        self.copies, self.addresses = copies, self._places(tensors)
+        return True
+
+    @staticmethod
+    def _places(tensors: Tensors) -> list[tuple | None]:
+        # `data_ptr` would count as a write.
+        return [
+            None if x is None else (data_address(x), x.storage_offset(), x.dtype, x.shape, x.stride()) for x in tensors
+        ]
+
+    def is_in_place(self, tensors: Tensors) -> bool:
+        """Whether `tensors` still share the memory of their copies."""
+        return self.addresses is not None and self.addresses == self._places(tensors)
+
+    def still_holds(self, tensors: Tensors) -> bool:
+        """Whether `tensors` hold what they did. Those that have only moved are followed."""
+        if self.is_in_place(tensors):
+            return True
+        pairs = zip(tensors, self.copies, strict=True)
+        if any((x is None) != (y is None) or (x is not None and not _equal(x, y)) for x, y in pairs):
+            return False
+        self._share(tensors)
+        return True
+
+
+def _equal(x: torch.Tensor, y: torch.Tensor | None) -> bool:
+    return y is not None and x.dtype == y.dtype and torch.equal(x, y)
+
+
+class MadeOf:
+    """Things that are made of tensors when they are first asked for, and again when the tensors have changed."""
+
+    def __init__(self) -> None:
+        # Both change at once, for other threads.
+        self._state: tuple[Snapshot | None, dict[str, Any]] = None, {}
+
+    def get(self, name: str, tensors: Tensors, make: Callable[[], Any]) -> Any:
+        """What `make` makes of `tensors`; `name` tells it from other things made of the same tensors."""
+        snapshot, things = self._state
+        if snapshot is not None and name in things and snapshot.is_in_place(tensors):
+            return things[name]
+        # What is made in inference mode could not be used outside it.
+        with _MAKING, torch.inference_mode(False), torch.no_grad():
+            snapshot, things = self._state
+            if snapshot is None or not snapshot.still_holds(tensors):
+                snapshot, things = Snapshot(tensors), {}
+            if name not in things:
+                things[name] = make()
+            self._state = snapshot, things
+            return things[name]
 
 
 def round_weights(weight: torch.Tensor, weight_dtype: str) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -231,9 +350,8 @@ def rounded_floats(weight: torch.Tensor, weight_dtype: str) -> torch.Tensor:
 class SharedLists:
     """The lists of the last input, for all products that take it. Copies and pickles start empty."""
 
-    def __init__(self, ternary: bool, on_kernels: bool) -> None:
+    def __init__(self, ternary: bool) -> None:
         self.ternary = ternary
-        self.on_kernels = on_kernels
         self.last: tuple[weakref.ref, Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -245,7 +363,7 @@ class SharedLists:
         if last is not None and last[0]() is spikes:
             return last[1]
         rows = spikes.detach().flatten(0, -2)
-        lists = list_float_spikes(rows, self.ternary) if self.on_kernels else Bags(rows, self.ternary)
+        lists = list_float_spikes(rows, self.ternary) if available() else Bags(rows, self.ternary)
         if spikes.is_inference() or not spikes.requires_grad:
             self.last = weakref.ref(spikes, self._forget), lists
         return lists
@@ -277,52 +395,87 @@ class Bags:
 
 
 class EventDrivenProduct:
-    """What an `EventDrivenLinear` has beside its parameters: the settings, and its weights in the layouts in use.
+    """The runner of a `SpikingLinear`: it adds up the weights of those of its inputs that fire.
 
-    The layouts are made when they are first needed, and again when a parameter has changed.
+    A call takes the module and spikes `[..., inputs]` and returns `[..., outputs]` in their dtype.
+
+    Args:
+        weight_dtype: `"float32"`, `"bfloat16"` or `"int8"`.
+        dense_above: the firing rate above which the product runs dense, or `None` to measure it.
+        shared: the lists of the input, shared by all products of the same spikes.
+
+    Raises:
+        ValueError: if the input is not made of spikes.
+        TypeError: if the weights are no plain tensor.
+        RuntimeError: in training mode, or away from the CPU.
     """
 
-    def __init__(self, weight_dtype: str, dense_above: float, shared: SharedLists, dense_class: type) -> None:
+    def __init__(self, weight_dtype: str, dense_above: float | None, shared: SharedLists) -> None:
         self.weight_dtype = weight_dtype
         self.dense_above = dense_above
         self.shared = shared
-        self.dense_class = dense_class
-        # What the parameters were, and the layouts that were made of them. Both change at once, for other threads.
-        self._layouts: tuple[tuple, dict[str, Any]] = (), {}
+        self._measured: float | None = None
+        self._layouts = MadeOf()
+
+    def __reduce__(self) -> tuple:
+        # A copy knows the settings, and nothing of what has been measured or computed.
+        return EventDrivenProduct, (self.weight_dtype, self.dense_above, self.shared)
+
+    def __str__(self) -> str:
+        above = "measured" if self.dense_above is None else self.dense_above
+        return f"event-driven, weight_dtype={self.weight_dtype!r}, dense_above={above}"
+
+    def __call__(self, linear: SpikingLinear, spikes: torch.Tensor) -> torch.Tensor:
+        if linear.training:
+            raise RuntimeError("event-driven inference has no training mode: call `dense(model)` before training")
+        weight = linear.weight
+        _check_plain("a weight", weight)
+        if spikes.device.type != "cpu" or weight.device.type != "cpu":
+            raise RuntimeError("event-driven inference runs on the CPU: call `dense(model)` before moving the model")
+        if spikes.shape[-1] != linear.in_features:
+            raise ValueError(f"the input must have {linear.in_features} channels, got {list(spikes.shape)}")
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            # Lists have no fixed length, so a graph holds the dense product of the same weights.
+            return nn.functional.linear(spikes, self.rounded(linear).to(spikes.dtype), linear.bias)
+        trained = (spikes, weight, linear.bias)
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in trained):
+            return _WithoutGradient.apply(linear, *trained).to(spikes.dtype)
+        return self.run(linear, spikes).to(spikes.dtype)
+
+    def dense_rate(self, linear: nn.Linear) -> float:
+        """The firing rate above which the product of `linear` runs dense."""
+        if self.dense_above is not None:
+            return self.dense_above
+        if self._measured is None:
+            self._measured = crossover_rate(linear.in_features, linear.out_features, self.weight_dtype)
+        return self._measured
 
     def _layout(self, name: str, linear: nn.Linear, make: Callable[[torch.Tensor, torch.Tensor | None], Any]) -> Any:
-        made_for = stamp(linear.weight, linear.bias)
-        known_for, layouts = self._layouts
-        if made_for != known_for:
-            layouts = {}
-            self._layouts = made_for, layouts
-        if name not in layouts:
-            # Weights that are made in inference mode could not be used outside it.
-            with torch.inference_mode(False), torch.no_grad():
-                layouts[name] = make(*round_weights(linear.weight, self.weight_dtype))
-        return layouts[name]
+        def made() -> Any:
+            return make(*round_weights(linear.weight, self.weight_dtype))
+
+        return self._layouts.get(name, [linear.weight, linear.bias], made)
 
     def blocked(self, linear: nn.Linear) -> BlockedWeights:
         """The weights for the compiled kernels."""
-        bias = None if linear.bias is None else linear.bias.detach()
-        return self._layout("blocked", linear, lambda w, scale: block_weights(w, scale, bias, self.weight_dtype))
+        return self._layout("blocked", linear, lambda w, scale: block_weights(w, scale, linear.bias, self.weight_dtype))
 
     def tiled(self, linear: nn.Linear) -> BlockedWeights | None:
         """The int8 weights for dense products on AMX, where there is that."""
-        if self.weight_dtype != "int8" or not self.shared.on_kernels or not tiles_available():
+        if self.weight_dtype != "int8" or not available() or not tiles_available():
             return None
-        bias = None if linear.bias is None else linear.bias.detach()
-        return self._layout("tiled", linear, lambda w, scale: tile_weights(w, cast(torch.Tensor, scale), bias))
+        return self._layout("tiled", linear, lambda w, scale: tile_weights(w, scale, linear.bias))
 
-    def runs_by_events(self, spikes: SpikeLists | PackedSpikes | Bags) -> bool:
+    def runs_by_events(self, linear: nn.Linear, spikes: "SpikeLists | PackedSpikes | Bags") -> bool:
         """Whether that is the faster product at the firing rate of `spikes`."""
-        return self.dense_above >= 1 or (self.dense_above > 0 and spikes.firing_rate <= self.dense_above)
+        rate = self.dense_rate(linear)
+        return rate >= 1 or (rate > 0 and spikes.firing_rate <= rate)
 
     def kernel_operands(
         self, linear: nn.Linear, spikes: PackedSpikes
     ) -> tuple[SpikeLists | PackedSpikes, BlockedWeights | None]:
         """Spikes and weights as the faster kernel takes them; no weights where torch's dense product is faster."""
-        if self.runs_by_events(spikes):
+        if self.runs_by_events(linear, spikes):
             return spikes.lists, self.blocked(linear)
         return spikes, self.tiled(linear)
 
@@ -330,10 +483,10 @@ class EventDrivenProduct:
         """`[..., outputs]` in float32 from `spikes`, `[..., inputs]`, by whichever product is faster at their rate."""
         lists = self.shared.of(spikes)
         if isinstance(lists, Bags):
-            by_events = self.runs_by_events(lists)
+            by_events = self.runs_by_events(linear, lists)
             result = self._run_bags(linear, lists) if by_events else self.run_dense(linear, spikes.flatten(0, -2))
         else:
-            weights = self.blocked(linear) if self.runs_by_events(lists) else self.tiled(linear)
+            weights = self.blocked(linear) if self.runs_by_events(linear, lists) else self.tiled(linear)
             rows = spikes.flatten(0, -2)
             result = self.run_dense(linear, rows) if weights is None else event_linear(lists, weights)
         return result.unflatten(0, spikes.shape[:-1])
@@ -346,9 +499,11 @@ class EventDrivenProduct:
         well, so beside it the bfloat16 product is taken.
         """
         bias = linear.bias
-        if self.weight_dtype == "float32" or (self.weight_dtype == "bfloat16" and self.shared.on_kernels):
-            weight = self._layout("dense", linear, lambda w, _: w.float())
-            return nn.functional.linear(spikes.float(), weight, None if bias is None else bias.float())
+        if self.weight_dtype == "float32" or (self.weight_dtype == "bfloat16" and available()):
+            # float32 weights are the parameter itself, of which no copy is kept.
+            is_float32 = self.weight_dtype == "float32"
+            weight = linear.weight if is_float32 else self._layout("dense", linear, lambda w, _: w.float())
+            return nn.functional.linear(spikes.float(), weight.float(), None if bias is None else bias.float())
         if self.weight_dtype == "bfloat16":
             weight = self._layout("dense", linear, lambda w, _: w)
             result = nn.functional.linear(spikes.bfloat16(), weight).float()
@@ -366,13 +521,13 @@ class EventDrivenProduct:
             )
             result = result.mul_(scale)
         else:
-            table = self._layout("table", linear, lambda w, _: w.t().contiguous())
+            table = self._layout("table", linear, lambda w, _: w.t().clone(memory_format=torch.contiguous_format))
             signs = None if signs is None else signs.to(table.dtype)
             result = nn.functional.embedding_bag(indices, table, offsets, mode="sum", per_sample_weights=signs).float()
         return result if linear.bias is None else result + linear.bias
 
     def rounded(self, linear: nn.Linear) -> torch.Tensor:
-        """The rounded weights as floats."""
+        """The rounded weights as floats, in place of those of `linear`."""
         return rounded_floats(linear.weight, self.weight_dtype)
 
 
@@ -390,129 +545,95 @@ class _WithoutGradient(torch.autograd.Function):
     """The event-driven product, with an error in place of a gradient that would silently be missing."""
 
     @staticmethod
-    def forward(ctx, spikes: torch.Tensor, weight: torch.Tensor, linear: "EventDrivenLinear") -> torch.Tensor:
-        return linear.product.run(linear, spikes)
+    def forward(ctx, linear: SpikingLinear, spikes: torch.Tensor, *parameters: torch.Tensor | None) -> torch.Tensor:
+        return linear.runner.run(linear, spikes)
 
     @staticmethod
     def backward(ctx, grad):
         raise RuntimeError("event-driven inference has no gradients: call `dense(model)` before training")
 
 
-class EventDrivenLinear(nn.Linear):
-    """A Linear whose input is spikes, computed as a sum over those that fire. `event_driven` makes it from a Linear.
+class _HasRunner(type):
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, SpikingLinear) and instance.runner is not None
 
-    `forward` takes spikes `[..., inputs]` and returns `[..., outputs]` in their dtype.
 
-    Raises:
-        ValueError: if the input is not made of spikes.
-        RuntimeError: in training mode, or away from the CPU.
+class EventDrivenLinear(SpikingLinear, metaclass=_HasRunner):
+    """For `isinstance` only: a Linear of an event-driven model is one."""
+
+
+class EventDrivenLayer:
+    """The runner of an encoder layer: on the compiled kernels it runs from spikes to spikes.
+
+    The layer goes through its modules one by one, as the dense one does, wherever someone looks at what happens in
+    between (spikes or attentions are asked for, a hook is registered, a `forward` replaced, a gradient may be wanted),
+    where a module is not what the kernels compute (another neuron, an adapter, attention without softmax, another
+    dtype), or without kernels.
     """
 
-    product: EventDrivenProduct
+    def __init__(self) -> None:
+        # Of each neuron, as the kernels take them.
+        self._parameters: dict[str, MadeOf] = {}
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if self.training:
-            raise RuntimeError("event-driven inference has no training mode: call `dense(model)` before training")
-        if input.device.type != "cpu" or self.weight.device.type != "cpu":
-            raise RuntimeError("event-driven inference runs on the CPU: call `dense(model)` before moving the model")
-        if input.shape[-1] != self.in_features:
-            raise ValueError(f"the input must have {self.in_features} channels, got {list(input.shape)}")
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            # Lists have no fixed length, so a graph holds the dense product of the same weights.
-            return nn.functional.linear(input, self.product.rounded(self).to(input.dtype), self.bias)
-        if torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad):
-            return _WithoutGradient.apply(input, self.weight, self).to(input.dtype)
-        return self.product.run(self, input).to(input.dtype)
+    def __reduce__(self) -> tuple:
+        return EventDrivenLayer, ()
 
-    def extra_repr(self) -> str:
-        product = self.product
-        return f"{super().extra_repr()}, weight_dtype={product.weight_dtype!r}, dense_above={product.dense_above:.3f}"
-
-
-class LayerState:
-    """What an `EventDrivenLayer` has beside its modules: its dense class, and its neurons' parameters."""
-
-    def __init__(self, dense_class: type) -> None:
-        self.dense_class = dense_class
-        self._neurons: dict[str, tuple[tuple, NeuronParameters]] = {}
-
-    def neuron(self, name: str, neuron: BPSN) -> NeuronParameters:
-        """The parameters of `neuron` as the kernels take them, computed again when one of them has changed."""
-        # The same as `parameters()`, which takes longer than a small layer's products.
-        made_for = stamp(*neuron._parameters.values())
-        known = self._neurons.get(name)
-        if known is None or known[0] != made_for:
-            with torch.inference_mode(False), torch.no_grad():
-                values = (neuron.v_threshold, neuron.decay_forward, neuron.decay_backward, neuron.soft_reset)
-                v_threshold, decay_forward, decay_backward, reset = (x.detach().float().contiguous() for x in values)
-            parameters = NeuronParameters(
-                neuron.num_groups,
-                v_threshold,
-                decay_forward,
-                decay_backward,
-                reset,
-                neuron.normalize,
-                neuron.reset_iterations,
-                neuron.spike_type == "ternary",
-            )
-            known = made_for, parameters
-            self._neurons[name] = known
-        return known[1]
-
-
-class EventDrivenLayer(SNNBertLayer):
-    """An encoder layer that runs from spikes to spikes on the compiled kernels. `event_driven` makes it.
-
-    It goes through its modules one by one, as the dense layer does, wherever someone looks at what happens in between
-    (spikes or attentions are asked for, a hook is registered, a gradient may be wanted), where a module is not what the
-    kernels compute (another neuron, an adapter, attention without softmax, another dtype), or without kernels.
-    """
-
-    event_driven: LayerState
-
-    def forward(
+    def takes(
         self,
+        layer: Any,
         hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        token_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None,
+        token_mask: torch.Tensor | None,
+        *,
+        output_attentions: bool | None = True,
+        output_spikes: bool | None = True,
+        is_causal: bool | None = None,
         **kwargs,
-    ) -> torch.Tensor:
-        parts = self._parts()
-        if not self._can_run_whole(hidden_states, parts):
-            return super().forward(hidden_states, attention_mask, token_mask, **kwargs)
-        mask = None if token_mask is None else (token_mask != 0).to(torch.uint8).contiguous()
-        return self._run_whole(hidden_states.contiguous(), mask, parts)
-
-    def _can_run_whole(self, hidden_states: torch.Tensor, parts: Parts) -> bool:
+    ) -> bool:
+        """Whether the layer can run whole. What the call does not decline by name may be asked for by a hook."""
         if (
-            self.training
-            or torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
+            torch.compiler.is_compiling()
             or torch.jit.is_tracing()
+            or torch.is_grad_enabled()
             or torch.is_autocast_enabled("cpu")
+            or layer.training
+            or is_causal
+            or not _is_on_cpu(hidden_states)
             or hidden_states.dtype != torch.float32
-            or hidden_states.device.type != "cpu"
             or hidden_states.shape[1] >= MAX_INPUTS
+            or (attention_mask is not None and token_mask is None)
             or not available()
+            or not _is_plain(layer, bool(output_attentions or output_spikes))
         ):
             return False
-        attention = self.attention.self
-        if attention.config.attention_type != "softmax" or attention.head_size > MAX_HEAD_SIZE:
+        attention = layer.attention.self
+        config = attention.config
+        if config.attention_type != "softmax" or config._attn_implementation not in ATTENTION_IMPLEMENTATIONS:
             return False
-        for name, neuron, linear in parts:
-            if type(neuron) is not BPSN or neuron.implementation not in ("auto", "chunked"):
+        if attention.head_size > MAX_HEAD_SIZE:
+            return False
+        for name, neuron, linear in self._parts(layer):
+            if neuron.implementation not in ("auto", "chunked"):
                 return False
-            if neuron.v_threshold.dtype != torch.float32 or neuron.num_channels // neuron.num_groups % 8:
+            if not _is_on_cpu(neuron.v_threshold) or neuron.v_threshold.dtype != torch.float32:
                 return False
-            if linear is not None and (type(linear) is not EventDrivenLinear or not linear.product.shared.on_kernels):
+            if neuron.num_channels // neuron.num_groups % 8:
+                return False
+            if linear is not None and (linear.runner is None or not _is_on_cpu(linear.weight)):
                 return False
             if name == "context" and neuron.num_groups * attention.head_size != neuron.num_channels:
                 return False
-        return not self._is_observed()
+        return True
 
-    def _parts(self) -> Parts:
+    def __call__(self, layer: Any, hidden_states: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
+        mask = None if token_mask is None else (token_mask != 0).to(torch.uint8).contiguous()
+        return self._run_whole(layer, hidden_states.contiguous(), mask)
+
+    @staticmethod
+    def _parts(layer: Any) -> Parts:
         """The neurons, each with the Linear whose currents it receives, or that its spikes feed."""
-        attention, context, middle, output = self.attention.self, self.attention.output, self.intermediate, self.output
+        attention, context = layer.attention.self, layer.attention.output
+        middle, output = layer.intermediate, layer.output
         return (
             ("input", attention.neuron, None),
             ("query", attention.query_neuron, attention.query),
@@ -523,25 +644,19 @@ class EventDrivenLayer(SNNBertLayer):
             ("mlp_hidden", output.neuron, output.dense),
         )
 
-    def _is_observed(self) -> bool:
-        collector = getattr(output_capturing, "_active_collector", None)
-        asked_for = collector.get() if collector is not None else None
-        if asked_for is not None and ("spikes" in asked_for or "attentions" in asked_for):
-            return True
-        # By hand, since `modules()` takes longer than a small layer's products.
-        inside = [module for module in self._modules.values() if module is not None]
-        for module in inside:
-            for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-                # transformers leaves its own hooks in place; they do nothing unless asked for, which is checked above.
-                if getattr(hook, "__module__", None) != output_capturing.__name__:
-                    return True
-            inside += [child for child in module._modules.values() if child is not None]
-        return False
+    def _neuron(self, name: str, neuron: BPSN) -> NeuronParameters:
+        """The parameters of `neuron` as the kernels take them."""
 
-    def _run_whole(self, states: torch.Tensor, mask: torch.Tensor | None, parts: Parts) -> torch.Tensor:
-        attention, after = self.attention.self, self.attention.output
-        of_layer = self.event_driven
-        neuron = {name: of_layer.neuron(name, cast(BPSN, module)) for name, module, _ in parts}
+        def make() -> NeuronParameters:
+            values = (neuron.v_threshold, neuron.decay_forward, neuron.decay_backward, neuron.soft_reset)
+            return NeuronParameters(*values, neuron.normalize, neuron.reset_iterations, neuron.spike_type == "ternary")
+
+        # The same as `parameters()`, which takes longer than a small layer's products.
+        return self._parameters.setdefault(name, MadeOf()).get("", list(neuron._parameters.values()), make)
+
+    def _run_whole(self, layer: Any, states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        attention, after = layer.attention.self, layer.attention.output
+        neuron = {name: self._neuron(name, module) for name, module, _ in self._parts(layer)}
 
         spikes = neuron_spikes(states, mask, neuron["input"])
         shared = PackedSpikes(spikes)
@@ -549,49 +664,72 @@ class EventDrivenLayer(SNNBertLayer):
             self._spikes_behind(linear, shared, mask, neuron[name])
             for name, linear in (("query", attention.query), ("key", attention.key), ("value", attention.value))
         )
-        gain, offset = attention.query_gain.detach(), attention.query_offset.detach()
+        gain, offset = attention.query_gain.contiguous(), attention.query_offset.contiguous()
         spikes = attention_spikes(query, key, value, gain, offset, attention.scaling, mask, neuron["context"])
         states = after.LayerNorm(self._add_product(after.dense, PackedSpikes(spikes), states))
 
         spikes = neuron_spikes(states, mask, neuron["mlp_input"])
-        spikes = self._spikes_behind(self.intermediate.dense, PackedSpikes(spikes), mask, neuron["mlp_hidden"])
-        return self.output.LayerNorm(self._add_product(self.output.dense, PackedSpikes(spikes), states))
+        spikes = self._spikes_behind(layer.intermediate.dense, PackedSpikes(spikes), mask, neuron["mlp_hidden"])
+        return layer.output.LayerNorm(self._add_product(layer.output.dense, PackedSpikes(spikes), states))
 
     def _spikes_behind(
         self,
-        linear: nn.Linear,
+        linear: SpikingLinear,
         spikes: PackedSpikes,
         mask: torch.Tensor | None,
         neuron: NeuronParameters,
     ) -> torch.Tensor:
         """Packed spikes of `neuron` behind `linear`."""
-        product = cast(EventDrivenLinear, linear).product
         batch, tokens = spikes.packed.shape[1:3]
-        inputs, weights = product.kernel_operands(linear, spikes)
+        inputs, weights = linear.runner.kernel_operands(linear, spikes)
         if weights is None:
-            current = product.run_dense(linear, _floats(spikes.packed))
+            current = linear.runner.run_dense(linear, _floats(spikes.packed))
         elif fits_blocks(weights.layout, linear.out_features, neuron.groups):
             return linear_neuron_spikes(inputs, weights, batch, mask, neuron)
         else:
             current = event_linear(inputs, weights)
         return neuron_spikes(current.view(batch, tokens, -1), mask, neuron)
 
-    def _add_product(self, linear: nn.Linear, spikes: PackedSpikes, states: torch.Tensor) -> torch.Tensor:
+    def _add_product(self, linear: SpikingLinear, spikes: PackedSpikes, states: torch.Tensor) -> torch.Tensor:
         """`states` plus the product of `spikes`."""
-        product = cast(EventDrivenLinear, linear).product
-        inputs, weights = product.kernel_operands(linear, spikes)
+        inputs, weights = linear.runner.kernel_operands(linear, spikes)
         if weights is None:
-            return states + product.run_dense(linear, _floats(spikes.packed)).view_as(states)
-        return event_linear(inputs, weights, states).view_as(states)
+            return states + linear.runner.run_dense(linear, _floats(spikes.packed)).view_as(states)
+        return event_linear(inputs, weights, states.flatten(0, -2)).view_as(states)
+
+
+def _is_on_cpu(x: torch.Tensor) -> bool:
+    return type(x) in PLAIN_TYPES and x.is_cpu
+
+
+def _is_plain(layer: nn.Module, asked: bool) -> bool:
+    """Whether each module inside `layer` does what its class does, nobody looks at it, and it is not in training mode.
+
+    transformers leaves its recording hooks in place. They do nothing unless `asked` for spikes or attentions.
+    """
+    if torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks or nn.Module.__call__ is not CALL:
+        return False
+    # By hand, since `modules()` takes longer than a small layer's products.
+    inside = list(layer._modules.values())
+    for module in inside:
+        if module is None or FORWARDS.get(type(module)) is not type(module).forward:
+            return False
+        if "forward" in module.__dict__ or module.training or module._forward_pre_hooks:
+            return False
+        for hook in module._forward_hooks.values():
+            if asked or getattr(hook, "__module__", None) != OutputRecorder.__module__:
+                return False
+        inside += module._modules.values()
+    return True
 
 
 def _floats(packed: torch.Tensor) -> torch.Tensor:
     return unpack(packed, 8 * packed.shape[-1], torch.float32).flatten(0, -2)
 
 
-def crossover_rate(inputs: int, outputs: int, weight_dtype: str, on_kernels: bool) -> float:
+def crossover_rate(inputs: int, outputs: int, weight_dtype: str) -> float:
     """The firing rate in [0, 1] at which the event-driven and the dense product of this size take the same time."""
-    return _measure_crossover(inputs, outputs, weight_dtype, on_kernels, torch.get_num_threads())
+    return _measure_crossover(inputs, outputs, weight_dtype, available(), torch.get_num_threads())
 
 
 @functools.cache
@@ -604,8 +742,8 @@ def _measure_crossover(inputs: int, outputs: int, weight_dtype: str, on_kernels:
     with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad():
         # Packed spikes come in whole bytes.
         inputs += -inputs % 8
-        linear = nn.Linear(inputs, outputs)
-        product = EventDrivenProduct(weight_dtype, 1.0, SharedLists(False, on_kernels), nn.Linear)
+        linear = SpikingLinear(inputs, outputs)
+        product = EventDrivenProduct(weight_dtype, 1.0, SharedLists(False))
         batches = [(torch.rand(CROSSOVER_TOKENS, inputs) < rate).float() for rate in CROSSOVER_RATES]
 
     calls: list[Callable[[], torch.Tensor]]

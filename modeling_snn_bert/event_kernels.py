@@ -6,12 +6,11 @@ are `[signs, batch, seq_len, channels / 8]` as in `packed_spikes`.
 
 import ctypes
 import functools
-from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from .cpu_kernels import _LIBRARY, _Neuron
+from .cpu_kernels import _LIBRARY, _Neuron, check_groups, checked_pointer
 
 WEIGHT_TYPES = {"float32": 0, "bfloat16": 1, "int8": 2}
 # The layouts of weights: one for the events of each type, and one of int8 for dense products on tiles.
@@ -20,9 +19,10 @@ LAYOUTS = {**WEIGHT_TYPES, TILES: 3}
 # Output columns of a block, of which an input's weights fill one cache line of int8 or two of the others; the kernels
 # keep such a block in the cache.
 COLUMNS = {"float32": 32, "bfloat16": 64, "int8": 64, TILES: 64}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.uint8, TILES: torch.int8}
 # A tile of weights is so many inputs of so many columns.
 TILE_INPUTS, TILE_COLUMNS = 64, 16
-# A view may start anywhere, where the kernels want a cache line.
+# The kernels want a block to start at a cache line.
 BLOCK_ALIGNMENT = 64
 LIST_SLACK = 64
 # A list entry is 16 bits wide.
@@ -63,12 +63,30 @@ class _Attention(ctypes.Structure):
     ]
 
 
-class SpikeLists(NamedTuple):
-    """The active inputs of each row, and how many there are in all. `struct` points into the tensors."""
+class SpikeLists:
+    """The active inputs of each row, listed by the kernel of that name from spikes as floats or packed.
 
-    struct: _SpikeLists
-    tensors: tuple[torch.Tensor, ...]
-    spikes: int
+    `struct` points into memory that the object owns. With `packs` the kernel writes the packed spikes as well.
+    """
+
+    def __init__(
+        self, kernel: str, spikes: torch.Tensor, rows: int, inputs: int, signs: int, packs: bool = False
+    ) -> None:
+        is_float = kernel == "list_float_spikes"
+        source = checked_pointer("spikes", spikes, torch.float32 if is_float else torch.uint8, spikes.shape)
+        if spikes.numel() * (1 if is_float else 8) != rows * inputs * (1 if is_float else signs):
+            raise ValueError(f"`spikes` must hold {rows} rows of {inputs} inputs, got {list(spikes.shape)}")
+        if inputs > MAX_INPUTS:
+            raise ValueError(f"a list of spikes is over at most {MAX_INPUTS} inputs, got {inputs}")
+        stride = inputs + LIST_SLACK
+        indices = torch.empty(signs * rows * stride, dtype=torch.int16)
+        counts = torch.empty(signs * rows, dtype=torch.int32)
+        packed = torch.empty(signs, rows, (inputs + 7) // 8, dtype=torch.uint8) if packs else None
+        self.tensors = indices, counts, packed
+        pointers = (None if x is None else x.data_ptr() for x in self.tensors)
+        self.struct = _SpikeLists(rows, inputs, stride, signs, *pointers)
+        # Negative if there is something else than spikes.
+        self.spikes: int = _kernel(kernel)(ctypes.byref(self.struct), ctypes.c_void_p(source), _threads())
 
     @property
     def firing_rate(self) -> float:
@@ -81,13 +99,14 @@ class PackedSpikes:
 
     def __init__(self, packed: torch.Tensor) -> None:
         self.packed = packed
-        rows, inputs = packed[0, ..., 0].numel(), 8 * packed.shape[-1]
-        self.struct = _SpikeLists(rows, inputs, 0, len(packed), None, None, packed.data_ptr())
+        address = checked_pointer("packed", packed, torch.uint8, packed.shape)
+        signs, rows, inputs = _packed_rows(packed)
+        self.struct = _SpikeLists(rows, inputs, 0, signs, None, None, address)
 
     @functools.cached_property
     def firing_rate(self) -> float:
         """Share of the inputs that fire."""
-        packed = ctypes.c_void_p(self.packed.data_ptr()), ctypes.c_int64(self.packed.numel())
+        packed = ctypes.c_void_p(self.struct.packed), ctypes.c_int64(self.packed.numel())
         return _kernel("count_packed_spikes")(*packed, _threads()) / (self.struct.rows * self.struct.inputs)
 
     @functools.cached_property
@@ -96,27 +115,78 @@ class PackedSpikes:
         return list_packed_spikes(self.packed)
 
 
-class BlockedWeights(NamedTuple):
-    """The weights `[outputs, inputs]` of a product in one of the `LAYOUTS`, with what belongs to them."""
+class BlockedWeights:
+    """The weights `[outputs, inputs]` of a product in one of the `LAYOUTS`, with what belongs to them.
 
-    layout: str
-    outputs: int
-    blocks: torch.Tensor
-    scale: torch.Tensor | None
-    bias: torch.Tensor | None
+    Args:
+        layout: one of `LAYOUTS`.
+        outputs, inputs: of the product.
+        blocks: the weights, in one dimension.
+        scale, bias (`[outputs]`, float32): filled up to whole blocks; int8 needs a scale and the others take none.
+    """
+
+    def __init__(
+        self,
+        layout: str,
+        outputs: int,
+        inputs: int,
+        blocks: torch.Tensor,
+        scale: torch.Tensor | None,
+        bias: torch.Tensor | None,
+    ) -> None:
+        self.layout, self.outputs, self.inputs = layout, outputs, inputs
+        filled_outputs = outputs + -outputs % COLUMNS[layout]
+        filled_inputs = inputs + (-inputs % TILE_INPUTS if layout == TILES else 0)
+        address = checked_pointer("blocks", blocks, DTYPES[layout], (filled_outputs * filled_inputs,))
+        if address % BLOCK_ALIGNMENT:
+            raise ValueError(f"`blocks` must start at a multiple of {BLOCK_ALIGNMENT} bytes")
+        if (scale is not None) != (layout in ("int8", TILES)):
+            raise ValueError(f"`scale` belongs to int8 weights, and to no others, got {layout}")
+        of_columns = {"scale": scale, "bias": bias}
+        pointers = [_pointer(name, x, torch.float32, (filled_outputs,)) for name, x in of_columns.items()]
+        self.struct = _Product(outputs, LAYOUTS[layout], address, *pointers, None, None)
+        # The memory that `struct` points to.
+        self.tensors = blocks, scale, bias
 
 
-class NeuronParameters(NamedTuple):
-    """What the kernels need to know of a `BPSN`."""
+class NeuronParameters:
+    """What the kernels need to know of a `BPSN`: copies of its parameters, and its settings.
 
-    groups: int
-    v_threshold: torch.Tensor
-    decay_forward: torch.Tensor
-    decay_backward: torch.Tensor
-    reset: torch.Tensor
-    normalize: bool
-    reset_iterations: int
-    ternary: bool
+    Args:
+        v_threshold (`[channels]`): the thresholds.
+        decay_forward, decay_backward, reset (`[groups]`): as the neuron's.
+        normalize, reset_iterations, ternary: its settings.
+    """
+
+    def __init__(
+        self,
+        v_threshold: torch.Tensor,
+        decay_forward: torch.Tensor,
+        decay_backward: torch.Tensor,
+        reset: torch.Tensor,
+        normalize: bool,
+        reset_iterations: int,
+        ternary: bool,
+    ) -> None:
+        self.channels, self.groups, self.ternary = v_threshold.numel(), decay_forward.numel(), ternary
+        check_groups(self.channels, self.groups)
+        values = {"v_threshold": v_threshold}
+        values |= {"decay_forward": decay_forward, "decay_backward": decay_backward, "reset": reset}
+        # Copies, so that nobody else can free or change what the kernels read.
+        self.tensors = [x.detach().clone().float().contiguous() for x in values.values()]
+        shapes = ((self.channels,), *3 * ((self.groups,),))
+        pointers = {
+            name: checked_pointer(name, x, torch.float32, shape)
+            for name, x, shape in zip(values, self.tensors, shapes, strict=True)
+        }
+        self.struct = _Neuron(
+            channels=self.channels,
+            groups=self.groups,
+            normalize=normalize,
+            reset_iterations=reset_iterations,
+            ternary=ternary,
+            **pointers,
+        )
 
 
 def tiles_available() -> bool:
@@ -135,8 +205,15 @@ def _threads() -> ctypes.c_int32:
     return ctypes.c_int32(torch.get_num_threads())
 
 
-def _pointer(x: torch.Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
+def _pointer(name: str, x: torch.Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> int | None:
+    return None if x is None else checked_pointer(name, x, dtype, shape)
+
+
+def _packed_rows(packed: torch.Tensor) -> tuple[int, int, int]:
+    """Signs, rows and inputs of packed spikes `[signs, ..., channels / 8]`."""
+    if packed.dim() < 2 or packed.shape[0] not in (1, 2):
+        raise ValueError(f"packed spikes must be [1 or 2, ..., channels / 8], got {list(packed.shape)}")
+    return packed.shape[0], packed.shape[1:-1].numel(), 8 * packed.shape[-1]
 
 
 def block_weights(
@@ -152,47 +229,40 @@ def block_weights(
     if filling:
         weight = nn.functional.pad(weight, (0, 0, 0, filling))
     if weight_dtype == "float32":
-        blocks = weight.view(-1, columns, inputs).transpose(1, 2)
+        blocks = weight.reshape(-1, columns, inputs).transpose(1, 2)
     elif weight_dtype == "bfloat16":
-        blocks = weight.view(-1, 2, 2, columns // 4, inputs).permute(0, 4, 1, 3, 2)
+        blocks = weight.reshape(-1, 2, 2, columns // 4, inputs).permute(0, 4, 1, 3, 2)
     else:
-        fours = weight.view(-1, 4, columns // 4, inputs).to(torch.int16)
+        fours = weight.reshape(-1, 4, columns // 4, inputs).to(torch.int16)
         fours[:, ::2] += 128
         blocks = fours.to(torch.uint8).permute(0, 3, 2, 1)
-    return _blocked(weight_dtype, outputs, blocks, filling, scale, bias)
+    return _blocked(weight_dtype, outputs, inputs, blocks, filling, scale, bias)
 
 
-def tile_weights(weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> BlockedWeights:
+def tile_weights(weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None) -> BlockedWeights:
     """The layout of csrc/spike_tiles.c from int8 weights `[outputs, inputs]`."""
     outputs, inputs = weight.shape
     filling = -outputs % COLUMNS[TILES]
     weight = nn.functional.pad(weight, (0, -inputs % TILE_INPUTS, 0, filling))
     # [groups of columns, 16 columns, steps, 16 rows of a tile, 4 inputs]
-    tiles = weight.view(-1, TILE_COLUMNS, weight.shape[1] // TILE_INPUTS, TILE_INPUTS // 4, 4)
-    return _blocked(TILES, outputs, tiles.permute(0, 2, 3, 1, 4), filling, scale, bias)
+    tiles = weight.reshape(-1, TILE_COLUMNS, weight.shape[1] // TILE_INPUTS, TILE_INPUTS // 4, 4)
+    return _blocked(TILES, outputs, inputs, tiles.permute(0, 2, 3, 1, 4), filling, scale, bias)
 
 
 def _blocked(
     layout: str,
     outputs: int,
+    inputs: int,
     blocks: torch.Tensor,
     filling: int,
     scale: torch.Tensor | None,
     bias: torch.Tensor | None,
 ) -> BlockedWeights:
     """`blocks` in memory as the kernels want them, with `scale` and `bias` of the columns filled up too."""
-    blocks = blocks.contiguous()
-    if blocks.data_ptr() % BLOCK_ALIGNMENT:
-        blocks = blocks.clone()
-    filled = [None if x is None else nn.functional.pad(x.float(), (0, filling)) for x in (scale, bias)]
-    return BlockedWeights(layout, outputs, blocks, *filled)
-
-
-def _empty_lists(rows: int, inputs: int, ternary: bool) -> tuple[_SpikeLists, torch.Tensor, torch.Tensor]:
-    lists, stride = 1 + ternary, inputs + LIST_SLACK
-    indices = torch.empty(lists * rows * stride, dtype=torch.int16)
-    counts = torch.empty(lists * rows, dtype=torch.int32)
-    return _SpikeLists(rows, inputs, stride, lists, indices.data_ptr(), counts.data_ptr(), None), indices, counts
+    # A copy in any case: the weights themselves belong to somebody else.
+    blocks = blocks.clone(memory_format=torch.contiguous_format).view(-1)
+    filled = (None if x is None else nn.functional.pad(x.float(), (0, filling)) for x in (scale, bias))
+    return BlockedWeights(layout, outputs, inputs, blocks, *filled)
 
 
 def list_float_spikes(spikes: torch.Tensor, ternary: bool) -> SpikeLists:
@@ -203,14 +273,10 @@ def list_float_spikes(spikes: torch.Tensor, ternary: bool) -> SpikeLists:
     """
     spikes = spikes.float().contiguous()
     rows, inputs = spikes.shape
-    struct, *tensors = _empty_lists(rows, inputs, ternary)
-    if tiles_available():
-        tensors.append(torch.empty(1 + ternary, rows, (inputs + 7) // 8, dtype=torch.uint8))
-        struct.packed = tensors[-1].data_ptr()
-    listed = _kernel("list_float_spikes")(ctypes.byref(struct), ctypes.c_void_p(spikes.data_ptr()), _threads())
-    if listed < 0:
+    lists = SpikeLists("list_float_spikes", spikes, rows, inputs, 1 + ternary, packs=tiles_available())
+    if lists.spikes < 0:
         raise not_spikes(ternary)
-    return SpikeLists(struct, tuple(tensors), listed)
+    return lists
 
 
 def not_spikes(ternary: bool) -> ValueError:
@@ -224,30 +290,23 @@ def not_spikes(ternary: bool) -> ValueError:
 
 def list_packed_spikes(packed: torch.Tensor) -> SpikeLists:
     """Lists of packed spikes `[signs, ..., channels / 8]`, one row per token."""
-    signs, tokens, width = len(packed), packed[0, ..., 0].numel(), packed.shape[-1]
-    struct, indices, counts = _empty_lists(tokens, 8 * width, signs == 2)
-    listed = _kernel("list_packed_spikes")(ctypes.byref(struct), ctypes.c_void_p(packed.data_ptr()), _threads())
-    return SpikeLists(struct, (indices, counts), listed)
+    signs, tokens, channels = _packed_rows(packed)
+    return SpikeLists("list_packed_spikes", packed, tokens, channels, signs)
 
 
 def list_packed_columns(packed: torch.Tensor) -> SpikeLists:
     """Lists of the transposed spikes: for each channel the tokens, of at most `MAX_INPUTS`, at which it fires."""
-    signs, tokens, width = len(packed), packed[0, ..., 0].numel(), packed.shape[-1]
-    struct, indices, counts = _empty_lists(8 * width, tokens, signs == 2)
-    listed = _kernel("list_packed_columns")(ctypes.byref(struct), ctypes.c_void_p(packed.data_ptr()), _threads())
-    return SpikeLists(struct, (indices, counts), listed)
+    signs, tokens, channels = _packed_rows(packed)
+    return SpikeLists("list_packed_columns", packed, channels, tokens, signs)
 
 
-def _product(weights: BlockedWeights, addend: torch.Tensor | None, result: torch.Tensor | None) -> _Product:
-    return _Product(
-        weights.outputs,
-        LAYOUTS[weights.layout],
-        weights.blocks.data_ptr(),
-        _pointer(weights.scale),
-        _pointer(weights.bias),
-        _pointer(addend),
-        _pointer(result),
-    )
+def _product(spikes: SpikeLists | PackedSpikes, weights: BlockedWeights) -> _Product:
+    """A copy of the structure of `weights`, which `spikes` must fit."""
+    if spikes.struct.inputs != weights.inputs:
+        raise ValueError(f"the spikes have {spikes.struct.inputs} channels, but the weights {weights.inputs} inputs")
+    if not (spikes.struct.packed if weights.layout == TILES else spikes.struct.indices):
+        raise ValueError(f"weights in the layout {weights.layout} take other spikes than {type(spikes).__name__}")
+    return _Product.from_buffer_copy(weights.struct)
 
 
 def event_linear(
@@ -255,42 +314,32 @@ def event_linear(
 ) -> torch.Tensor:
     """`[rows, outputs]`: for each row the sum of the weights of its active inputs, plus bias and `addend`.
 
-    Products by events take lists, those on tiles packed spikes, or lists of floats, which have them as well.
+    Products by events take lists, those on tiles packed spikes, or lists of floats, which have them as well. `addend`
+    is `[rows, outputs]`, float32 and contiguous.
     """
     result = torch.empty(spikes.struct.rows, weights.outputs)
-    product = _product(weights, addend, result)
+    product = _product(spikes, weights)
+    if addend is not None:
+        product.addend = checked_pointer("addend", addend, torch.float32, result.shape)
+    product.result = result.data_ptr()
     _call("event_linear", spikes.struct, product)
     return result
 
 
 def _neuron(
-    neuron: NeuronParameters,
-    shape: tuple[int, int, int],
-    mask: torch.Tensor | None,
-    current: torch.Tensor | None,
-    packed: torch.Tensor,
+    neuron: NeuronParameters, batch: int, tokens: int, channels: int, mask: torch.Tensor | None, packed: torch.Tensor
 ) -> _Neuron:
-    batch, tokens, channels = shape
-    return _Neuron(
-        batch=batch,
-        tokens=tokens,
-        channels=channels,
-        groups=neuron.groups,
-        current=_pointer(current),
-        mask=_pointer(mask),
-        v_threshold=neuron.v_threshold.data_ptr(),
-        decay_forward=neuron.decay_forward.data_ptr(),
-        decay_backward=neuron.decay_backward.data_ptr(),
-        reset=neuron.reset.data_ptr(),
-        normalize=neuron.normalize,
-        reset_iterations=neuron.reset_iterations,
-        ternary=neuron.ternary,
-        packed=packed.data_ptr(),
-    )
+    """The structure of `neuron` for currents `[batch, tokens, channels]`, whose spikes go to `packed`."""
+    if neuron.channels != channels:
+        raise ValueError(f"the neuron has {neuron.channels} channels, but its currents {channels}")
+    struct = _Neuron.from_buffer_copy(neuron.struct)
+    struct.batch, struct.tokens, struct.packed = batch, tokens, packed.data_ptr()
+    struct.mask = _pointer("mask", mask, torch.uint8, (batch, tokens))
+    return struct
 
 
-def _empty_packed(neuron: NeuronParameters, batch: int, tokens: int, channels: int) -> torch.Tensor:
-    return torch.empty(1 + neuron.ternary, batch, tokens, channels // 8, dtype=torch.uint8)
+def _empty_packed(neuron: NeuronParameters, batch: int, tokens: int) -> torch.Tensor:
+    return torch.empty(1 + neuron.ternary, batch, tokens, neuron.channels // 8, dtype=torch.uint8)
 
 
 def _call(name: str, *arguments: ctypes.Structure) -> None:
@@ -304,8 +353,10 @@ def _call(name: str, *arguments: ctypes.Structure) -> None:
 def neuron_spikes(current: torch.Tensor, mask: torch.Tensor | None, neuron: NeuronParameters) -> torch.Tensor:
     """Packed spikes of a neuron from `current`, `[batch, seq_len, channels]`, float32 and contiguous."""
     batch, tokens, channels = current.shape
-    packed = _empty_packed(neuron, batch, tokens, channels)
-    _call("bpsn_forward", _neuron(neuron, (batch, tokens, channels), mask, current, packed))
+    packed = _empty_packed(neuron, batch, tokens)
+    struct = _neuron(neuron, batch, tokens, channels, mask, packed)
+    struct.current = checked_pointer("current", current, torch.float32, current.shape)
+    _call("bpsn_forward", struct)
     return packed
 
 
@@ -318,12 +369,16 @@ def linear_neuron_spikes(
 ) -> torch.Tensor:
     """Packed spikes of a neuron behind a product, from `spikes` as `event_linear` takes them.
 
-    The currents between them never leave the cache.
+    The currents between them never leave the cache. The product must be one that `fits_blocks`.
     """
-    tokens = spikes.struct.rows // batch
-    packed = _empty_packed(neuron, batch, tokens, weights.outputs)
-    behind = _neuron(neuron, (batch, tokens, weights.outputs), mask, None, packed)
-    _call("event_linear_bpsn", spikes.struct, _product(weights, None, None), behind)
+    tokens, rest = divmod(spikes.struct.rows, batch)
+    if rest:
+        raise ValueError(f"`batch` must divide the {spikes.struct.rows} rows of the spikes, got {batch}")
+    if not fits_blocks(weights.layout, weights.outputs, neuron.groups):
+        raise ValueError(f"{neuron.groups} groups of {weights.outputs} channels and blocks of columns do not fit")
+    packed = _empty_packed(neuron, batch, tokens)
+    behind = _neuron(neuron, batch, tokens, weights.outputs, mask, packed)
+    _call("event_linear_bpsn", spikes.struct, _product(spikes, weights), behind)
     return packed
 
 
@@ -344,14 +399,23 @@ def attention_spikes(
     neuron: NeuronParameters,
 ) -> torch.Tensor:
     """Packed spikes of the neuron behind softmax attention between packed spikes, with a channel group per head."""
-    _, batch, tokens, width = query.shape
+    signs, batch, tokens, width = query.shape
     channels = 8 * width
-    packed = _empty_packed(neuron, batch, tokens, channels)
+    packed = _empty_packed(neuron, batch, tokens)
+    struct = _neuron(neuron, batch, tokens, channels, mask, packed)
+    if signs != 1 + neuron.ternary or channels // neuron.groups > MAX_HEAD_SIZE:
+        raise ValueError(
+            f"`query` must be [{1 + neuron.ternary}, batch, seq_len, channels / 8] with heads of at most "
+            f"{MAX_HEAD_SIZE} channels, got {list(query.shape)} and {neuron.groups} heads"
+        )
+    spikes = {"query": query, "key": key, "value": value}
+    affine = {"gain": gain, "offset": offset}
     attention = _Attention(
         channels // neuron.groups,
-        *(x.data_ptr() for x in (query, key, value, gain, offset)),
+        *(checked_pointer(name, x, torch.uint8, query.shape) for name, x in spikes.items()),
+        *(checked_pointer(name, x, torch.float32, (channels,)) for name, x in affine.items()),
         scaling,
         None,
     )
-    _call("event_attention", attention, _neuron(neuron, (batch, tokens, channels), mask, None, packed))
+    _call("event_attention", attention, struct)
     return packed

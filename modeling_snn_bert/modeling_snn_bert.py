@@ -47,6 +47,7 @@ from .checksums import (
 )
 from .configuration_snn_bert import SNNBertConfig
 from .cpu_kernels import KERNELS_VERSION  # noqa: F401
+from .event_driven import RunsWhole, dense, event_driven, part_of_layer, round_products
 from .event_kernels import WEIGHT_TYPES  # noqa: F401
 from .leaky_integration import IMPLEMENTATIONS  # noqa: F401
 from .leaky_integration_triton import takes  # noqa: F401
@@ -296,6 +297,7 @@ def spiking_attention(
     return context.transpose(1, 2).contiguous(), weights
 
 
+@part_of_layer
 class SNNBertSelfAttention(nn.Module):
     """Multi-head attention between spikes.
 
@@ -396,6 +398,7 @@ class SNNBertSelfAttention(nn.Module):
         )
 
 
+@part_of_layer
 class SNNBertSelfOutput(nn.Module):
     """The attention's output projection, dropout, residual connection and norm, behind a neuron."""
 
@@ -410,6 +413,7 @@ class SNNBertSelfOutput(nn.Module):
         return self.LayerNorm(residual + self.dropout(self.dense(self.neuron(context, token_mask))))
 
 
+@part_of_layer
 class SNNBertAttention(nn.Module):
     """Self-attention and its output block."""
 
@@ -429,6 +433,7 @@ class SNNBertAttention(nn.Module):
         return self.output(context, hidden_states, token_mask), weights
 
 
+@part_of_layer
 class SNNBertIntermediate(nn.Module):
     """The MLP's first projection, behind a neuron."""
 
@@ -441,6 +446,7 @@ class SNNBertIntermediate(nn.Module):
         return self.dense(self.neuron(hidden_states, token_mask))
 
 
+@part_of_layer
 class SNNBertOutput(nn.Module):
     """The MLP's second projection, dropout, residual and norm; its neuron stands in the activation's place."""
 
@@ -455,7 +461,7 @@ class SNNBertOutput(nn.Module):
         return self.LayerNorm(residual + self.dropout(self.dense(self.neuron(current, token_mask))))
 
 
-class SNNBertLayer(GradientCheckpointingLayer):
+class SNNBertLayer(RunsWhole, GradientCheckpointingLayer):
     """One encoder layer: attention, then MLP, on a real-valued residual stream."""
 
     def __init__(self, config: SNNBertConfig) -> None:
@@ -471,6 +477,8 @@ class SNNBertLayer(GradientCheckpointingLayer):
         token_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
+        if self.runner is not None and self.runner.takes(self, hidden_states, attention_mask, token_mask, **kwargs):
+            return self.runner(self, hidden_states, token_mask)
         hidden_states, _ = self.attention(hidden_states, attention_mask, token_mask, **kwargs)
         return self.output(self.intermediate(hidden_states, token_mask), hidden_states, token_mask)
 
@@ -643,21 +651,15 @@ class SNNBertPreTrainedModel(PreTrainedModel):
 
         A method, so that it is at hand as well where the code came with a checkpoint and no package is installed.
         """
-        from .event_driven import event_driven
-
         return event_driven(self, weight_dtype, dense_above=dense_above)
 
     def round_products(self, weight_dtype: str):
         """Round the weights of the encoder's products in place, and return the model; see
         `event_driven.round_products`."""
-        from .event_driven import round_products
-
         return round_products(self, weight_dtype)
 
     def to_dense(self):
         """Undo `to_event_driven`, in place, and return the model."""
-        from .event_driven import dense
-
         return dense(self)
 
 
@@ -711,6 +713,8 @@ class SNNBertModel(SNNBertPreTrainedModel):
             attention_mask = None
         target = self.config.firing_rate_target
         recorder = FiringRateRecorder(self) if self.training and target is not None else None
+        # Said in so many words, so that a layer knows whether someone looks at what happens inside it.
+        kwargs.setdefault("output_attentions", self.config.output_attentions)
         with recorder or nullcontext():
             outputs = self._encode(
                 input_ids,

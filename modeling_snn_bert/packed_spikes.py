@@ -14,11 +14,13 @@ sign; ternary ones have a second plane with the spikes of -1.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from .cpu_kernels import PLAIN_TYPES
 from .cpu_kernels import available as kernels_available
 from .event_kernels import (
     MAX_INPUTS,
@@ -89,7 +91,9 @@ def _by_events(
 
     Which way is taken depends on the spikes and the shapes only, so that a run can be repeated bit for bit.
     """
-    if not kernels_available() or any(x.dtype != torch.float32 or x.device.type != "cpu" for x in dense):
+    if not kernels_available():
+        return None
+    if any(x.dtype != torch.float32 or x.device.type != "cpu" or type(x) not in PLAIN_TYPES for x in dense):
         return None
     if max(packed[0, ..., 0].numel(), 8 * packed.shape[-1]) > MAX_INPUTS:
         return None
@@ -141,7 +145,12 @@ class SpikingLinear(nn.Linear):
     An input without a packed form (see the module's description) is treated as `nn.Linear` treats it.
     """
 
+    # What computes the product in place of all this, from the module and its input; `event_driven` sets it.
+    runner: Any = None
+
     def forward(self, spikes: torch.Tensor) -> torch.Tensor:
+        if self.runner is not None:
+            return self.runner(self, spikes)
         packed = packed_form(spikes)
         # With a weight that is not trained nothing of the spikes is kept anyway.
         if packed is None or not (torch.is_grad_enabled() and self.weight.requires_grad):
@@ -153,6 +162,9 @@ class SpikingLinear(nn.Linear):
             spikes, weight = spikes.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
         return _LinearOnSpikes.apply(spikes, packed, weight, bias)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() if self.runner is None else f"{super().extra_repr()}, {self.runner}"
 
 
 class _AttentionOnSpikes(torch.autograd.Function):

@@ -56,7 +56,7 @@ for saved in auto_classes:
                 torch.save(outputs, root / f"{saved}.remote.pt")
                 events = model.to_event_driven(dense_above=1.0)(**shaped).to_tuple()
                 assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(events, outputs))
-                assert "EventDrivenLinear" in str(model) and "EventDrivenLinear" not in str(model.to_dense())
+                assert "event-driven" in str(model) and "event-driven" not in str(model.to_dense())
             model.save_pretrained(root / "again" / saved)
             config_again = transformers.AutoConfig.from_pretrained(root / "again" / saved, **trust)
             found[saved]["config_again"] = type(config_again).__name__

@@ -28,7 +28,7 @@ from modeling_snn_bert.event_driven import (
     round_weights,
 )
 from modeling_snn_bert.event_kernels import PackedSpikes, tiles_available
-from modeling_snn_bert.packed_spikes import pack
+from modeling_snn_bert.packed_spikes import SpikingLinear, pack
 
 KERNELS_MISSING = "no compiled kernels: installed without a C compiler, or SNN_BERT_CPU_KERNELS=0 is set"
 # The compiled kernels at each level of the instruction set that is there, and torch's operations.
@@ -52,23 +52,20 @@ HEADS = {
 }
 
 
+@pytest.fixture
+def without_kernels(monkeypatch):
+    """A function that takes the compiled kernels away."""
+    return lambda: monkeypatch.setattr(module, "available", lambda: False)
+
+
 @pytest.fixture(autouse=True)
-def level_of_path(request, cap_cpu_level):
-    """Where a test has a parameter from `PATHS`, the kernels run at its level."""
+def on_path(request, cap_cpu_level, without_kernels):
+    """Where a test has a parameter from `PATHS`, the kernels run at its level, or torch's operations in their place."""
     path = getattr(request.node, "callspec", None) and request.node.callspec.params.get("kernels")
     if path:
         cap_cpu_level(path)
-
-
-@pytest.fixture
-def use_path(monkeypatch):
-    """A function that chooses between the compiled kernels and torch."""
-
-    def use(kernels):
-        if not kernels:
-            monkeypatch.setattr(module, "available", lambda: False)
-
-    return use
+    elif path is False:
+        without_kernels()
 
 
 @pytest.fixture
@@ -117,10 +114,8 @@ class TestProduct:
     """One Linear."""
 
     def layer(self, inputs, outputs, weight_dtype, kernels, ternary=False, bias=True, dense_above=1.0):
-        linear = nn.Linear(inputs, outputs, bias=bias).eval()
-        product = EventDrivenProduct(weight_dtype, dense_above, SharedLists(ternary, kernels), nn.Linear)
-        linear.__class__ = EventDrivenLinear
-        linear.product = product
+        linear = SpikingLinear(inputs, outputs, bias=bias).eval()
+        linear.runner = EventDrivenProduct(weight_dtype, dense_above, SharedLists(ternary))
         return linear
 
     @pytest.mark.parametrize("kernels", PATHS)
@@ -136,9 +131,7 @@ class TestProduct:
         spikes[1, 2] = 0  # a row without any
         with torch.no_grad():
             got = linear(spikes)
-            wanted = nn.functional.linear(
-                spikes.double(), linear.product.rounded(linear).double(), linear.bias.double()
-            )
+            wanted = nn.functional.linear(spikes.double(), linear.runner.rounded(linear).double(), linear.bias.double())
         # Only embedding_bag rounds a result: to bfloat16, once, before the bias.
         tolerance = 2**-8 * wanted.abs().max().item() if weight_dtype == "bfloat16" and not kernels else 1e-5
         assert got.dtype == torch.float32
@@ -162,7 +155,7 @@ class TestProduct:
     def test_dense_product_of_the_same_weights(self, kernels, weight_dtype):
         events = self.layer(96, 40, weight_dtype, kernels)
         above = copy.deepcopy(events)
-        above.product.dense_above = 0.0
+        above.runner.dense_above = 0.0
         spikes = (torch.rand(5, 96) < 0.3).float()
         with torch.no_grad():
             tolerance = 2e-2 if weight_dtype == "bfloat16" and not kernels else 1e-5
@@ -175,8 +168,8 @@ class TestProduct:
     def test_tiles_give_the_very_sums_of_events(self, rows, inputs, outputs, ternary):
         events = self.layer(inputs, outputs, "int8", True, ternary)
         tiles = copy.deepcopy(events)
-        tiles.product.dense_above = 0.0
-        assert tiles.product.tiled(tiles) is not None
+        tiles.runner.dense_above = 0.0
+        assert tiles.runner.tiled(tiles) is not None
         spikes = (torch.rand(rows, inputs) < 0.3).float()
         if ternary:
             spikes *= torch.randint(0, 2, spikes.shape) * 2 - 1
@@ -191,7 +184,7 @@ class TestProduct:
         monkeypatch.setattr(torch, "_int_mm", lambda *operands: products.append(operands) or multiply(*operands))
         spikes = (torch.rand(5, 96) < 0.3).float()
         with torch.no_grad():
-            wanted = nn.functional.linear(spikes, linear.product.rounded(linear), linear.bias)
+            wanted = nn.functional.linear(spikes, linear.runner.rounded(linear), linear.bias)
             torch.testing.assert_close(linear(spikes), wanted, rtol=0, atol=1e-5)
         assert len(products) == 1
 
@@ -217,7 +210,7 @@ class TestProduct:
 
     @pytest.mark.parametrize("kernels", PATHS)
     def test_lists_are_shared_and_follow_the_input(self, kernels):
-        shared = SharedLists(False, kernels)
+        shared = SharedLists(False)
         spikes = (torch.rand(4, 32) < 0.3).float()
         assert shared.of(spikes) is shared.of(spikes)
         first = shared.of(spikes)
@@ -233,7 +226,7 @@ class TestProduct:
             linear.weight.mul_(2)
             linear.bias.zero_()
             after = linear(spikes)
-            torch.testing.assert_close(after, spikes @ linear.product.rounded(linear).T)
+            torch.testing.assert_close(after, spikes @ linear.runner.rounded(linear).T)
         assert not torch.equal(before, after)
 
     def test_rounding(self):
@@ -250,12 +243,9 @@ class TestModel:
     @pytest.mark.parametrize("weight_dtype", WEIGHT_DTYPES)
     @pytest.mark.parametrize("shape", list(SHAPES))
     @pytest.mark.parametrize("spike_type", ["binary", "ternary"])
-    def test_equals_dense(
-        self, make_model, assert_spikes_flow, batch, use_path, kernels, weight_dtype, shape, spike_type
-    ):
+    def test_equals_dense(self, make_model, assert_spikes_flow, batch, kernels, weight_dtype, shape, spike_type):
         if weight_dtype == "bfloat16" and not kernels:
             pytest.skip("embedding_bag rounds its sums to bfloat16, which moves spikes: compared per product above")
-        use_path(kernels)
         model = make_model(**SHAPES[shape], spike_type=spike_type)
         wanted = run(rounded_copy(model, weight_dtype), **batch)
         assert event_driven(model, weight_dtype, dense_above=1.0) is model
@@ -280,8 +270,7 @@ class TestModel:
         ],
         ids=str,
     )
-    def test_every_setting(self, make_model, assert_spikes_flow, batch, use_path, kernels, settings):
-        use_path(kernels)
+    def test_every_setting(self, make_model, assert_spikes_flow, batch, kernels, settings):
         model = make_model(**SHAPES["even"], **settings)
         wanted = run(model, **batch)
         event_driven(model, dense_above=1.0)
@@ -290,8 +279,7 @@ class TestModel:
 
     @pytest.mark.parametrize("kernels", PATHS)
     @pytest.mark.parametrize("head", list(HEADS))
-    def test_every_head_and_back(self, make_model, assert_spikes_flow, batch, use_path, kernels, head):
-        use_path(kernels)
+    def test_every_head_and_back(self, make_model, assert_spikes_flow, batch, kernels, head):
         model = make_model(HEADS[head], **SHAPES["even"])
         inputs = {name: x.view(2, 2, -1) for name, x in batch.items()} if head == "choice" else batch
         wanted = run(model, **inputs)
@@ -358,8 +346,7 @@ class TestModel:
         assert packed.firing_rate == pytest.approx(spikes.mean().item()) == packed.lists.firing_rate
 
     @pytest.mark.parametrize("kernels", PATHS)
-    def test_hooks_see_what_happens(self, make_model, batch, use_path, kernels):
-        use_path(kernels)
+    def test_hooks_see_what_happens(self, make_model, batch, kernels):
         model = event_driven(make_model(**SHAPES["even"]), dense_above=1.0)
         seen = []
         for linear in model.modules():
@@ -369,8 +356,7 @@ class TestModel:
         assert len(seen) == 12 and all(set(x.unique().tolist()) == {0.0, 1.0} for x in seen)
 
     @pytest.mark.parametrize("kernels", PATHS)
-    def test_without_no_grad(self, make_model, batch, use_path, kernels):
-        use_path(kernels)
+    def test_without_no_grad(self, make_model, batch, kernels):
         model = make_model(snn.SNNBertForSequenceClassification, **SHAPES["even"], num_labels=3)
         wanted = run(model, **batch)
         event_driven(model, dense_above=1.0)
@@ -382,8 +368,7 @@ class TestModel:
             torch.testing.assert_close(model(**batch).logits, wanted, rtol=0, atol=1e-4)
 
     @pytest.mark.parametrize("kernels", PATHS)
-    def test_save_and_load(self, make_model, batch, use_path, kernels, tmp_path):
-        use_path(kernels)
+    def test_save_and_load(self, make_model, batch, kernels, tmp_path):
         model = make_model(snn.SNNBertForSequenceClassification, **SHAPES["even"], num_labels=3)
         wanted = run(model, **batch)
         event_driven(model, "int8").save_pretrained(tmp_path)
@@ -398,16 +383,14 @@ class TestModel:
         assert model.to_dense() is model and not is_event_driven(model)
 
     @pytest.mark.parametrize("kernels", PATHS)
-    def test_copies_work(self, make_model, batch, use_path, kernels):
-        use_path(kernels)
+    def test_copies_work(self, make_model, batch, kernels):
         model = event_driven(make_model(**SHAPES["even"]), "int8", dense_above=1.0)
         wanted = run(model, **batch)
         for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
             assert torch.equal(run(copied, **batch), wanted)
 
     @pytest.mark.parametrize("kernels", PATHS)
-    def test_pipeline(self, make_model, tokenizer, texts, use_path, kernels):
-        use_path(kernels)
+    def test_pipeline(self, make_model, tokenizer, texts, kernels):
         model = make_model(snn.SNNBertForSequenceClassification, num_labels=3)
         wanted = pipeline("text-classification", model=model, tokenizer=tokenizer, device="cpu")(texts)
         got = pipeline(
@@ -416,17 +399,17 @@ class TestModel:
         assert [x["label"] for x in got] == [x["label"] for x in wanted]
         assert [x["score"] for x in got] == pytest.approx([x["score"] for x in wanted], abs=1e-4)
 
-    def test_both_paths_agree(self, make_model, batch, use_path):
+    def test_both_paths_agree(self, make_model, batch, without_kernels):
         if not cpu_kernels.available():
             pytest.skip(KERNELS_MISSING)
         model = make_model(**SHAPES["even"])
         on_kernels = run(event_driven(model, "int8", dense_above=1.0), **batch)
-        use_path(False)
+        without_kernels()
         same(run(event_driven(model, "int8", dense_above=1.0), **batch), on_kernels, batch)
 
-    def test_log_names_the_path(self, make_model, use_path, caplog, monkeypatch):
+    def test_log_names_the_path(self, make_model, without_kernels, caplog, monkeypatch):
         monkeypatch.setattr(module.logger, "propagate", True)
-        use_path(False)
+        without_kernels()
         transformers.utils.logging.get_logger("transformers").propagate = True
         with caplog.at_level("INFO", logger=module.logger.name):
             event_driven(make_model(), "bfloat16", dense_above=0.25)
@@ -455,9 +438,9 @@ class TestBadInput:
 
 @pytest.mark.parametrize("kernels", PATHS)
 def test_crossover_is_measured_once(kernels):
-    rate = crossover_rate(64, 96, "int8", kernels)
+    rate = crossover_rate(64, 96, "int8")
     assert 0 <= rate <= 1
-    assert crossover_rate(64, 96, "int8", kernels) == rate
+    assert crossover_rate(64, 96, "int8") == rate
 
 
 @pytest.mark.parametrize("weight_dtype", ["bfloat16", "int8"])
