@@ -2,6 +2,9 @@
 
 Sections that measure need a CUDA device. The section `floors` only calculates, so it runs anywhere.
 
+`profile` takes a training step apart: wall time, the time that the GPU is busy, the time that the host takes to launch
+it all, and the kernels that take longest. `tiles` compares sizes of the neuron's programs.
+
 Bytes that must move are those of the arguments and results of an operator, each once, in bfloat16: forward, the
 current in, the spikes out as floats and as bits; backward, the current and the gradient in, the gradient out. The floor
 is their time at the device's bandwidth.
@@ -9,7 +12,9 @@ is their time at the device's bandwidth.
 
 import gc
 import statistics
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -18,16 +23,23 @@ from measure import check_firing_rate, ratio, spread
 from registry import Settings, benchmark
 from report import Table
 from torch import nn
-from training import LEARNING_RATE, MASKED_LM, MIB, Classifier, MaskedLM, Shape, masked_labels, model_config
+from torch.profiler import ProfilerActivity
+from training import LEARNING_RATE, MASKED_LM, MIB, QUICK, Classifier, MaskedLM, Shape, masked_labels, model_config
 from transformers import AutoModel
 
-from modeling_snn_bert import BPSN
+from modeling_snn_bert import BPSN, bpsn_triton
 
 GROUPS = 12
 HIDDEN = 768
 # Rows times tokens are constant: [batch, tokens] from 256 x 128 to 1 x 32,768.
-LENGTHS = (128, 512, 2048, 8192, 32768)
+LENGTHS = (128, 512, 2048, 4096, 8192, 32768)
 TOKENS = 32768
+# Where launches count more than bytes.
+SMALL = Shape(6, 384, 1536, 12, 64, 64)
+INFERENCE_BATCHES = (1, 32, 256)
+# Steps under the profiler, and the number of kernels that its table names.
+PROFILED_STEPS = 5
+LARGEST = 15
 COPY = "copy"
 COMPILED = " compiled"
 
@@ -61,11 +73,11 @@ def neuron_shapes(settings: Settings) -> list[NeuronShape]:
 
 
 def chosen_lengths(settings: Settings) -> list[int]:
-    """Those of `LENGTHS` that `--lengths` leaves; ends the program with one line if that is none."""
-    lengths = [length for length in LENGTHS if not settings.lengths or length in settings.lengths]
-    if not lengths or len(lengths) < len(set(settings.lengths)):
-        raise SystemExit(f"--lengths must be of {', '.join(map(str, LENGTHS))}; got {list(settings.lengths)}")
-    return lengths
+    """Those of `LENGTHS` that `--lengths` leaves; ends the program with one line if it asks for others."""
+    known = (SMALL.length, *LENGTHS)
+    if not set(settings.lengths) <= set(known):
+        raise SystemExit(f"--lengths must be of {', '.join(map(str, known))}; got {list(settings.lengths)}")
+    return [length for length in LENGTHS if not settings.lengths or length in settings.lengths]
 
 
 def floors(settings: Settings) -> Iterator[Table]:
@@ -238,10 +250,26 @@ class GPUMaskedLMStep(GPUStep):
 
 
 def training_shapes(settings: Settings) -> list[Shape]:
-    """The shape that the targets are for, and longer sequences of as many tokens."""
+    """The shape that the targets are for, longer sequences of as many tokens, and `SMALL`."""
     if settings.quick:
-        return [Shape(2, 48, 96, 4, 2, 16, 200)]
-    return [Shape(12, HIDDEN, 4 * HIDDEN, 12, TOKENS // length, length) for length in chosen_lengths(settings)]
+        return [QUICK]
+    shapes = [Shape(12, HIDDEN, 4 * HIDDEN, 12, TOKENS // length, length) for length in chosen_lengths(settings)]
+    return shapes + ([SMALL] if not settings.lengths or SMALL.length in settings.lengths else [])
+
+
+def inference_shapes(settings: Settings) -> list[Shape]:
+    """Both sizes at a few batch sizes of the first length, and the larger one at longer sequences."""
+    if settings.quick:
+        return [QUICK]
+    shapes = []
+    for length in chosen_lengths(settings):
+        large = Shape(12, HIDDEN, 4 * HIDDEN, 12, TOKENS // length, length)
+        if length == LENGTHS[0]:
+            sizes = (large, SMALL._replace(length=length))
+            shapes += [size._replace(batch_size=batch) for size in sizes for batch in INFERENCE_BATCHES]
+        else:
+            shapes.append(large)
+    return shapes
 
 
 def measure_apart(
@@ -347,12 +375,172 @@ class GPUInference:
 def inference(settings: Settings) -> Iterator[Table]:
     """Time of a forward pass, compiled and not."""
     check_cuda("inference")
-    for shape in training_shapes(settings):
+    for shape in inference_shapes(settings):
         times, peaks = measure_apart(GPUInference, shape, settings)
         yield model_table("inference", "Forward pass, bfloat16", shape, settings.subjects, times, peaks)
 
 
-SECTIONS = {"floors": floors, "neuron": neuron, "training": training, "masked_lm": masked_lm, "inference": inference}
+class KernelRun(NamedTuple):
+    """One run of a kernel on the GPU, in nanoseconds."""
+
+    name: str
+    start: int
+    end: int
+
+
+def busy_nanoseconds(runs: Iterable[KernelRun]) -> int:
+    """The time in which at least one kernel runs."""
+    busy, until = 0, 0
+    for run in sorted(runs, key=lambda run: run.start):
+        busy += max(0, run.end - max(run.start, until))
+        until = max(until, run.end)
+    return busy
+
+
+def largest_kernels(runs: list[KernelRun], steps: int, number: int = LARGEST) -> list[dict]:
+    """Launches and milliseconds a step, and share of all kernels' time, of the kernels that take longest."""
+    times: dict[str, list[int]] = {}
+    for run in runs:
+        times.setdefault(run.name, []).append(run.end - run.start)
+    in_all = sum(map(sum, times.values()))
+    order = sorted(times, key=lambda name: sum(times[name]), reverse=True)
+    return [
+        {
+            "kernel": name,
+            "launches": len(times[name]) / steps,
+            "milliseconds": sum(times[name]) / steps / 1e6,
+            "share": sum(times[name]) / in_all,
+        }
+        for name in order[:number]
+    ]
+
+
+def kernel_runs(call: Callable[[], object], steps: int) -> list[KernelRun]:
+    """What runs on the GPU, copies included, in `steps` calls."""
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profile:
+        for _ in range(steps):
+            call()
+        torch.cuda.synchronize()
+    # Compiled code marks the stretches of its graphs, which are no kernels.
+    return [
+        KernelRun(event.name(), event.start_ns(), event.start_ns() + event.duration_ns())
+        for event in profile.profiler.kineto_results.events()
+        if event.device_type() == torch.autograd.DeviceType.CUDA and not event.name().startswith("## ")
+    ]
+
+
+def host_seconds(call: Callable[[], object]) -> float:
+    """What the host takes to launch a call on an idle GPU."""
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    call()
+    seconds = time.perf_counter() - started
+    torch.cuda.synchronize()
+    return seconds
+
+
+def profile(settings: Settings) -> Iterator[Table]:
+    """A training step taken apart: wall, GPU and host time of each subject, and its largest kernels."""
+    check_cuda("profile")
+    for shape in training_shapes(settings):
+        apart = Table(
+            "profile",
+            f"Training step taken apart, {shape}, on {torch.cuda.get_device_name()}",
+            {
+                "subject": "model",
+                "wall": "wall, ms",
+                "busy": "GPU busy, ms",
+                "host": "host, ms",
+                "launches": "launches",
+            },
+            notes=[
+                "Host: until all is launched, on an idle GPU. Where it is near the wall time, launches set the pace."
+            ],
+        )
+        for subject in settings.subjects:
+            step = GPUStep(subject, shape, settings.seed)
+            wall = gpu_seconds({subject: step}, settings.repeats)[subject]
+            host = [host_seconds(step) for _ in range(settings.repeats)]
+            runs = kernel_runs(step, PROFILED_STEPS)
+            apart.rows.append(
+                {
+                    "subject": subject,
+                    "shape": shape._asdict(),
+                    "wall": spread(wall, 1e3),
+                    "busy": busy_nanoseconds(runs) / PROFILED_STEPS / 1e6,
+                    "host": spread(host, 1e3),
+                    "launches": len(runs) / PROFILED_STEPS,
+                }
+            )
+            title = f"The {LARGEST} largest kernels of {subject}, {shape}, on {torch.cuda.get_device_name()}"
+            columns = {"kernel": "kernel", "launches": "launches", "milliseconds": "ms a step", "share": "share"}
+            yield Table("profile", title, columns, largest_kernels(runs, PROFILED_STEPS))
+            del step
+            gc.collect()
+            torch.cuda.empty_cache()
+        for row in apart.rows:
+            row["ratio"] = row["wall"]["median"] / apart.rows[-1]["wall"]["median"]
+        yield apart
+
+
+def tile_choices(length: int) -> list[tuple[int, int]]:
+    """Channels and warps of a program: those that give a thread 16 to 64 numbers, and a row 32 bytes or more."""
+    return [
+        (block, warps)
+        for block in (16, 32, 64)
+        for warps in (1, 2, 4, 8, 16)
+        if 16 <= length * block / (32 * warps) <= 64
+    ]
+
+
+@contextmanager
+def using_tile(length: int, tile: tuple[int, int]) -> Iterator[None]:
+    """Within it, both kernels of the neuron have programs of that size for rows of `length` tokens."""
+    tables = bpsn_triton.FORWARD_TILES, bpsn_triton.BACKWARD_TILES
+    before = [table[length] for table in tables]
+    for table in tables:
+        table[length] = tile
+    try:
+        yield
+    finally:
+        for table, old in zip(tables, before, strict=True):
+            table[length] = old
+
+
+def tiles(settings: Settings) -> Iterator[Table]:
+    """The neuron with programs of other sizes; the best line of each length belongs into `bpsn_triton`."""
+    check_cuda("tiles")
+    lengths = [32] if settings.quick else [length for length in bpsn_triton.FORWARD_TILES if length >= 64]
+    for length in lengths:
+        shape = NeuronShape(2, 32, 96) if settings.quick else NeuronShape(TOKENS // length, length, HIDDEN)
+        current = torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        gradient, layer = torch.randn_like(current), BPSN(shape.channels, GROUPS).cuda()
+        columns = {"tile": "[channels, warps]", "forward": "forward, us", "both": "forward + backward, us"}
+        title = f"Sizes of the neuron's programs, bfloat16, {list(shape)}, on {torch.cuda.get_device_name()}"
+        now = [list(table[length]) for table in (bpsn_triton.FORWARD_TILES, bpsn_triton.BACKWARD_TILES)]
+        table = Table("tiles", title, columns, notes=[f"In use: {now[0]} forward, {now[1]} backward."])
+        for tile in tile_choices(length):
+            calls: dict[str, Callable[[], object]] = {
+                "forward": partial(run_forward, layer, current),
+                "both": partial(run_both, layer, current, gradient),
+            }
+            with using_tile(length, tile):
+                times = gpu_seconds(calls, settings.repeats)
+            rows = {name: spread(samples, 1e6) for name, samples in times.items()}
+            table.rows.append({"tile": list(tile), "shape": list(shape), **rows})
+        yield table
+
+
+SECTIONS = {
+    "floors": floors,
+    "neuron": neuron,
+    "tiles": tiles,
+    "training": training,
+    "profile": profile,
+    "masked_lm": masked_lm,
+    "inference": inference,
+}
 MODELS = ("snn_bert", "snn_bert compiled", "lif_repeat4", "bert", "bert compiled")
 
 

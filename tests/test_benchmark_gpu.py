@@ -1,5 +1,7 @@
 """The benchmark for a GPU, as far as it goes without one; and all of it, on tiny shapes, where there is one."""
 
+import dataclasses
+import importlib
 import json
 import subprocess
 import sys
@@ -7,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from modeling_snn_bert import bpsn_triton
 
 RUN = Path(__file__).resolve().parents[1] / "benchmarks" / "run.py"
 
@@ -49,13 +53,59 @@ def test_a_bandwidth_that_is_none(tmp_path):
     assert result.returncode == 2 and "--bandwidth must be positive and finite, got 0.0" in result.stderr
 
 
+@pytest.fixture
+def gpu(monkeypatch):
+    """The benchmark's module."""
+    monkeypatch.syspath_prepend(str(RUN.parent))
+    return importlib.import_module("gpu")
+
+
+def test_kernels_that_overlap_keep_the_gpu_busy_once(gpu):
+    spans = [(10, 20), (12, 15), (18, 30), (40, 45), (44, 50)]
+    runs = [gpu.KernelRun("k", start, end) for start, end in spans]
+    assert gpu.busy_nanoseconds(reversed(runs)) == 20 + 10
+    assert gpu.busy_nanoseconds([]) == 0
+
+
+def test_largest_kernels_come_first(gpu):
+    lengths = [("small", 10**6), ("large", 4 * 10**6), ("many", 2 * 10**6), ("many", 3 * 10**6)] * 2
+    runs = [gpu.KernelRun(name, 5, 5 + length) for name, length in lengths]
+    rows = gpu.largest_kernels(runs, steps=2, number=2)
+    assert [row["kernel"] for row in rows] == ["many", "large"]
+    assert [row["launches"] for row in rows] == [2, 1]
+    assert [row["milliseconds"] for row in rows] == [5, 4]
+    assert [row["share"] for row in rows] == [0.5, 0.4]
+
+
+def test_shapes_are_those_of_the_targets(gpu):
+    settings = gpu.Settings((), (), quick=False, threads=1, repeats=1, seed=0, lengths=(64, 128, 512, 4096))
+    training = {(s.num_layers, s.hidden_size, s.batch_size, s.length) for s in gpu.training_shapes(settings)}
+    assert training == {(12, 768, 256, 128), (12, 768, 64, 512), (12, 768, 8, 4096), (6, 384, 64, 64)}
+    inference = {(s.num_layers, s.batch_size, s.length) for s in gpu.inference_shapes(settings)}
+    batches = {(layers, batch, 128) for layers in (6, 12) for batch in (1, 32, 256)}
+    assert inference == batches | {(12, 64, 512), (12, 8, 4096)}
+    with pytest.raises(SystemExit, match="--lengths must be of 64, 128"):
+        gpu.chosen_lengths(dataclasses.replace(settings, lengths=(100,)))
+
+
+def test_other_tiles_are_of_sizes_that_fit_and_leave_no_trace(gpu):
+    for length in (64, 128, 256, 512):
+        choices = gpu.tile_choices(length)
+        assert bpsn_triton.FORWARD_TILES[length] in choices and bpsn_triton.BACKWARD_TILES[length] in choices
+        before = bpsn_triton.BACKWARD_TILES[length]
+        with gpu.using_tile(length, (64, 16)):
+            assert bpsn_triton.FORWARD_TILES[length] == (64, 16) == bpsn_triton.BACKWARD_TILES[length]
+        assert bpsn_triton.BACKWARD_TILES[length] == before
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_measures(tmp_path):
     result = run("--quick", "--repeats", 2, "--subjects", "snn_bert", "bert", "--output_dir", tmp_path)
     assert result.returncode == 0, result.stderr
     tables = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))["tables"]
-    assert {table["section"] for table in tables} == {"floors", "neuron", "training", "masked_lm", "inference"}
+    sections = {"floors", "neuron", "tiles", "training", "profile", "masked_lm", "inference"}
+    assert {table["section"] for table in tables} == sections
     for table in tables:
         for row in table["rows"]:
             for key in ("microseconds", "milliseconds"):
