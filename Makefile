@@ -47,8 +47,8 @@ bench: $(EXAMPLES_STAMP) $(PACKAGE_STAMP) ## Run benchmarks/run.py; tables as JS
 	$(PIP_INSTALL) --no-deps spikingjelly loguru
 	$(KEEP_MEMORY) $(BIN)/python benchmarks/run.py $(BENCH_ARGS)
 
-docs: $(TESTS_STAMP) $(PACKAGE_STAMP) ## Write the API reference, from the docstrings, to outputs/docs
-	$(BIN)/python docs/build_reference.py outputs/docs
+docs: $(TESTS_STAMP) $(PACKAGE_STAMP) ## Build guides and API reference as a site, in outputs/docs
+	$(BIN)/python docs/build_site.py outputs/docs
 
 wheel: | $(BIN)/python ## Build the wheel with compiled CPU kernels, to outputs/wheels; ARCHITECTURE=aarch64 builds it for ARM
 	$(PIP_INSTALL) auditwheel

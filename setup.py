@@ -81,7 +81,7 @@ EXAMPLES = [
     "tqdm",
 ]
 SPACE = ["gradio>=6", "matplotlib"]
-DOCS = ["pdoc"]
+DOCS = ["furo", "myst-parser", "sphinx"]
 EXPORT = [
     "nir",
     "onnx",

@@ -26,10 +26,11 @@ class SNNBertConfig(PreTrainedConfig):
     The architecture of an SNN-BERT: BERT's own settings, and those of its spiking neurons.
 
     Args:
-        vocab_size, hidden_size, num_hidden_layers, num_attention_heads, intermediate_size, hidden_act,
-        hidden_dropout_prob, attention_probs_dropout_prob, max_position_embeddings, type_vocab_size,
-        initializer_range, layer_norm_eps, pad_token_id, classifier_dropout, tie_word_embeddings:
-            As in `BertConfig`. `hidden_act` is used by the masked-LM head only: in the encoder a neuron stands in the
+        vocab_size and the other settings of `BertConfig`:
+            `hidden_size`, `num_hidden_layers`, `num_attention_heads`, `intermediate_size`, `hidden_act`,
+            `hidden_dropout_prob`, `attention_probs_dropout_prob`, `max_position_embeddings`, `type_vocab_size`,
+            `initializer_range`, `layer_norm_eps`, `pad_token_id`, `classifier_dropout` and `tie_word_embeddings` are
+            as there. `hidden_act` is used by the masked-LM head only: in the encoder a neuron stands in the
             activation's place. `hidden_size` and `intermediate_size` must be multiples of `num_attention_heads`,
             because the neurons have one channel group per head.
         neuron_type (`"bpsn"`, `"lif"` or `"psn"`, defaults to `"bpsn"`):

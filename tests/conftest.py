@@ -12,7 +12,9 @@ import torch
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
 from cpu_levels import CPU_LEVELS
+from fetch_inputs import minilm_folder
 from shared_builds import build_once, build_wheel, why_no_kernels_wheel
+from snippets import write_hub_cache
 from transformers import BertTokenizer
 
 from modeling_snn_bert import SNNBertConfig, cpu_kernels
@@ -105,6 +107,14 @@ def tokenizer(tmp_path_factory):
     vocab = tmp_path_factory.mktemp("tokenizer") / "vocab.txt"
     vocab.write_text("\n".join(pieces), encoding="utf-8")
     return BertTokenizer(vocab=str(vocab), model_max_length=64)
+
+
+@pytest.fixture(scope="session")
+def hub_cache(tmp_path_factory):
+    """A cache of the Hub with the one BERT that the documentation names, as pip brings it."""
+    cache = tmp_path_factory.mktemp("hub")
+    write_hub_cache(cache, minilm_folder())
+    return cache
 
 
 @pytest.fixture

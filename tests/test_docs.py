@@ -1,15 +1,17 @@
 """The guides in docs/: their snippets run, their links lead somewhere."""
 
+import contextlib
 import os
 import pkgutil
 import re
 import subprocess
 import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import pytest
-from small_bert import write_bert
-from snippets import FENCE, ROOT, python_blocks, relative_links, run_page
-from transformers import BertForSequenceClassification
+from snippets import BERT, FENCE, ROOT, agrees, check_page, python_blocks, relative_links, run_page, shown_outputs
 
 import modeling_snn_bert
 
@@ -19,17 +21,32 @@ LINKED = [*PAGES, *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SE
 LANGUAGES = {"python", "bash", "text", "json", "yaml", ""}
 
 
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory, tokenizer):
-    folder = tmp_path_factory.mktemp("bert")
-    write_bert(folder, tokenizer, BertForSequenceClassification)
-    return folder
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=lambda page: page.stem)
+def test_snippets_run_and_print_what_is_shown(page, hub_cache, tmp_path):
+    check_page(page, hub_cache, tmp_path)
 
 
 @pytest.mark.slow
+def test_the_command_line_prints_what_is_shown(hub_cache, tmp_path):
+    commands, shown = list(FENCE.finditer((DOCS / "cli.md").read_text(encoding="utf-8")))[:2]
+    assert commands["language"] == "bash" and shown["language"] == "text"
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "HF_HUB_CACHE": str(hub_cache),
+        "HF_HUB_OFFLINE": "1",
+    }
+    command = ["bash", "-e", "-c", commands["code"]]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert agrees(shown["code"], result.stdout), result.stdout
+    assert {"spikes.png", "my-snn-bert", "energy"} <= {path.name for path in tmp_path.iterdir()}
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=lambda page: page.stem)
-def test_snippets_run(page, bert, tmp_path):
-    run_page(page, bert, tmp_path)
+def test_the_first_block_shows_what_it_prints(page):
+    assert shown_outputs(page)[0]
 
 
 @pytest.mark.parametrize("page", LINKED, ids=lambda page: page.stem)
@@ -52,18 +69,10 @@ def test_prose_is_at_most_120_wide(page):
     assert not [line for line in lines if len(line) > 120 and not line.startswith(("|", "    ")) and "](" not in line]
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=lambda page: page.stem)
-def test_names_that_are_not_set_are_explained(page):
-    code = "\n".join(block for _, block in python_blocks(page))
-    taken = {name for name in ("bert_checkpoint", "texts", "dataset", "folder") if re.search(rf"\b{name}\b", code)}
-    assert not taken or "index.md#names-in-the-snippets" in page.read_text(encoding="utf-8")
-
-
-def test_the_index_sets_the_names():
-    """README and index set the same ones, and those that `run_page` sets."""
-    for page in (DOCS / "index.md", ROOT / "README.md"):
-        found = set(re.findall(r"^    (\w+) = ", page.read_text(encoding="utf-8"), re.MULTILINE))
-        assert found == {"bert_checkpoint", "texts", "dataset", "folder"}
+def test_every_module_is_named():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    missing = [path.name for path in (ROOT / "modeling_snn_bert").glob("[a-z]*.py") if path.name not in text]
+    assert not missing
 
 
 def test_every_guide_is_in_the_index():
@@ -81,18 +90,83 @@ def test_first_steps(tmp_path):
     assert "BERT, float32" in result.stdout
 
 
-@pytest.mark.slow
-def test_reference(tmp_path):
-    """It builds, and every public name of every module is in it."""
-    command = [sys.executable, str(DOCS / "build_reference.py"), str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True)
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The site, built once and without a network: warnings, such as of links that lead nowhere, would be errors."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, str(DOCS / "build_site.py"), str(folder)]
+    proxies = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
+    result = subprocess.run(command, env={**os.environ, **proxies}, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "already been added" not in result.stderr
-    package = (tmp_path / "modeling_snn_bert.html").read_text(encoding="utf-8")
-    assert not [name for name in modeling_snn_bert.__all__ if f'id="{name}"' not in package]
-    modules = [module.name for module in pkgutil.iter_modules(modeling_snn_bert.__path__)]
-    pages = {path.stem for path in (tmp_path / "modeling_snn_bert").glob("*.html")}
-    assert pages == {name for name in modules if not name.startswith("_")}
+    return folder
+
+
+class Html(HTMLParser):
+    """The ids of a page of HTML, and where it leads."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.ids, self.links = set(), []
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.ids.add(attributes.get("id"))
+        self.links += [attributes[name] for name in ("href", "src") if attributes.get(name)]
+
+
+def lost_links(folder):
+    """The links within the site in `folder` that lead to no file, or to no such place in it."""
+    pages = {path.resolve(): Html(path) for path in folder.rglob("*.html")}
+    lost = []
+    for path, page in pages.items():
+        for link in page.links:
+            url = urlsplit(link)
+            target = (path.parent / unquote(url.path)).resolve() if url.path else path
+            if url.scheme or url.netloc:
+                continue
+            fragment = unquote(url.fragment)
+            if not target.exists() or (fragment and target in pages and fragment not in pages[target].ids):
+                lost.append((path.name, link))
+    return lost
+
+
+@pytest.mark.slow
+class TestTheSite:
+    def test_every_guide_and_module_is_in_the_sidebar(self, site):
+        home = Html(site / "index.html")
+        guides = {f"docs/{page.stem}.html" for page in PAGES} - {"docs/index.html"}
+        modules = [module.name for module in pkgutil.iter_modules(modeling_snn_bert.__path__)]
+        reference = {f"reference/{name}.html" for name in modules if not name.startswith("_")}
+        assert len(guides) > 10 and len(reference) > 10
+        assert guides | reference | {"docs/first_steps.html"} <= set(home.links)
+
+    def test_every_public_name_leads_to_its_description(self, site):
+        links = {link.split("#")[-1] for link in Html(site / "reference" / "package.html").links}
+        names = {f"{getattr(modeling_snn_bert, name).__module__}.{name}" for name in modeling_snn_bert.__all__}
+        assert names <= links
+
+    def test_links_lead_somewhere(self, site):
+        assert not lost_links(site)
+
+    def test_nothing_is_fetched(self, site):
+        """No script, style sheet or picture comes from elsewhere when a page is opened."""
+        for path in site.rglob("*.html"):
+            text = path.read_text(encoding="utf-8")
+            assert not re.findall(r"<(?:script|img|iframe)[^>]*src=\"(?:https?:)?//|<link[^>]*stylesheet[^>]*//", text)
+
+    def test_guides_and_reference_are_in_the_search(self, site):
+        index = (site / "searchindex.js").read_text(encoding="utf-8")
+        assert '"docs/event_driven"' in index and '"reference/conversion"' in index and '"convert_bert' in index
+
+    def test_formulas_of_docstrings_stay_as_they_are(self, site):
+        page = (site / "reference" / "spiking_neurons.html").read_text(encoding="utf-8")
+        assert re.search(r"<pre>[^/]*v = W I", re.sub(r"<span[^>]*>|</span>", "", page))
+
+    def test_lost_links_are_seen(self, tmp_path):
+        (tmp_path / "a.html").write_text('<a href="b.html#there"></a><a href="b.html#lost"></a><img src="c.png">')
+        (tmp_path / "b.html").write_text('<p id="there"><a href="#nowhere"></a><a href="https://example.org/x"></a>')
+        assert sorted(lost_links(tmp_path)) == [("a.html", "b.html#lost"), ("a.html", "c.png"), ("b.html", "#nowhere")]
 
 
 @pytest.mark.slow
@@ -104,18 +178,49 @@ class TestTheRunner:
         path.write_text("# Title\n\n" + "\n".join(f"```python\n{block}\n```\n" for block in blocks), encoding="utf-8")
         return path
 
-    def test_blocks_share_their_names(self, bert, tmp_path):
-        page = self.page(tmp_path, "count = len(texts)", "print(count, dataset.column_names)")
-        assert "16 ['sentence', 'label']" in run_page(page, bert, tmp_path)
+    def test_blocks_share_their_names(self, hub_cache, tmp_path):
+        page = self.page(tmp_path, "count = 16", "print(count)", "import os; print(os.getcwd())")
+        assert run_page(page, hub_cache, tmp_path) == ["", "16\n", f"{tmp_path / 'work'}\n"]
 
-    def test_a_failing_block_is_named(self, bert, tmp_path):
+    def test_the_bert_of_the_pages_is_there(self, hub_cache, tmp_path):
+        code = f"from transformers import AutoConfig\nprint(AutoConfig.from_pretrained('{BERT}').hidden_size)"
+        assert run_page(self.page(tmp_path, code), hub_cache, tmp_path) == ["384\n"]
+
+    def test_a_failing_block_is_named(self, hub_cache, tmp_path):
         page = self.page(tmp_path, "print(1)", "undefined_name")
         with pytest.raises(AssertionError, match=r"(?s)page\.md.*line 8.*NameError.*the block at line 8"):
-            run_page(page, bert, tmp_path)
+            run_page(page, hub_cache, tmp_path)
 
-    def test_leaving_early_is_no_success(self, bert, tmp_path):
+    def test_leaving_early_is_no_success(self, hub_cache, tmp_path):
         with pytest.raises(AssertionError, match="SystemExit"):
-            run_page(self.page(tmp_path, "raise SystemExit(0)"), bert, tmp_path)
+            run_page(self.page(tmp_path, "raise SystemExit(0)"), hub_cache, tmp_path)
+
+    def test_another_output_than_shown_is_seen(self, hub_cache, tmp_path):
+        page = self.page(tmp_path, "print('two lines')\nprint(2)")
+        for shown, right in (("two lines\n2", True), ("two lines", False), ("two lines\n...", True)):
+            text = page.read_text(encoding="utf-8").split("```text")[0]
+            page.write_text(f"{text}```text\n{shown}\n```\n", encoding="utf-8")
+            with (
+                contextlib.nullcontext() if right else pytest.raises(AssertionError, match=r"line 4 of page\.md shows")
+            ):
+                check_page(page, hub_cache, tmp_path)
+
+    @pytest.mark.parametrize(
+        "shown, printed, wanted",
+        [
+            ("a 0.50 b", "a  0.53 b\n", True),
+            ("a 0.50 b", "a 0.60 b", False),
+            ("100 uJ", "109 uJ", True),
+            ("100 uJ", "111 uJ", False),
+            ("-1.0", "1.0", False),
+            ("a\n...\nd", "a\nb\nc\nd", True),
+            ("a\n...\nd", "a\nb\nc", False),
+            ("a (b) [1]", "a (b) [1]", True),
+            ("a.c", "abc", False),
+        ],
+    )
+    def test_outputs_agree(self, shown, printed, wanted):
+        assert agrees(shown, printed) == wanted
 
     def test_a_broken_link_is_seen(self, tmp_path):
         path = tmp_path / "page.md"

@@ -1,24 +1,25 @@
-"""Runs the README's snippets one after the other, as a newcomer would, on a small random BERT."""
+"""Runs the README's snippets one after the other, as a newcomer would, on the checkpoints that it has them unpack."""
+
+import re
+import subprocess
+import sys
 
 import pytest
-from small_bert import write_bert
-from snippets import ROOT, python_blocks, run_page
-from transformers import BertForSequenceClassification
+from snippets import ROOT, check_page, python_blocks, shown_outputs
 
 README = ROOT / "README.md"
 
 
 @pytest.mark.slow
-def test_snippets_run(tmp_path, tokenizer):
-    assert len(python_blocks(README)) == 4
-    bert = tmp_path / "bert"
-    write_bert(bert, tokenizer, BertForSequenceClassification)
-    printed = run_page(README, bert, tmp_path)
-    assert "query_neuron" in printed and "LABEL_" in printed
+def test_snippets_run_and_print_what_is_shown(tmp_path, hub_cache):
+    (tmp_path / "work").mkdir()
+    commands = re.findall(r"^python (examples/distilled_checkpoint\.py) (.*)$", README.read_text("utf-8"), re.MULTILINE)
+    assert len(commands) == 2
+    for script, arguments in commands:
+        command = [sys.executable, str(ROOT / script), *arguments.split()]
+        subprocess.run(command, cwd=tmp_path / "work", check=True, capture_output=True)
+    check_page(README, hub_cache, tmp_path)
 
 
-def test_every_module_is_named():
-    text = README.read_text(encoding="utf-8")
-    package = README.parent / "modeling_snn_bert"
-    missing = [path.name for path in package.glob("[a-z]*.py") if path.name not in text]
-    assert not missing
+def test_every_block_shows_what_it_prints():
+    assert len(python_blocks(README)) == 5 and all(shown_outputs(README))
