@@ -120,8 +120,8 @@ def sidebar(reference: list[str]) -> str:
     blocks = []
     for section in INDEX.read_text(encoding="utf-8").split("\n## ")[1:]:
         title, _, text = section.partition("\n")
-        pages = [f"docs/{target}" for target in LINK.findall(text) if re.fullmatch(r"[a-z_]+\.(md|py)", target)]
-        entries = [page.rsplit(".", 1)[0] for page in pages]
+        links = re.findall(r"\[([^]]+)\]\(([a-z_]+)\.(?:md|py)\)", text)
+        entries = [f"{words} <docs/{page}>" for words, page in links]
         if title == "Reference":
             entries += [f"reference/{name}" for name in reference]
         if entries:

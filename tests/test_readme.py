@@ -13,7 +13,8 @@ README = ROOT / "README.md"
 @pytest.mark.slow
 def test_snippets_run_and_print_what_is_shown(tmp_path, hub_cache):
     (tmp_path / "work").mkdir()
-    commands = re.findall(r"^python (examples/distilled_checkpoint\.py) (.*)$", README.read_text("utf-8"), re.MULTILINE)
+    text = README.read_text("utf-8").replace("\\\n", "")
+    commands = re.findall(r"^python (examples/distilled_checkpoint\.py) (.*)$", text, re.MULTILINE)
     assert len(commands) == 2
     for script, arguments in commands:
         command = [sys.executable, str(ROOT / script), *arguments.split()]
