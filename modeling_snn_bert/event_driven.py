@@ -27,7 +27,7 @@ from torch.nn.modules import module as torch_modules
 from transformers.utils import logging
 from transformers.utils.output_capturing import OutputRecorder
 
-from .cpu_kernels import PLAIN_TYPES, available, warn_if_missing
+from .cpu_kernels import PLAIN_TYPES, available, cpu_level, warn_if_missing
 from .event_kernels import (
     MAX_HEAD_SIZE,
     MAX_INPUTS,
@@ -729,11 +729,13 @@ def _floats(packed: torch.Tensor) -> torch.Tensor:
 
 def crossover_rate(inputs: int, outputs: int, weight_dtype: str) -> float:
     """The firing rate in [0, 1] at which the event-driven and the dense product of this size take the same time."""
-    return _measure_crossover(inputs, outputs, weight_dtype, available(), torch.get_num_threads())
+    return _measure_crossover(
+        inputs, outputs, weight_dtype, cpu_level() if available() else None, torch.get_num_threads()
+    )
 
 
 @functools.cache
-def _measure_crossover(inputs: int, outputs: int, weight_dtype: str, on_kernels: bool, threads: int) -> float:
+def _measure_crossover(inputs: int, outputs: int, weight_dtype: str, level: str | None, threads: int) -> float:
     """Timed on random weights and spikes; the time of the event-driven product is a line over the rate.
 
     With kernels as a whole layer runs: by events the packed spikes are listed first, and for a dense product they are
@@ -747,7 +749,7 @@ def _measure_crossover(inputs: int, outputs: int, weight_dtype: str, on_kernels:
         batches = [(torch.rand(CROSSOVER_TOKENS, inputs) < rate).float() for rate in CROSSOVER_RATES]
 
     calls: list[Callable[[], torch.Tensor]]
-    if on_kernels:
+    if level is not None:
         packed = [pack(spikes, False)[:, None] for spikes in batches]
 
         def on_kernels_by_events(packed: torch.Tensor) -> torch.Tensor:
