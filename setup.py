@@ -69,8 +69,10 @@ KERNELS = Extension(
 )
 
 TRITON = "triton; platform_system == 'Linux'"
+TRAIN = ["accelerate>=1.1.0"]  # what transformers' Trainer asks for
+SERVE = ["starlette", "uvicorn"]
 EXAMPLES = [
-    "accelerate>=1.1.0",  # what transformers' Trainer asks for
+    *TRAIN,
     "datasets",
     "evaluate",
     "matplotlib",
@@ -118,7 +120,7 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],
-    packages=["modeling_snn_bert"],
+    packages=["modeling_snn_bert", "modeling_snn_bert.commands"],
     package_data={"modeling_snn_bert": ["py.typed"]},
     ext_modules=[KERNELS],
     cmdclass={"bdist_wheel": WheelForEveryPython, "build_ext": BuildKernels},
@@ -139,7 +141,9 @@ setup(
         "examples": EXAMPLES,
         "export": EXPORT,
         "gpu": [TRITON],
+        "serve": SERVE,
         "space": SPACE,
-        "tests": EXAMPLES + EXPORT + SPACE + DOCS + TESTS,
+        "tests": EXAMPLES + EXPORT + SPACE + SERVE + DOCS + TESTS,
+        "train": TRAIN,
     },
 )

@@ -23,9 +23,8 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -34,7 +33,6 @@ from datasets import Dataset, DatasetDict, load_dataset
 from distilled_checkpoint import unpack
 from fetch_inputs import film_reviews, minilm_folder
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -42,20 +40,28 @@ from transformers import (
     DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    get_linear_schedule_with_warmup,
 )
 
 from modeling_snn_bert import BPSN, SNNBertConfig, SNNBertForSequenceClassification, SNNBertModel
 from modeling_snn_bert.conversion import convert_bert
-from modeling_snn_bert.distillation import check_same_shape, hidden_state_loss, label_and_logit_loss, parameter_groups
+from modeling_snn_bert.distillation import check_same_shape
 from modeling_snn_bert.energy import energy_report
 from modeling_snn_bert.energy_plots import plot_firing_rates, plot_spikes
-from modeling_snn_bert.energy_tables import EnergyReport, markdown_table, operations_table, raster_panels
+from modeling_snn_bert.energy_tables import raster_panels
+from modeling_snn_bert.fine_tuning import (
+    CALIBRATION_BATCHES,
+    DISTILLATION_STEPS,
+    NO_DROPOUT,
+    accuracy,
+    finetune,
+    report_markdown,
+    teach,
+    timed,
+    training_batches,
+)
 from modeling_snn_bert.model_card import card_from_report
 
 HERE = Path(__file__).resolve().parent
-# The student is to hit the teacher's states, and noise only blurs them.
-NO_DROPOUT: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 # Of the validation sentences, so many give the firing rates and the energy.
 ENERGY_SENTENCES = 512
 EXAMPLE_SENTENCES = [
@@ -108,7 +114,7 @@ def choose_student(args: argparse.Namespace) -> None:
     # There is a distilled student for the default BERT only.
     args.convert = args.convert or (args.model_name_or_path is not None and args.student_name_or_path is None)
     if args.distillation_steps is None:
-        args.distillation_steps = 130 if args.convert else 0
+        args.distillation_steps = DISTILLATION_STEPS if args.convert else 0
 
 
 def main() -> None:
@@ -180,7 +186,7 @@ def main() -> None:
     }
     (args.output_dir / "report.json").write_text(json.dumps(results, indent=2))
     card_from_report(snn_bert.config, results).save(args.output_dir / "model" / "README.md")
-    report = write_report(results, energy)
+    report = report_markdown(results, energy)
     (args.output_dir / "report.md").write_text(report)
     print(report)
     print(f"written to {args.output_dir}: report.md, report.json, firing_rates.png, spikes.png, model/")
@@ -191,7 +197,7 @@ def make_student(
 ) -> SNNBertForSequenceClassification:
     """The SNN-BERT that training starts from, with the head of `bert`."""
     if args.convert:
-        return convert_bert(bert, [next(batches) for _ in range(12)], args.firing_rate, **NO_DROPOUT)
+        return convert_bert(bert, [next(batches) for _ in range(CALIBRATION_BATCHES)], args.firing_rate, **NO_DROPOUT)
     if args.student_name_or_path:
         encoder = SNNBertModel.from_pretrained(args.student_name_or_path, dtype=torch.float32)
     else:
@@ -292,103 +298,6 @@ def tokenize(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, max_length: 
     return data.map(encode, batched=True, remove_columns=["sentence", "label"])
 
 
-def training_batches(data: Dataset, tokenizer: PreTrainedTokenizerBase, batch_size: int, seed: int) -> Iterator[dict]:
-    """Padded batches without end, shuffled anew each epoch; sentences of like length go together."""
-    collate = DataCollatorWithPadding(tokenizer)
-    generator = torch.Generator().manual_seed(seed)
-    lengths = [len(ids) for ids in data["input_ids"]]
-    rows = [dict(row) for row in data]
-    while True:
-        order = torch.randperm(len(rows), generator=generator).tolist()
-        groups = [order[i : i + 20 * batch_size] for i in range(0, len(rows), 20 * batch_size)]
-        groups = [sorted(group, key=lengths.__getitem__) for group in groups]
-        batches = [group[i : i + batch_size] for group in groups for i in range(0, len(group), batch_size)]
-        for index in torch.randperm(len(batches), generator=generator).tolist():
-            yield collate([rows[i] for i in batches[index]])
-
-
-def train(
-    accelerator: Accelerator,
-    model: PreTrainedModel,
-    batches: Iterator[dict],
-    steps: int,
-    learning_rate: float,
-    description: str,
-    loss_of: Callable[[dict, int], torch.Tensor],
-) -> None:
-    """AdamW with a tenth of the steps as warm-up, then linear decay, and gradients clipped at norm 1.
-
-    `loss_of` takes a batch and the number of the step.
-    """
-    optimizer = torch.optim.AdamW(parameter_groups(model, learning_rate, weight_decay=0.01), fused=True)
-    schedule = get_linear_schedule_with_warmup(optimizer, math.ceil(steps / 10), steps)
-    model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
-    progress = tqdm(range(steps), desc=description, unit="step")
-    for step in progress:
-        batch = {name: x.to(accelerator.device) for name, x in next(batches).items()}
-        with accelerator.autocast():
-            loss = loss_of(batch, step)
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        progress.set_postfix(loss=f"{loss.item():.3f}")
-
-
-def finetune(
-    accelerator: Accelerator, bert: PreTrainedModel, batches: Iterator[dict], steps: int, learning_rate: float
-) -> None:
-    """Fine-tune on the labels."""
-    bert.train()
-    train(accelerator, bert, batches, steps, learning_rate, "fine-tune the BERT", lambda batch, _: bert(**batch).loss)
-
-
-def teach(
-    accelerator: Accelerator,
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
-    batches: Iterator[dict],
-    learning_rate: float,
-    logit_weight: float,
-    *,
-    distillation_steps: int,
-    finetuning_steps: int,
-) -> None:
-    """Distil the hidden states of `teacher`, then fine-tune on a mix of the labels and the teacher's logits as well.
-
-    One schedule of the learning rate goes through both, so that the student need not start over in between.
-    """
-    student.train()
-    teacher.eval()
-
-    def loss_of(batch: dict, step: int) -> torch.Tensor:
-        inputs = {name: x for name, x in batch.items() if name != "labels"}
-        with torch.no_grad():
-            wanted = teacher(**inputs, output_hidden_states=True)
-        outputs = student(**batch, output_hidden_states=True)
-        loss = hidden_state_loss(outputs.hidden_states, wanted.hidden_states, inputs["attention_mask"])
-        if step < distillation_steps:
-            return loss
-        firing_rate_weight = student.config.firing_rate_weight
-        return loss + label_and_logit_loss(outputs, wanted.logits, logit_weight, firing_rate_weight=firing_rate_weight)
-
-    steps = distillation_steps + finetuning_steps
-    train(accelerator, student, batches, steps, learning_rate, "distil and fine-tune the SNN-BERT", loss_of)
-
-
-@torch.no_grad()
-def accuracy(model: PreTrainedModel, loader: DataLoader) -> float:
-    """Share of sentences that get the right label."""
-    model.eval()
-    right = total = 0
-    for batch in loader:
-        batch = {name: x.to(model.device) for name, x in batch.items()}
-        right += (model(**batch).logits.argmax(-1) == batch["labels"]).sum().item()
-        total += len(batch["labels"])
-    return right / total
-
-
 @torch.no_grad()
 def plot_example(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
     """Draw the spikes of one sentence in a neuron layer near the input, in the middle, and near the output."""
@@ -421,65 +330,6 @@ def check_saved_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     if not difference <= 1e-5:
         raise SystemExit(f"the saved model gives other logits: they differ by {difference.item():.2e}")
     return predictions
-
-
-class timed:
-    """Adds the seconds that the block takes to `seconds[name]`."""
-
-    def __init__(self, seconds: dict[str, float], name: str) -> None:
-        self.seconds, self.name = seconds, name
-
-    def __enter__(self) -> None:
-        self.start = time.perf_counter()
-
-    def __exit__(self, *exception) -> None:
-        self.seconds[self.name] = time.perf_counter() - self.start
-
-
-def write_report(results: dict, energy: EnergyReport) -> str:
-    """The report as markdown."""
-    scores = results["accuracy"]
-    lines = ["# SNN-BERT quickstart", ""]
-    lines += markdown_table(
-        ("model", "accuracy on validation", "parameters"),
-        [
-            ("SNN-BERT", f"{scores['SNN-BERT']:.3f}", f"{results['parameters']['SNN-BERT']:,}"),
-            ("BERT, same steps", f"{scores['BERT']:.3f}", f"{results['parameters']['BERT']:,}"),
-            ("majority class", f"{scores['majority class']:.3f}", "0"),
-        ],
-    )
-    lines += [
-        f"{results['training_sentences']:,} training and {results['validation_sentences']:,} validation sentences, "
-        f"{results['distillation_steps']} steps of distillation, {results['finetuning_steps']} of fine-tuning, "
-        f"seed {results['seed']}, last step.",
-        "",
-        "## Operations of a mean sentence",
-        "",
-        f"Over {len(energy.statistics.lengths):,} validation sentences, as the firing rates below.",
-        "",
-    ]
-    lines += operations_table(energy.cost)
-    spiking, bert = energy.cost.matrix_product_picojoules, energy.bert.matrix_product_picojoules
-    lines += [
-        f"The matrix products take {spiking / 1e6:.2f} uJ, all additions; the same BERT's take {bert / 1e6:.2f} uJ, "
-        "all multiplications with addition. Convention: float32 at 45 nm, 0.9 pJ an addition, 3.7 pJ a multiplication; "
-        "arithmetic only, no memory traffic. `snn-bert energy` writes the full report.",
-        "",
-        "## Firing rates",
-        "",
-        "Mean spikes per valid token of each neuron layer (see firing_rates.png).",
-        "",
-    ]
-    lines += energy.firing_rate_table()
-    lines += ["## Seconds", ""]
-    seconds = [(name, f"{value:.1f}") for name, value in results["seconds"].items()]
-    lines += markdown_table(("stage", "seconds"), seconds)
-    lines += ["## Three sentences, by the saved model in a fresh process", ""]
-    lines += markdown_table(
-        ("sentence", "label", "score"),
-        [(p["sentence"], p["label"], f"{p['score']:.3f}") for p in results["predictions"]],
-    )
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -1,50 +1,60 @@
-"""The command `snn-bert`: convert a BERT, and look at what an SNN-BERT is, does and costs.
+"""The command `snn-bert`: train, run and serve a spiking classifier, convert a BERT, and look at an SNN-BERT.
 
 Exit codes: 0 if all went well, 2 for a command line that makes no sense, 1 for anything that fails later, such as a
 checkpoint that cannot be read. Errors are one message on stderr; SNN_BERT_TRACEBACK=1 shows where they come from.
 """
 
-import contextlib
 import dataclasses
 import json
 import math
-import os
 import sys
-import tempfile
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import transformers
 import typer
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
-from transformers import AutoTokenizer, BertPreTrainedModel, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer
 
 from . import __version__
+from .commands.common import (
+    HEADS,
+    BatchSize,
+    DataFile,
+    Encoding,
+    MaxLength,
+    Model,
+    Revision,
+    TextColumn,
+    at_least_one,
+    check_output_folder,
+    folder_written_whole,
+    load,
+    load_bert,
+    reported,
+)
+from .commands.predict import predict
+from .commands.serve import serve
+from .commands.train import train
 from .configuration_snn_bert import SNNBertConfig
-from .conversion import SPIKING_CLASSES, convert_bert, initialize_from_bert, is_neuron_parameter
+from .conversion import convert_bert, initialize_from_bert, is_neuron_parameter
 from .cpu_kernels import kernel_facts
-from .energy import energy_report, load_model, read_texts, tokenized_batches
+from .energy import energy_report, load_model, tokenized_batches
 from .energy_plots import import_pyplot, plot_spikes, short_name
 from .energy_tables import RASTER_TOKENS, raster_panels
 from .modeling_snn_bert import SNNBertForSequenceClassification, SNNBertForTokenClassification, SNNBertPreTrainedModel
 from .operation_counts import NEURON_PLACES
 from .spike_statistics import measure_spikes
 from .spiking_neurons import SpikingNeuron
+from .text_files import read_texts
 
-# What bad files, settings and checkpoints raise. Anything else is a bug here, and deserves its traceback.
-FAILURES = (ImportError, OSError, RuntimeError, TypeError, ValueError, SafetensorError, StrictDataclassError)
-HEADS = {
-    model_class.__name__.removeprefix("BertFor").removeprefix("Bert"): model_class for model_class in SPIKING_CLASSES
-}
 TOKEN_WIDTH = 16
 
 app = typer.Typer(
-    help="Convert a BERT to an SNN-BERT, and look at what an SNN-BERT is, does and costs.",
+    help="Train, run and serve a spiking text classifier, convert a BERT, and look at what an SNN-BERT does and costs.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -52,52 +62,9 @@ app = typer.Typer(
 )
 
 
-def _at_least_one(value: int | None) -> int | None:
-    if value is not None and value < 1:
-        raise typer.BadParameter(f"must be >= 1, got {value}")
-    return value
-
-
-Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="An SNN-BERT checkpoint: a folder or a Hub id.", show_default=False)
-]
-Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit, for a checkpoint on the Hub.")]
-DataFile = Annotated[
-    Path,
-    typer.Option(
-        "--data_file",
-        help="Texts of the task: .txt (a line each), .csv or .tsv with a header, .json or .jsonl.",
-        exists=True,
-        dir_okay=False,
-        readable=True,
-        show_default=False,
-    ),
-]
-TextColumn = Annotated[str, typer.Option("--text_column", help="Name of the column of texts.")]
-MaxLength = Annotated[
-    int | None,
-    typer.Option(
-        "--max_length", callback=_at_least_one, help="Cut texts at so many tokens (default: what the model takes)."
-    ),
-]
-BatchSize = Annotated[int, typer.Option("--batch_size", callback=_at_least_one, help="Texts that run at once.")]
-
-
 def main() -> None:
     """The console script. Ends the process with an exit code."""
     app(prog_name="snn-bert")
-
-
-@contextlib.contextmanager
-def reported() -> Iterator[None]:
-    """Turns a failure into a message and exit code 1."""
-    try:
-        yield
-    except FAILURES as error:
-        if os.environ.get("SNN_BERT_TRACEBACK"):
-            raise
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(1) from error
 
 
 def _print_version(wanted: bool) -> None:
@@ -129,6 +96,7 @@ def convert(
     ],
     data_file: DataFile,
     text_column: TextColumn = "sentence",
+    encoding: Encoding = "utf-8",
     firing_rate: Annotated[
         float, typer.Option("--firing_rate", help="Spikes per token that each neuron is calibrated to, in (0, 1).")
     ] = 0.2,
@@ -140,7 +108,7 @@ def convert(
         typer.Option("--setting", metavar="NAME=VALUE", help="A setting of SNNBertConfig; may be given several times."),
     ] = None,
     max_samples: Annotated[
-        int, typer.Option("--max_samples", callback=_at_least_one, help="Use only the first so many texts.")
+        int, typer.Option("--max_samples", callback=at_least_one, help="Use only the first so many texts.")
     ] = 512,
     max_length: MaxLength = None,
     batch_size: BatchSize = 16,
@@ -156,18 +124,10 @@ def convert(
         raise typer.BadParameter(f"must lie in (0, 1), got {firing_rate}", param_hint="--firing_rate")
     if head is not None and head not in HEADS:
         raise typer.BadParameter(f"must be one of {', '.join(HEADS)}, got {head!r}", param_hint="--head")
-    if output_dir.exists() and not (output_dir.is_dir() and not any(output_dir.iterdir())):
-        if not (output_dir / "config.json").is_file():
-            raise typer.BadParameter(
-                f"{output_dir} exists and is no checkpoint: name a new folder", param_hint="OUTPUT_DIR"
-            )
-        if not overwrite:
-            raise typer.BadParameter(
-                f"{output_dir} exists: name a new folder, or give --overwrite", param_hint="OUTPUT_DIR"
-            )
+    check_output_folder(output_dir, overwrite, "OUTPUT_DIR")
     settings = parse_settings(setting or [])
     with reported():
-        texts = read_texts(data_file, text_column)[:max_samples]
+        texts = read_texts(data_file, text_column, encoding)[:max_samples]
         model = load_bert(bert, head, revision)
         tokenizer = AutoTokenizer.from_pretrained(bert, revision=revision or "main")
         # An uncalibrated copy knows what batches the spiking model takes, and refuses bad settings before the work.
@@ -191,11 +151,12 @@ def energy(
     model: Model,
     data_file: DataFile,
     text_column: TextColumn = "sentence",
+    encoding: Encoding = "utf-8",
     baseline: Annotated[
         str | None, typer.Option("--baseline", help="An SNN-BERT with repeat coding to measure on the same texts.")
     ] = None,
     max_samples: Annotated[
-        int, typer.Option("--max_samples", callback=_at_least_one, help="Use only the first so many texts.")
+        int, typer.Option("--max_samples", callback=at_least_one, help="Use only the first so many texts.")
     ] = 256,
     max_length: MaxLength = None,
     batch_size: BatchSize = 16,
@@ -210,7 +171,7 @@ def energy(
     with reported():
         if plots:
             import_pyplot()
-        texts = read_texts(data_file, text_column)[:max_samples]
+        texts = read_texts(data_file, text_column, encoding)[:max_samples]
         snn_bert, tokenizer = load(model, revision)
         rival = load_model(baseline) if baseline else None
         batches = tokenized_batches(snn_bert, tokenizer, texts, batch_size, max_length)
@@ -235,7 +196,7 @@ def spikes(
         ),
     ] = None,
     channels: Annotated[
-        int, typer.Option("--channels", callback=_at_least_one, help="Neurons of each neuron layer to show.")
+        int, typer.Option("--channels", callback=at_least_one, help="Neurons of each neuron layer to show.")
     ] = 96,
     output_file: Annotated[
         Path | None, typer.Option("--output_file", help="A picture to write, such as spikes.png, in place of text.")
@@ -303,6 +264,16 @@ def info(
             typer.echo(f"  {name:<{width}}  {fact_text(value)}")
 
 
+app.command(epilog="Example: snn-bert train --data reviews.csv --model my-bert --output my-model --text_column review")(
+    train
+)
+app.command(epilog="Example: snn-bert predict my-model texts.txt --output_file predictions.csv")(predict)
+app.command(
+    epilog="""Example: snn-bert serve my-model --port 8000, and then: curl 127.0.0.1:8000/predict -H
+    'Content-Type: application/json' -d '{"texts": ["a joy"]}'"""
+)(serve)
+
+
 def parse_settings(words: Sequence[str]) -> dict[str, Any]:
     """`["spike_type=ternary", "decay=0.1"]` as a dictionary of settings of `SNNBertConfig`.
 
@@ -324,58 +295,6 @@ def parse_settings(words: Sequence[str]) -> dict[str, Any]:
             # A word is itself; Python's spelling of the constants is taken too.
             settings[name] = {"True": True, "False": False, "None": None}.get(text, text)
     return settings
-
-
-def load(model_name_or_path: str, revision: str | None) -> tuple[SNNBertPreTrainedModel, PreTrainedTokenizerBase]:
-    """An SNN-BERT and its tokenizer."""
-    model = load_model(model_name_or_path, revision)
-    return model.eval(), AutoTokenizer.from_pretrained(model_name_or_path, revision=revision or "main")
-
-
-def load_bert(model_name_or_path: str, head: str | None, revision: str | None) -> BertPreTrainedModel:
-    """The BERT of a checkpoint, with `head` (a key of `HEADS`) or the head that it was saved with.
-
-    Raises:
-        ValueError: if it is not a BERT, or has a head that SNN-BERT lacks.
-        OSError: if there is no such checkpoint.
-    """
-    config = PreTrainedConfig.get_config_dict(model_name_or_path, revision=revision)[0]
-    if config.get("model_type") != "bert":
-        raise ValueError(f"{model_name_or_path} must be a BERT, its model_type is {config.get('model_type')!r}")
-    own = (config.get("architectures") or ["BertModel"])[0].removeprefix("BertFor").removeprefix("Bert")
-    if head is None and own not in HEADS:
-        raise ValueError(
-            f"{model_name_or_path} has the head {own!r}, which SNN-BERT lacks: give --head with one of "
-            f"{', '.join(HEADS)}"
-        )
-    model, loading = HEADS[head or own].from_pretrained(
-        model_name_or_path, revision=revision or "main", output_loading_info=True
-    )
-    new = sorted(name for name in loading["missing_keys"] if not is_neuron_parameter(name))
-    if any(".encoder." in f".{name}" for name in new):
-        raise ValueError(f"{model_name_or_path} lacks weights of the encoder: {', '.join(new[:5])}")
-    if new:
-        typer.echo(f"Warning: not in the checkpoint, and so random until trained: {', '.join(new)}", err=True)
-    return model.eval()
-
-
-@contextlib.contextmanager
-def folder_written_whole(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its place if the block succeeds and vanishes if it does not."""
-    path = path.absolute()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as outer:
-        new, old = Path(outer, "new"), Path(outer, "old")
-        new.mkdir()
-        yield new
-        if path.exists():
-            os.replace(path, old)
-        try:
-            os.replace(new, path)
-        except OSError:
-            if old.exists():
-                os.replace(old, path)
-            raise
 
 
 def chosen_panels(names: Sequence[str], layers: Sequence[int] | None) -> list[int]:

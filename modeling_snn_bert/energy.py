@@ -5,10 +5,7 @@
 writes report.md, report.json and three pictures. The conventions are in `operation_counts`.
 """
 
-import csv
-import json
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -18,6 +15,9 @@ from .energy_tables import EnergyReport
 from .modeling_snn_bert import SNNBertForMultipleChoice, SNNBertPreTrainedModel
 from .operation_counts import neuron_costs, rival_costs, spiking_cost
 from .spike_statistics import INPUT_NAMES, measure_spikes
+
+# It stood here before it had a module of its own.
+from .text_files import read_texts as read_texts
 
 # Settings that a reader needs to place the figures.
 SETTINGS = (
@@ -64,44 +64,6 @@ def energy_report(
         neuron=neuron_costs(model.config, statistics),
         baseline=baseline_cost,
     )
-
-
-def read_texts(path: Path, text_column: str) -> list[str]:
-    """The texts of a file: .txt (a line each), .csv or .tsv with a header, .json or .jsonl (objects or strings).
-
-    Raises:
-        ValueError: if the file is of another kind, is not what its name says, or has no texts.
-    """
-    if path.suffix not in (".txt", ".csv", ".tsv", ".json", ".jsonl"):
-        raise ValueError(f"{path} must be a .txt, .csv, .tsv, .json or .jsonl file")
-    text = path.read_text(encoding="utf-8")
-    rows: list
-    if path.suffix == ".txt":
-        rows = text.splitlines()
-    elif path.suffix in (".csv", ".tsv"):
-        # GLUE's tab-separated files do not quote.
-        options: dict = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
-        rows = list(csv.DictReader(text.splitlines(keepends=True), **options))
-    else:
-        try:
-            is_array = text.lstrip().startswith("[")
-            rows = json.loads(text) if is_array else [json.loads(line) for line in text.splitlines() if line.strip()]
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not JSON: {error}") from error
-    texts = []
-    for number, row in enumerate(rows, 1):
-        value = row
-        if isinstance(row, dict):
-            if text_column not in row:
-                raise ValueError(f"{path} has no column {text_column!r} in row {number}, only {list(row)}")
-            value = row[text_column]
-        if not isinstance(value, str):
-            raise ValueError(f"{path} must hold a text in row {number}, got {value!r}")
-        if value.strip():
-            texts.append(value)
-    if not texts:
-        raise ValueError(f"{path} holds no texts")
-    return texts
 
 
 def load_model(model_name_or_path: str, revision: str | None = None) -> SNNBertPreTrainedModel:

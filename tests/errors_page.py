@@ -21,9 +21,13 @@ def rows():
     """The sections of the page: their titles, and rows of what is given, the errors and what they say."""
     import test_bad_input as bad
     import test_cli as cli
+    import test_commands_predict as predict
+    import test_commands_serve as serve
+    import test_commands_train as train
     import test_configuration_snn_bert as configuration
     import test_energy as energy
     import test_examples as examples
+    import test_text_files as files
     from huggingface_hub.errors import StrictDataclassError
 
     sections = {
@@ -46,9 +50,24 @@ def rows():
             (f"`{name}` with `{content!r}`", ValueError, message)
             for name, (content, message) in energy.BAD_FILES.items()
         ],
+        "Files of texts and labels: `snn-bert train`": [
+            (f"{words(name)}: `{filename}`", ValueError, message) for name, (filename, _, message) in files.BAD.items()
+        ],
+        "Requests to `snn-bert serve`": [
+            (words(name), f"status {status}", message) for name, (*_, status, message) in serve.BAD_REQUESTS.items()
+        ],
         "Command line: `snn-bert`": [
             (f"`{' '.join(arguments)}`", f"exit code {exit_code}", message)
             for exit_code, arguments, message in cli.BAD_COMMANDS.values()
+        ],
+        "Command line: `snn-bert train`, `predict` and `serve`": [
+            (f"`{command} {' '.join(arguments)}`", f"exit code {exit_code}", message)
+            for command, table in (
+                ("train ...", train.BAD_TRAINING),
+                ("predict", predict.BAD_PREDICTIONS),
+                ("serve", serve.BAD_SERVING),
+            )
+            for exit_code, arguments, message in table.values()
         ],
         "Command line: `examples/quickstart.py`": [
             (f"`{' '.join(arguments)}`", "exit code not 0", message)

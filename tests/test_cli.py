@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from command_line import run_command
 from small_bert import write_bert
 from transformers import (
     AutoTokenizer,
@@ -32,15 +33,7 @@ from modeling_snn_bert.conversion import convert_bert
 @pytest.fixture
 def snn_bert():
     """A function that runs the command and returns its result: exit_code, stdout, stderr."""
-
-    def run(*arguments, exit_code=0, **kwargs):
-        result = CliRunner().invoke(cli.app, list(map(str, arguments)), **kwargs)
-        assert result.exit_code == exit_code, result.output
-        # Anything else than an exit is a traceback in the user's terminal.
-        assert result.exception is None or isinstance(result.exception, SystemExit)
-        return result
-
-    return run
+    return run_command
 
 
 @pytest.fixture
@@ -240,7 +233,8 @@ BAD_COMMANDS = {
     "data_file_of_another_kind": (1, ["energy", "{model}", "--data_file", "{pdf}"], "must be a .txt, .csv, .tsv"),
     "data_file_not_utf8": (1, ["energy", "{model}", "--data_file", "{binary}"], "utf-8"),
     "no_such_column": (
-        1, ["energy", "{model}", "--data_file", "{rows}", "--text_column", "text"], "has no column 'text' in row 1",
+        1, ["energy", "{model}", "--data_file", "{rows}", "--text_column", "text"],
+        "line 2: has no column 'text', only ['sentence']: name one by --text_column",
     ),
     "baseline_without_repeat": (
         1, ["energy", "{model}", "--data_file", "{texts}", "--baseline", "{model}"], "must have `coding='repeat'`",
@@ -324,10 +318,11 @@ def test_traceback_on_request(checkpoint, monkeypatch):
 
 
 def test_help(snn_bert):
-    assert {"convert", "energy", "spikes", "info"} <= set(snn_bert("--help").stdout.split())
-    for command in ("convert", "energy", "spikes", "info"):
+    commands = {"convert", "energy", "spikes", "info", "train", "predict", "serve"}
+    assert commands <= set(snn_bert("--help").stdout.split())
+    for command in commands:
         printed = snn_bert(command, "-h").stdout
-        assert f"snn-bert {command} my-" in printed and "Example" in printed
+        assert f"snn-bert {command} {'--data' if command == 'train' else 'my-'}" in printed and "Example" in printed
     assert "Usage" in snn_bert(exit_code=2).output  # no command at all
 
 

@@ -523,10 +523,10 @@ FILES = {
 BAD_FILES = {
     "x.pdf": ("a", "must be a .txt, .csv, .tsv, .json or .jsonl file"),
     "x.txt": ("\n \n", "holds no texts"),
-    "x.csv": ("text\na\n", "no column 'sentence' in row 1, only ['text']"),
+    "x.csv": ("text\na\n", "line 2: has no column 'sentence', only ['text']"),
     "x.json": ("{", "is not JSON"),
-    "x.jsonl": ('{"sentence": 3}', "must hold a text in row 1, got 3"),
-    "numbers.json": ("[1, 2]", "must hold a text in row 1, got 1"),
+    "x.jsonl": ('{"sentence": 3}', "line 1: must hold a text, got 3"),
+    "numbers.json": ("[1, 2]", "row 1: must hold a text, got 1"),
 }
 
 

@@ -36,7 +36,7 @@ def smoke_save(folder):
 
     import modeling_snn_bert as snn
 
-    for module in pkgutil.iter_modules(snn.__path__, "modeling_snn_bert."):
+    for module in pkgutil.walk_packages(snn.__path__, "modeling_snn_bert."):
         importlib.import_module(module.name)
 
     torch.manual_seed(0)
@@ -170,8 +170,8 @@ def test_tests_run_on_the_installed_package():
 
     location = Path(modeling_snn_bert.__file__)
     assert "site-packages" in location.parts, f"the tests import the package from {location}"
-    sources = {path.name: path.read_bytes() for path in PACKAGE.glob("*.py")}
-    copies = {path.name: path.read_bytes() for path in location.parent.glob("*.py")}
+    sources = {path.relative_to(PACKAGE): path.read_bytes() for path in PACKAGE.rglob("*.py")}
+    copies = {path.relative_to(location.parent): path.read_bytes() for path in location.parent.rglob("*.py")}
     assert sources == copies, "the installed package is not that of the sources: `make test` installs it again"
     assert importlib.metadata.version("snn-bert") == modeling_snn_bert.__version__
 
@@ -179,7 +179,9 @@ def test_tests_run_on_the_installed_package():
 @pytest.mark.slow
 def test_wheel_holds_exactly_the_package(wheel, metadata):
     info = f"snn_bert-{metadata['Version']}.dist-info"
-    expected = {f"{PACKAGE.name}/{path.name}" for path in [*PACKAGE.glob("*.py"), PACKAGE / "py.typed"]}
+    expected = {
+        f"{PACKAGE.name}/{path.relative_to(PACKAGE)}" for path in [*PACKAGE.rglob("*.py"), PACKAGE / "py.typed"]
+    }
     expected |= {
         f"{info}/{name}"
         for name in ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "top_level.txt", "licenses/LICENSE")
@@ -201,9 +203,11 @@ def test_installs_without_a_working_compiler(tmp_path):
 
 
 def test_package_is_flat():
-    # Code that travels to the Hub is copied file by file, so there can be no sub-package and no data file.
+    # Code that travels to the Hub is copied file by file, so it is in no sub-package, and there is no data file.
+    # The commands do not travel.
     unexpected = [path.name for path in PACKAGE.iterdir() if path.suffix != ".py"]
-    assert set(unexpected) <= {"py.typed", "__pycache__", FILENAME}
+    assert set(unexpected) <= {"py.typed", "__pycache__", FILENAME, "commands"}
+    assert {path.suffix for path in (PACKAGE / "commands").iterdir() if path.name != "__pycache__"} == {".py"}
 
 
 @pytest.mark.slow
@@ -214,7 +218,7 @@ def test_metadata(metadata, requirements):
     assert metadata["Version"] == modeling_snn_bert.__version__
     assert metadata["Requires-Python"] == ">=3.10"
     assert "Apache-2.0" in (metadata["License-Expression"], metadata["License"])
-    extras = {"benchmarks", "docs", "examples", "export", "gpu", "space", "tests"}
+    extras = {"benchmarks", "docs", "examples", "export", "gpu", "serve", "space", "tests", "train"}
     assert set(metadata.get_all("Provides-Extra")) == extras
     always = {canonicalize_name(requirement.name) for requirement in requirements if requirement.marker is None}
     assert always == {"torch", "transformers", "huggingface-hub", "typer"}

@@ -1,0 +1,168 @@
+"""What the commands share: options, messages and folders."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, BertPreTrainedModel, PreTrainedConfig, PreTrainedTokenizerBase
+
+from ..conversion import SPIKING_CLASSES, is_neuron_parameter
+from ..energy import load_model
+from ..modeling_snn_bert import SNNBertForSequenceClassification, SNNBertPreTrainedModel
+
+# What bad files, settings and checkpoints raise. Anything else is a bug here, and deserves its traceback.
+FAILURES = (ImportError, OSError, RuntimeError, TypeError, ValueError, SafetensorError, StrictDataclassError)
+
+
+HEADS = {
+    model_class.__name__.removeprefix("BertFor").removeprefix("Bert"): model_class for model_class in SPIKING_CLASSES
+}
+
+
+def at_least_one(value: int | None) -> int | None:
+    if value is not None and value < 1:
+        raise typer.BadParameter(f"must be >= 1, got {value}")
+    return value
+
+
+def text_encoding(value: str) -> str:
+    """The name of an encoding of text that Python knows, else a usage error."""
+    try:
+        "a".encode(value)
+    except (LookupError, ValueError) as error:
+        raise typer.BadParameter(f"must be an encoding such as utf-8 or cp1252, got {value!r}") from error
+    return value
+
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="An SNN-BERT checkpoint: a folder or a Hub id.", show_default=False)
+]
+Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit, for a checkpoint on the Hub.")]
+DataFile = Annotated[
+    Path,
+    typer.Option(
+        "--data_file",
+        help="Texts of the task: .txt (a line each), .csv or .tsv with a header, .json or .jsonl.",
+        exists=True,
+        dir_okay=False,
+        readable=True,
+        show_default=False,
+    ),
+]
+TextColumn = Annotated[str, typer.Option("--text_column", help="Name of the column of texts.")]
+Encoding = Annotated[
+    str, typer.Option("--encoding", callback=text_encoding, help="How the file spells characters, such as cp1252.")
+]
+MaxLength = Annotated[
+    int | None,
+    typer.Option(
+        "--max_length", callback=at_least_one, help="Cut texts at so many tokens (default: what the model takes)."
+    ),
+]
+BatchSize = Annotated[int, typer.Option("--batch_size", callback=at_least_one, help="Texts that run at once.")]
+
+
+@contextlib.contextmanager
+def reported() -> Iterator[None]:
+    """Turns a failure into a message and exit code 1."""
+    try:
+        yield
+    except FAILURES as error:
+        if os.environ.get("SNN_BERT_TRACEBACK"):
+            raise
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+def check_output_folder(path: Path, overwrite: bool, hint: str) -> None:
+    """Raise a usage error about the argument `hint` unless `path` is free, or holds a checkpoint to be replaced."""
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        if not (path / "config.json").is_file():
+            raise typer.BadParameter(f"{path} exists and is no checkpoint: name a new folder", param_hint=hint)
+        if not overwrite:
+            raise typer.BadParameter(f"{path} exists: name a new folder, or give --overwrite", param_hint=hint)
+
+
+def load(model_name_or_path: str, revision: str | None) -> tuple[SNNBertPreTrainedModel, PreTrainedTokenizerBase]:
+    """An SNN-BERT and its tokenizer."""
+    model = load_model(model_name_or_path, revision)
+    return model.eval(), AutoTokenizer.from_pretrained(
+        model_name_or_path, revision=revision or "main", trust_remote_code=False
+    )
+
+
+def load_bert(model_name_or_path: str, head: str | None, revision: str | None, **settings) -> BertPreTrainedModel:
+    """The BERT of a checkpoint, with `head` (a key of `HEADS`) or the head that it was saved with.
+
+    `settings` are further arguments of `from_pretrained`.
+
+    Raises:
+        ValueError: if it is not a BERT, or has a head that SNN-BERT lacks.
+        OSError: if there is no such checkpoint.
+    """
+    config = PreTrainedConfig.get_config_dict(model_name_or_path, revision=revision)[0]
+    if config.get("model_type") != "bert":
+        raise ValueError(f"{model_name_or_path} must be a BERT, its model_type is {config.get('model_type')!r}")
+    own = (config.get("architectures") or ["BertModel"])[0].removeprefix("BertFor").removeprefix("Bert")
+    if head is None and own not in HEADS:
+        raise ValueError(
+            f"{model_name_or_path} has the head {own!r}, which SNN-BERT lacks: give --head with one of "
+            f"{', '.join(HEADS)}"
+        )
+    model, loading = HEADS[head or own].from_pretrained(
+        model_name_or_path, revision=revision or "main", output_loading_info=True, **settings
+    )
+    new = sorted(name for name in loading["missing_keys"] if not is_neuron_parameter(name))
+    if any(".encoder." in f".{name}" for name in new):
+        raise ValueError(f"{model_name_or_path} lacks weights of the encoder: {', '.join(new[:5])}")
+    if new:
+        typer.echo(f"Warning: not in the checkpoint, and so random until trained: {', '.join(new)}", err=True)
+    return model.eval()
+
+
+def load_classifier(
+    model_name_or_path: str, revision: str | None
+) -> tuple[SNNBertForSequenceClassification, PreTrainedTokenizerBase]:
+    """A classifier of one label per text, and its tokenizer.
+
+    Raises:
+        ValueError: if the checkpoint is of another kind.
+        OSError: if there is none.
+    """
+    model, tokenizer = load(model_name_or_path, revision)
+    if not isinstance(model, SNNBertForSequenceClassification):
+        raise ValueError(
+            f"{model_name_or_path} must be a classifier of texts, it is a {type(model).__name__}: "
+            "make one with `snn-bert train`"
+        )
+    if model.config.problem_type not in (None, "single_label_classification") or model.config.num_labels < 2:
+        raise ValueError(
+            f"{model_name_or_path} must give one label of several to a text, its problem_type is "
+            f"{model.config.problem_type!r} with {model.config.num_labels} labels"
+        )
+    return model, tokenizer
+
+
+@contextlib.contextmanager
+def folder_written_whole(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path` that takes its place if the block succeeds and vanishes if it does not."""
+    path = path.absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as outer:
+        new, old = Path(outer, "new"), Path(outer, "old")
+        new.mkdir()
+        yield new
+        if path.exists():
+            os.replace(path, old)
+        try:
+            os.replace(new, path)
+        except OSError:
+            if old.exists():
+                os.replace(old, path)
+            raise

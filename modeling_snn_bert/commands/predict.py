@@ -1,0 +1,111 @@
+"""`snn-bert predict`: the labels of the texts in a file."""
+
+import csv
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, TextIO
+
+import typer
+from tqdm.auto import tqdm
+
+from ..text_files import Row, numbered_texts
+from .classifier import Prediction, TextClassifier, WeightDtype
+from .common import BatchSize, Encoding, MaxLength, Model, Revision, load_classifier, reported
+
+# Of a text, so many characters are shown in the terminal.
+SHOWN = 80
+
+
+def predict(
+    model: Model,
+    data_file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE",
+            help="Texts: .txt (a line each), .csv or .tsv with a header, .json or .jsonl.",
+            exists=True,
+            dir_okay=False,
+            readable=True,
+            show_default=False,
+        ),
+    ],
+    text_column: Annotated[
+        str | None, typer.Option("--text_column", help="The column of texts (default: found by its name).")
+    ] = None,
+    encoding: Encoding = "utf-8",
+    output_file: Annotated[
+        Path | None, typer.Option("--output_file", help="A .csv or .jsonl file to write, in place of the terminal.")
+    ] = None,
+    max_length: MaxLength = None,
+    batch_size: BatchSize = 32,
+    weight_dtype: WeightDtype = "float32",
+    revision: Revision = None,
+) -> None:
+    """Say which label each text of a file gets, and how likely it is.
+
+    Inference is event-driven, on the CPU. Blank lines get no label; the place of each text in the file is kept.
+    """
+    if output_file is not None and output_file.suffix not in (".csv", ".jsonl"):
+        raise typer.BadParameter(f"must end in .csv or .jsonl, got {output_file}", param_hint="--output_file")
+    with reported():
+        rows = numbered_texts(data_file, text_column, encoding)
+        if output_file is not None:
+            output_file.parent.mkdir(parents=True, exist_ok=True)
+        classifier = TextClassifier(*load_classifier(model, revision), weight_dtype, max_length)
+        predictions = predict_all(classifier, [row.value for row in rows], batch_size, progress=output_file is not None)
+        if output_file is not None:
+            write_whole(output_file, rows, predictions)
+    if output_file is None:
+        width = max(map(len, classifier.labels))
+        for row, prediction in zip(rows, predictions, strict=True):
+            typer.echo(f"{prediction.label:<{width}}  {prediction.score:.3f}  {shown(row.value)}")
+    else:
+        typer.echo(f"{len(rows):,} predictions written to {output_file}")
+
+
+def predict_all(
+    classifier: TextClassifier, texts: Sequence[str], batch_size: int, *, progress: bool = False
+) -> list[Prediction]:
+    """The predictions of `texts` in their order. Texts of like length run together, since padding takes time."""
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    found: dict[int, Prediction] = {}
+    with tqdm(total=len(texts), desc="predict", unit="text", disable=not progress) as bar:
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            found.update(zip(chosen, classifier([texts[i] for i in chosen]), strict=True))
+            bar.update(len(chosen))
+    return [found[i] for i in range(len(texts))]
+
+
+def write_whole(path: Path, rows: Sequence[Row], predictions: Sequence[Prediction]) -> None:
+    """Write the predictions beside their texts as .csv or .jsonl, whole or not at all."""
+    partial = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        with partial.open("w", encoding="utf-8", newline="") as file:
+            write(file, path.suffix, rows, predictions)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write(file: TextIO, suffix: str, rows: Sequence[Row], predictions: Sequence[Prediction]) -> None:
+    names = ("place", "label", "score", "text")
+    table = [(row.place, p.label, round(p.score, 6), row.value) for row, p in zip(rows, predictions, strict=True)]
+    if suffix == ".csv":
+        writer = csv.writer(file)
+        writer.writerow(names)
+        writer.writerows(table)
+    else:
+        file.writelines(json.dumps(dict(zip(names, row, strict=True)), ensure_ascii=False) + "\n" for row in table)
+
+
+def shown(text: str) -> str:
+    """The beginning of `text` on one line, of characters that the terminal can print without moving its cursor."""
+    start = " ".join(text[: SHOWN + 1].split())
+    cut = "..." if len(text) > SHOWN else ""
+    printable = "".join(c if c.isprintable() else "?" for c in start[:SHOWN]) + cut
+    encoding = sys.stdout.encoding or "ascii"
+    return printable.encode(encoding, "replace").decode(encoding)

@@ -1,0 +1,316 @@
+"""`snn-bert train`: a spiking classifier of the texts in a file, with a report and a model card."""
+
+import hashlib
+import json
+import math
+import random
+import shlex
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from transformers import (
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+
+from ..configuration_snn_bert import SNNBertConfig
+from ..conversion import convert_bert
+from ..energy import energy_report
+from ..fine_tuning import (
+    CALIBRATION_BATCHES,
+    DISTILLATION_STEPS,
+    NO_DROPOUT,
+    finetune,
+    macro_f1,
+    predictions,
+    report_markdown,
+    teach,
+    timed,
+    training_batches,
+)
+from ..model_card import card_from_report
+from ..modeling_snn_bert import SNNBertForSequenceClassification
+from ..text_files import Labelled, read_labelled, shortened
+from .common import Encoding, Revision, at_least_one, check_output_folder, folder_written_whole, load_bert, reported
+
+# Without --steps and --epochs: so many steps, but no row more often than that.
+DEFAULT_STEPS, DEFAULT_EPOCHS = 300, 10
+# More rows than these would make the evaluation longer and hardly more exact.
+MAX_HELD_OUT = 2000
+ENERGY_TEXTS = 256
+
+
+def _positive(value: float | None) -> float | None:
+    if value is not None and not 0 < value < math.inf:
+        raise typer.BadParameter(f"must be > 0, got {value}")
+    return value
+
+
+def _share(value: float) -> float:
+    if not 0 < value < 1:
+        raise typer.BadParameter(f"must lie in (0, 1), got {value}")
+    return value
+
+
+def train(
+    data: Annotated[
+        Path,
+        typer.Option(
+            "--data",
+            help="Texts with labels: .csv or .tsv with a header, .json or .jsonl.",
+            exists=True,
+            dir_okay=False,
+            readable=True,
+            show_default=False,
+        ),
+    ],
+    model: Annotated[
+        str,
+        typer.Option("--model", help="A BERT or an SNN-BERT to start from: a folder or a Hub id.", show_default=False),
+    ],
+    output: Annotated[
+        Path, typer.Option("--output", help="The folder to write, whole or not at all.", show_default=False)
+    ],
+    text_column: Annotated[
+        str | None, typer.Option("--text_column", help="The column of texts (default: found by its name).")
+    ] = None,
+    label_column: Annotated[
+        str | None, typer.Option("--label_column", help="The column of labels (default: found by its name).")
+    ] = None,
+    encoding: Encoding = "utf-8",
+    held_out: Annotated[
+        float, typer.Option("--held_out", callback=_share, help="Share of the texts to score on, not to learn from.")
+    ] = 0.2,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            "--steps",
+            callback=at_least_one,
+            help=f"Steps of fine-tuning (default: {DEFAULT_STEPS}, of few rows at most {DEFAULT_EPOCHS} epochs).",
+        ),
+    ] = None,
+    epochs: Annotated[
+        float | None, typer.Option("--epochs", callback=_positive, help="The same in passes through the texts.")
+    ] = None,
+    distillation_steps: Annotated[
+        int, typer.Option("--distillation_steps", min=0, help="Steps after the conversion of a BERT, without labels.")
+    ] = DISTILLATION_STEPS,
+    batch_size: Annotated[int, typer.Option("--batch_size", callback=at_least_one, help="Texts of a step.")] = 32,
+    max_length: Annotated[
+        int, typer.Option("--max_length", min=3, help="Cut texts at so many tokens, in the served model too.")
+    ] = 128,
+    learning_rate: Annotated[
+        float, typer.Option("--learning_rate", callback=_positive, help="Of the SNN-BERT.")
+    ] = 5e-4,
+    bert_learning_rate: Annotated[
+        float, typer.Option("--bert_learning_rate", callback=_positive, help="Of the BERT.")
+    ] = 5e-5,
+    firing_rate: Annotated[
+        float, typer.Option("--firing_rate", callback=_share, help="Spikes per token to calibrate a BERT's copy to.")
+    ] = 0.2,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the split, the order and the new weights.")] = 0,
+    revision: Revision = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint in the folder.")] = False,
+) -> None:
+    """Train a spiking text classifier on your own texts and labels.
+
+    A BERT is fine-tuned, converted, and teaches its copy; an SNN-BERT is fine-tuned. The folder holds the model, its
+    code, a model card, report.md and report.json, and can go to the Hub as it is. Runs on a GPU if there is one.
+    """
+    if steps is not None and epochs is not None:
+        raise typer.BadParameter("give either --steps or --epochs", param_hint="--epochs")
+    check_output_folder(output, overwrite, "--output")
+    with reported():
+        try:
+            from accelerate import Accelerator
+        except ImportError as error:
+            raise ImportError('training needs accelerate: pip install "snn-bert[train]"') from error
+        started = time.perf_counter()
+        rows = read_labelled(data, text_column, label_column, encoding)
+        training, validation = split(rows, held_out, seed)
+        describe(data, rows, len(training), len(validation))
+        kind = PreTrainedConfig.get_config_dict(model, revision=revision)[0].get("model_type")
+        if kind not in ("bert", SNNBertConfig.model_type):
+            raise ValueError(f"--model must be a BERT or an SNN-BERT, the model_type of {model} is {kind!r}")
+        set_seed(seed)
+        accelerator = Accelerator()
+        seconds: dict[str, float] = {}
+        # The folder is made before the work: where nothing can be written is known at once.
+        with folder_written_whole(output) as folder:
+            labels = {"id2label": dict(enumerate(rows.names)), "label2id": {n: i for i, n in enumerate(rows.names)}}
+            settings = {**labels, "ignore_mismatched_sizes": True, "dtype": torch.float32}
+            settings["problem_type"] = "single_label_classification"
+            start: PreTrainedModel
+            if kind == "bert":
+                start = load_bert(model, "SequenceClassification", revision, **settings)
+            else:
+                start = load_snn_bert(model, revision, **settings)
+            tokenizer = AutoTokenizer.from_pretrained(model, revision=revision or "main", trust_remote_code=False)
+            tokenizer.model_max_length = min(
+                max_length, start.config.max_position_embeddings, tokenizer.model_max_length
+            )
+            tokenized = tokenize(rows, tokenizer)
+            cut = sum(len(row["input_ids"]) == tokenizer.model_max_length for row in tokenized)
+            if cut:
+                note = f"{cut:,} texts reach {tokenizer.model_max_length} tokens, and what is beyond is not read"
+                typer.echo(f"{note} (--max_length)", err=True)
+            learned = [tokenized[i] for i in training]
+            per_epoch = math.ceil(len(learned) / batch_size)
+            if steps is None:
+                wanted = None if epochs is None else max(1, round(epochs * per_epoch))
+                steps = wanted or min(DEFAULT_STEPS, DEFAULT_EPOCHS * per_epoch)
+            start = accelerator.prepare(start)
+
+            def batches():
+                return training_batches(learned, tokenizer, batch_size, seed)
+
+            models: dict[str, PreTrainedModel] = {}
+            if kind == "bert":
+                with timed(seconds, "fine-tune the BERT"):
+                    finetune(accelerator, start, batches(), steps, bert_learning_rate)
+                check_finite(start, "--bert_learning_rate")
+                shared = batches()
+                with timed(seconds, "convert it"):
+                    calibration = [next(shared) for _ in range(CALIBRATION_BATCHES)]
+                    models["SNN-BERT"] = convert_bert(start, calibration, firing_rate, **NO_DROPOUT)
+                with timed(seconds, "teach the SNN-BERT"):
+                    stages = {"distillation_steps": distillation_steps, "finetuning_steps": steps}
+                    teach(accelerator, models["SNN-BERT"], start, shared, learning_rate, 0.5, **stages)
+                models["BERT"] = start
+            else:
+                with timed(seconds, "fine-tune the SNN-BERT"):
+                    finetune(accelerator, start, batches(), steps, learning_rate, "fine-tune the SNN-BERT")
+                models["SNN-BERT"] = start
+            spiking = models["SNN-BERT"]
+            check_finite(spiking, "--learning_rate")
+            with timed(seconds, "score"):
+                collate = DataCollatorWithPadding(tokenizer)
+                held = [tokenized[i] for i in validation]
+                held_batches = [collate(held[i : i + batch_size]) for i in range(0, len(held), batch_size)]
+                found = {name: predictions(one, held_batches) for name, one in models.items()}
+                energy = energy_report(spiking, held_batches[: math.ceil(ENERGY_TEXTS / batch_size)], run_lengths=False)
+            right = found["SNN-BERT"][1]
+            accuracies = {name: (x == y).sum().item() / len(y) for name, (x, y) in found.items()}
+            accuracies["majority class"] = right.bincount().max().item() / len(right)
+            scores = {name: macro_f1(x, y) for name, (x, y) in found.items()}
+            scores["majority class"] = macro_f1(torch.full_like(right, right.bincount().argmax().item()), right)
+            spiking.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            seconds["all"] = time.perf_counter() - started
+            results = {
+                "command": shlex.join(["snn-bert", *sys.argv[1:]]),
+                "base_model": None if Path(model).exists() else model,
+                "dataset": {"name": data.name, "split": "held out"},
+                "columns": {"text": rows.text_column, "label": rows.label_column},
+                "labels": {name: rows.labels.count(i) for i, name in enumerate(rows.names)},
+                "rows_left_out": rows.left_out,
+                "max_length": tokenizer.model_max_length,
+                "accuracy": accuracies,
+                "macro_f1": scores,
+                "training_sentences": len(training),
+                "validation_sentences": len(validation),
+                "distillation_steps": distillation_steps if kind == "bert" else 0,
+                "finetuning_steps": steps,
+                "parameters": {name: one.num_parameters() for name, one in models.items()},
+                "firing_rates": energy.firing_rates(),
+                "energy": energy.to_dict(),
+                "seconds": seconds,
+                "seed": seed,
+            }
+            report = report_markdown(results, energy, f"SNN-BERT on {data.name}")
+            (folder / "report.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
+            (folder / "report.md").write_text(report, encoding="utf-8")
+            card_from_report(spiking.config, results).save(folder / "README.md")
+    typer.echo(report)
+    typer.echo(f"written to {output}: try it by `snn-bert serve {shlex.quote(str(output))}`")
+
+
+def split(rows: Labelled, share: float, seed: int) -> tuple[list[int], list[int]]:
+    """The rows to learn from and those that are held out, each in the order of the file.
+
+    Of each label the same share is held out, at least one text of it. Texts that are equal but for case and spaces are
+    on the same side.
+
+    Raises:
+        ValueError: if all rows of a label hold the same text.
+    """
+    # The label of a text that stands there twice is that of its first row.
+    of_label: dict[int, dict[str, list[int]]] = {}
+    first: dict[str, int] = {}
+    for i, (text, label) in enumerate(zip(rows.texts, rows.labels, strict=True)):
+        key = hashlib.sha256(" ".join(text.lower().split()).encode()).hexdigest()
+        of_label.setdefault(first.setdefault(key, label), {}).setdefault(key, []).append(i)
+    share = min(share, MAX_HELD_OUT / len(rows.texts))
+    held: list[int] = []
+    for label, groups in sorted(of_label.items()):
+        if len(groups) < 2:
+            raise ValueError(
+                f"all rows with the label {rows.names[label]!r} hold the same text: add others, since one is to be "
+                "learned from and one held out"
+            )
+        keys = sorted(groups)
+        random.Random(f"{seed} {label}").shuffle(keys)
+        chosen = keys[: min(max(1, round(share * len(keys))), len(keys) - 1)]
+        held += [i for key in chosen for i in groups[key]]
+    missing = [name for i, name in enumerate(rows.names) if i not in of_label]
+    if missing:
+        raise ValueError(
+            f"each text with the label {shortened(map(repr, missing))} stands in an earlier row with another label: "
+            "correct the labels of these rows"
+        )
+    out = set(held)
+    return [i for i in range(len(rows.texts)) if i not in out], sorted(out)
+
+
+def describe(path: Path, rows: Labelled, training: int, validation: int) -> None:
+    """Print what was found in the file, and what was left out."""
+    counts = Counter(rows.labels)
+    labels = shortened(f"{name!r} {counts[i]:,}" for i, name in enumerate(rows.names))
+    typer.echo(
+        f"{path.name}: {len(rows.texts):,} texts in the column {rows.text_column!r}, {len(rows.names)} labels in "
+        f"{rows.label_column!r} ({labels}); {training:,} to learn from, {validation:,} held out"
+    )
+    if rows.left_out:
+        typer.echo(
+            f"Warning: {len(rows.left_out):,} rows without a text or a label are left out: {shortened(rows.left_out)}",
+            err=True,
+        )
+
+
+def load_snn_bert(model_name_or_path: str, revision: str | None, **settings) -> SNNBertForSequenceClassification:
+    """The SNN-BERT of a checkpoint with a classifier, new if it has none of so many labels."""
+    model = SNNBertForSequenceClassification.from_pretrained(
+        model_name_or_path, revision=revision or "main", **settings, **NO_DROPOUT
+    )
+    if model.config.psn_length is not None:
+        raise ValueError(
+            f"{model_name_or_path} takes texts of exactly {model.config.psn_length} tokens (its neurons are PSN): "
+            "train a model with neuron_type 'bpsn' or 'lif'"
+        )
+    return model
+
+
+def tokenize(rows: Labelled, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """Token ids and the label of each row, cut at the tokenizer's length."""
+    encoded = tokenizer(rows.texts, truncation=True)
+    return [
+        {**{name: values[i] for name, values in encoded.items()}, "labels": label}
+        for i, label in enumerate(rows.labels)
+    ]
+
+
+def check_finite(model: PreTrainedModel, option: str) -> None:
+    """Raise a `ValueError` that names the learning rate if a weight of `model` is not finite any more."""
+    parameters: Sequence[torch.Tensor] = list(model.parameters())
+    if not all(bool(parameter.isfinite().all()) for parameter in parameters):
+        raise ValueError(f"training diverged, weights are not finite any more: lower {option}")
