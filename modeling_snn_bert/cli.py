@@ -7,6 +7,7 @@ checkpoint that cannot be read. Errors are one message on stderr; SNN_BERT_TRACE
 import dataclasses
 import json
 import math
+import signal
 import sys
 import unicodedata
 from collections import Counter
@@ -64,6 +65,8 @@ app = typer.Typer(
 
 def main() -> None:
     """The console script. Ends the process with an exit code."""
+    # As Ctrl-C does, so that no half-written folder is left behind.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     app(prog_name="snn-bert")
 
 

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import signal
+import subprocess
 import sys
 
 import pytest
@@ -122,6 +124,28 @@ def test_a_failure_leaves_nothing(bert, data, tmp_path, monkeypatch):
     monkeypatch.setattr(train_module, "report_markdown", fail)
     command = ["train", "--data", data, "--model", bert, "--output", tmp_path / "new" / "out", *SHORT]
     assert "No space left" in run_command(*command, exit_code=1).stderr
+    assert not list((tmp_path / "new").iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signal_name", ["SIGINT", "SIGTERM"])
+def test_stopping_it_leaves_nothing(bert, data, tmp_path, signal_name):
+    command = ["train", "--data", data, "--model", bert, "--output", tmp_path / "new" / "out", "--steps", 100_000]
+    command = [sys.executable, "-m", "modeling_snn_bert", *map(str, command)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            # The bar ends no line, and is drawn again at each step.
+            seen = ""
+            while "1/100000" not in seen:
+                part = process.stderr.read(1)
+                assert part, seen
+                seen += part
+            assert list((tmp_path / "new").iterdir())
+            process.send_signal(getattr(signal, signal_name))
+            process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode in (130, 128 + signal.SIGTERM)
     assert not list((tmp_path / "new").iterdir())
 
 
