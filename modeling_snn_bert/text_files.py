@@ -38,7 +38,7 @@ class Row(NamedTuple):
 class Labelled(NamedTuple):
     """What `read_labelled` returns.
 
-    Attributes:
+    Args:
         texts: the texts, none of them blank.
         labels: of each, the index of its label in `names`.
         names: the different labels as text, in order: of their values if all are numbers, else of the alphabet.
