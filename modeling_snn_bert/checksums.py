@@ -158,9 +158,11 @@ def check_model_type(source: str | Path, config: Path, own_type: str) -> None:
     Raises:
         ValueError: if the configuration names another model type, such as RoBERTa, whose positions start at 2.
     """
-    if not config.is_file():
+    try:
+        model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        # There is none, or it is damaged: transformers says so in its own words.
         return
-    model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
     if model_type not in (None, "bert", own_type):
         raise ValueError(
             f"{source} is a model of the type {model_type!r}; SNN-BERT takes weights of the types 'bert' and "

@@ -3,10 +3,10 @@ r"""One step of Trainer with a firing rate target, for test_fine_tuning.py and t
 In several processes:
 
     ACCELERATE_USE_CPU=true accelerate launch --config_file examples/accelerate_configs/cpu.yaml \
-        tests/penalty_training.py HEAD FOLDER
+        tests/penalty_training.py FOLDER
 
-FOLDER gets the step of each parameter, `HEAD.safetensors`. All rows have the same tokens, so that the firing rates of
-every micro-batch are those of the whole batch; their labels differ, also in number.
+FOLDER gets a file for each head, `HEAD.safetensors`, with the step of each parameter. All rows have the same tokens, so
+that the firing rates of every micro-batch are those of the whole batch; their labels differ, also in number.
 """
 
 import sys
@@ -100,12 +100,13 @@ def one_step(
 
 
 def main() -> None:
-    head, folder = sys.argv[1], Path(sys.argv[2])
-    # Two processes of two micro-batches of two rows see each row once.
-    step = one_step(head, folder, NUM_ROWS // 4, 2)
-    assert dist.get_world_size() == 2
-    if dist.get_rank() == 0:
-        save_file({name: x.contiguous() for name, x in step.items()}, folder / f"{head}.safetensors")
+    folder = Path(sys.argv[1])
+    for head in HEADS:
+        # Two processes of two micro-batches of two rows see each row once.
+        step = one_step(head, folder, NUM_ROWS // 4, 2)
+        assert dist.get_world_size() == 2
+        if dist.get_rank() == 0:
+            save_file({name: x.contiguous() for name, x in step.items()}, folder / f"{head}.safetensors")
     dist.barrier()
     dist.destroy_process_group()
 

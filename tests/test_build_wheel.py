@@ -36,7 +36,7 @@ COMPARE = """
 import torch
 
 def tasks():
-    return len(os.listdir("/proc/self/task"))
+    return set(os.listdir("/proc/self/task"))
 
 def share_threads(kernels):
     # The kernels' two threads are one more than there was, and torch then takes the same ones.
@@ -46,9 +46,11 @@ def share_threads(kernels):
     ones = torch.ones(4)
     current = torch.rand(4, 64, 32)
     kernels.bpsn_forward(current, None, torch.full((32,), 0.4), ones / 10, ones / 10, ones / 2, True, 1, False)
-    assert tasks() == before + 1, (before, tasks())
+    # Others, of the loader, may end in between.
+    of_kernels = tasks() - before
+    assert len(of_kernels) == 1, of_kernels
     torch.rand(4_000_000).exp_()
-    assert tasks() == before + 1, (before, tasks())
+    assert tasks() - before == of_kernels, (before, tasks())
     assert len(openmp()) == 1, openmp()
 
 def compare(make_model, kernels):

@@ -127,12 +127,18 @@ def test_a_failure_leaves_nothing(bert, data, tmp_path, monkeypatch):
     assert not list((tmp_path / "new").iterdir())
 
 
+def listen_to_sigint():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("signal_name", ["SIGINT", "SIGTERM"])
 def test_stopping_it_leaves_nothing(bert, data, tmp_path, signal_name):
     command = ["train", "--data", data, "--model", bert, "--output", tmp_path / "new" / "out", "--steps", 100_000]
     command = [sys.executable, "-m", "modeling_snn_bert", *map(str, command)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # A shell that runs its commands in the background has them ignore SIGINT, and their children inherit that.
+    with subprocess.Popen(command, **pipes, preexec_fn=listen_to_sigint) as process:
         try:
             # The bar ends no line, and is drawn again at each step.
             seen = ""
