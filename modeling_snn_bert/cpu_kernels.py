@@ -37,10 +37,10 @@ MAJOR_VERSION = 0
 CPU_LEVELS = ("plain", "avx2", "avx512", "amx")
 LEVEL_VARIABLE = "SNN_BERT_CPU_LEVEL"
 SWITCH = "SNN_BERT_CPU_KERNELS"
-# At 6 x 384 and 12 x 768. To measure again: `benchmarks/run.py training --sections step_384 step_768` with and without
-# the switch, and the subjects event_int8 and torch_int8 of `benchmarks/run.py inference --sections 6x384 12x768`.
+# At 6 x 384 and 12 x 768: the subjects snn_bert and snn_bert_torch of `benchmarks/run.py training --sections step_384
+# step_768`, event_int8 and torch_int8 of `benchmarks/run.py inference --sections 6x384 12x768`.
 WITHOUT_KERNELS = (
-    "Without them a training step takes 2 to 2.5 times as long and event-driven inference 4 to 7 times. To have them, "
+    "Without them a training step takes twice as long and event-driven inference five times as long. To have them, "
     "install a wheel of snn-bert for this platform, or its sources where there is a C compiler; "
     f"{SWITCH}=0 in the environment says that this is meant"
 )
