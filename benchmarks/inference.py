@@ -379,20 +379,10 @@ class AtLevel:
             cpu_kernels.cap_cpu_level(before)
 
 
-def levels_here() -> tuple[str, ...]:
-    """The levels of the instruction set that the kernels have on this processor.
-
-    Raises:
-        SystemExit: if there are no kernels.
-    """
-    highest = cpu_kernels.highest_cpu_level()
-    if highest is None:
-        raise SystemExit("the section levels needs the compiled kernels: install the package where there is a compiler")
-    return cpu_kernels.CPU_LEVELS[: cpu_kernels.CPU_LEVELS.index(highest) + 1]
-
-
 def level_tables(settings: Settings) -> Iterator[Table]:
     """The encoder at each level of the instruction set against BERT, every product by events, or on AMX by tiles."""
+    if not cpu_kernels.available():
+        raise SystemExit("the section levels needs the compiled kernels: install the package where there is a compiler")
     for shape_name, full_shape in SHAPES.items():
         shape, length = ((2, 48, 96, 4), 16) if settings.quick else (full_shape, LENGTH)
         model = build_spiking(shape, settings.seed)
@@ -401,7 +391,7 @@ def level_tables(settings: Settings) -> Iterator[Table]:
         firing_rates(model, inputs)
         calls: dict[str, Callable[..., Any]] = {REFERENCE: bert_like(model.config)}
         for weight_dtype in ("float32", "int8"):
-            for level in levels_here():
+            for level in cpu_kernels.levels_here():
                 if level != "amx":
                     calls[f"{weight_dtype}, {level}"] = AtLevel(
                         event_driven(copy.deepcopy(model), weight_dtype, dense_above=1.0), level

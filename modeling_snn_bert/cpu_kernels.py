@@ -221,6 +221,12 @@ def highest_cpu_level() -> str | None:
     return None if _LIBRARY is None else CPU_LEVELS[_LIBRARY.highest_cpu_level()]
 
 
+def levels_here() -> tuple[str, ...]:
+    """The levels that `highest_cpu_level` allows, lowest first; empty where there are no kernels."""
+    highest = highest_cpu_level()
+    return () if highest is None else CPU_LEVELS[: CPU_LEVELS.index(highest) + 1]
+
+
 def kernel_facts() -> dict[str, str]:
     """Whether there are kernels, at what level they run in this process, and why, in words."""
     facts = {"kernels": _WHY}

@@ -9,6 +9,7 @@ import torch
 from modeling_snn_bert import BPSN
 from modeling_snn_bert import leaky_integration_triton as kernels
 from modeling_snn_bert.packed_spikes import pack, packed_form, unpack
+from modeling_snn_bert.surrogate_gradients import SURROGATES
 
 ON_GPU = torch.cuda.is_available()
 interpreted = pytest.mark.skipif(
@@ -80,6 +81,21 @@ def check(neuron, current, mask=None):
         tolerance = 4 * torch.finfo(current.dtype).eps if half else 5e-6
         torch.testing.assert_close(got.double(), expected, rtol=0, atol=tolerance * scale)
     return spikes
+
+
+def check_one_token():
+    """Spikes, bits and gradients of sequences of one token, by hand."""
+    neuron = make_neuron(16, 2)
+    current = torch.randn(2, 1, 16) + 0.3
+    spikes, packed, gradients = run(neuron, current, None, torch.ones(2, 1, 16))
+    assert 0 < spikes.mean() < 1
+    # Alone, a token is its own mean and receives no reset.
+    assert torch.equal(spikes, (current >= neuron.v_threshold).float())
+    assert torch.equal(packed, pack(spikes, False))
+    slope = SURROGATES["atan"](current - neuron.v_threshold, 1.5).detach()
+    torch.testing.assert_close(gradients[0], slope)
+    torch.testing.assert_close(gradients[1], -slope.sum((0, 1)))
+    assert all((gradient == 0).all() for gradient in gradients[2:])
 
 
 def check_on_gpu(neuron, length, dtype, batches=(3, 1)):

@@ -2,5 +2,4 @@
 
 from modeling_snn_bert import cpu_kernels
 
-HIGHEST = cpu_kernels.highest_cpu_level()
-CPU_LEVELS = cpu_kernels.CPU_LEVELS[: cpu_kernels.CPU_LEVELS.index(HIGHEST) + 1] if HIGHEST else ()
+CPU_LEVELS = cpu_kernels.levels_here()

@@ -8,11 +8,20 @@ import sys
 
 import pytest
 import torch
-from bpsn_checks import check, check_on_gpu, interpreted, make_neuron, masks, needs_gpu, reference_of, run
+from bpsn_checks import (
+    check,
+    check_on_gpu,
+    check_one_token,
+    interpreted,
+    make_neuron,
+    masks,
+    needs_gpu,
+    reference_of,
+    run,
+)
 
 from modeling_snn_bert import SNNBertForSequenceClassification, SNNBertModel, leaky_integration_triton, spiking_neurons
 from modeling_snn_bert import bpsn_triton as kernels
-from modeling_snn_bert.packed_spikes import pack
 from modeling_snn_bert.surrogate_gradients import SURROGATES
 
 
@@ -47,17 +56,7 @@ class TestInterpreted:
         assert launches == FORWARD + BACKWARD
 
     def test_one_token(self, launches):
-        neuron = make_neuron(16, 2)
-        current = torch.randn(2, 1, 16) + 0.3
-        spikes, packed, gradients = run(neuron, current, None, torch.ones(2, 1, 16))
-        assert 0 < spikes.mean() < 1
-        # Alone, a token is its own mean and receives no reset.
-        assert torch.equal(spikes, (current >= neuron.v_threshold).float())
-        assert torch.equal(packed, pack(spikes, False))
-        slope = SURROGATES["atan"](current - neuron.v_threshold, 1.5).detach()
-        torch.testing.assert_close(gradients[0], slope)
-        torch.testing.assert_close(gradients[1], -slope.sum((0, 1)))
-        assert all((gradient == 0).all() for gradient in gradients[2:])
+        check_one_token()
         assert launches == FORWARD + BACKWARD
 
     @pytest.mark.parametrize("spike_type", ["binary", "ternary"])

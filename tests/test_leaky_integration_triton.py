@@ -8,11 +8,20 @@ from functools import partial
 
 import pytest
 import torch
-from bpsn_checks import check, check_on_gpu, interpreted, make_neuron, masks, needs_gpu, reference_of, run
+from bpsn_checks import (
+    check,
+    check_on_gpu,
+    check_one_token,
+    interpreted,
+    make_neuron,
+    masks,
+    needs_gpu,
+    reference_of,
+    run,
+)
 from torch.utils.checkpoint import checkpoint
 
 from modeling_snn_bert import leaky_integration_triton as kernels
-from modeling_snn_bert.packed_spikes import pack
 from modeling_snn_bert.surrogate_gradients import SURROGATES
 
 
@@ -35,17 +44,7 @@ class TestInterpreted:
         check(neuron, torch.randn(2, length, 16) + 0.3)
 
     def test_one_token(self):
-        neuron = make_neuron(16, 2)
-        current = torch.randn(2, 1, 16) + 0.3
-        spikes, packed, gradients = run(neuron, current, None, torch.ones(2, 1, 16))
-        assert 0 < spikes.mean() < 1
-        # Alone, a token is its own mean and receives no reset.
-        assert torch.equal(spikes, (current >= neuron.v_threshold).float())
-        assert torch.equal(packed, pack(spikes, False))
-        slope = SURROGATES["atan"](current - neuron.v_threshold, 1.5).detach()
-        torch.testing.assert_close(gradients[0], slope)
-        torch.testing.assert_close(gradients[1], -slope.sum((0, 1)))
-        assert all((gradient == 0).all() for gradient in gradients[2:])
+        check_one_token()
 
     @pytest.mark.parametrize(
         ("mask", "spike_type"),
