@@ -3,6 +3,10 @@
 Module and parameter names are BERT's own, so a BERT checkpoint's weights load with nothing renamed. A neuron stands
 in front of every matrix product: the module named `neuron` beside a `dense` is the one that feeds it, and
 `query_neuron`, `key_neuron` and `value_neuron` turn the projections into spikes.
+
+Inside the model two masks have two names: `token_mask`, `[batch, seq_len]`, bool, True at valid tokens, is for the
+neurons (whose public argument is called `attention_mask`, and takes numbers too); `attention_mask` is what transformers
+makes of it for its attention. What users give as `attention_mask` becomes a `token_mask` in `SNNBertModel.forward`.
 """
 
 import math
@@ -523,7 +527,7 @@ class SNNBertPooler(nn.Module):
         if token_mask is None:
             first = hidden_states[:, 0]
         else:
-            index = (token_mask != 0).long().argmax(dim=1)
+            index = token_mask.long().argmax(dim=1)
             # Not `len(index)`, which an exported graph would take for a constant.
             first = hidden_states[torch.arange(index.shape[0], device=index.device), index]
         return self.activation(self.dense(first))
@@ -708,9 +712,10 @@ class SNNBertModel(SNNBertPreTrainedModel):
         if output_spikes is None:
             output_spikes = self.config.output_spikes
         given = check_inputs(self.config, input_ids, attention_mask, position_ids, token_type_ids, inputs_embeds)
-        if attention_mask is not None and _values_can_be_read(attention_mask) and bool((attention_mask != 0).all()):
+        token_mask = None if attention_mask is None else attention_mask != 0
+        if token_mask is not None and _values_can_be_read(token_mask) and bool(token_mask.all()):
             # Without padding the neurons have less to do.
-            attention_mask = None
+            token_mask = None
         target = self.config.firing_rate_target
         recorder = FiringRateRecorder(self) if self.training and target is not None else None
         # Said in so many words, so that a layer knows whether someone looks at what happens inside it.
@@ -718,22 +723,22 @@ class SNNBertModel(SNNBertPreTrainedModel):
         with recorder or nullcontext():
             outputs = self._encode(
                 input_ids,
-                attention_mask,
+                token_mask,
                 token_type_ids,
-                default_position_ids(given, attention_mask) if position_ids is None else position_ids,
+                default_position_ids(given, token_mask) if position_ids is None else position_ids,
                 inputs_embeds,
                 output_spikes=output_spikes or output_firing_rates,
                 return_dict=True,
                 **kwargs,
             )
         if recorder is not None and target is not None:
-            rates = recorder.rates(attention_mask, self.config.num_timesteps)
+            rates = recorder.rates(token_mask, self.config.num_timesteps)
             penalty = firing_rate_penalty(rates, target)
             warn_unless_counted(penalty, recorder.spikes)
             outputs["firing_rate_penalty"] = penalty
         if output_firing_rates:
             firing_rates = tuple(
-                firing_rate(spikes, attention_mask, self.config.num_timesteps) for spikes in outputs.spikes
+                firing_rate(spikes, token_mask, self.config.num_timesteps) for spikes in outputs.spikes
             )
             spikes = outputs.spikes if output_spikes else None
             # Built anew: a ModelOutput that once held a value keeps it as an item when the attribute is set to None.
@@ -744,7 +749,7 @@ class SNNBertModel(SNNBertPreTrainedModel):
     def _encode(
         self,
         input_ids: torch.LongTensor | None,
-        attention_mask: torch.Tensor | None,
+        token_mask: torch.Tensor | None,
         token_type_ids: torch.LongTensor | None,
         position_ids: torch.Tensor,
         inputs_embeds: torch.FloatTensor | None,
@@ -752,10 +757,10 @@ class SNNBertModel(SNNBertPreTrainedModel):
     ) -> SNNBertModelOutput:
         """The forward pass proper, around which hidden states, attentions and spikes are recorded."""
         hidden_states = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
-        hidden_states = self.encoder(hidden_states, attention_mask, **kwargs)
+        hidden_states = self.encoder(hidden_states, token_mask, **kwargs)
         return SNNBertModelOutput(
             last_hidden_state=hidden_states,
-            pooler_output=self.pooler(hidden_states, attention_mask) if self.pooler is not None else None,
+            pooler_output=self.pooler(hidden_states, token_mask) if self.pooler is not None else None,
         )
 
 
@@ -1008,27 +1013,27 @@ def with_penalty(
     return loss + share * config.firing_rate_weight * outputs.firing_rate_penalty
 
 
-def firing_rate(spikes: torch.Tensor, attention_mask: torch.Tensor | None, num_timesteps: int = 1) -> torch.Tensor:
+def firing_rate(spikes: torch.Tensor, token_mask: torch.Tensor | None, num_timesteps: int = 1) -> torch.Tensor:
     """Mean number of spikes per valid token (and time-step), `[batch, channels]`.
 
     Args:
         spikes (`[num_timesteps * batch, seq_len, channels]`): spikes, 0 at masked tokens; -1 counts as one.
-        attention_mask (`[batch, seq_len]`): 1 at valid tokens, 0 at padding.
+        token_mask (`[batch, seq_len]`, bool): True at valid tokens, False at padding.
         num_timesteps: time-steps of the repeat coding.
     """
     count = spikes.abs().sum(1)
     if num_timesteps > 1:
         count = count.unflatten(0, (num_timesteps, -1)).mean(0)
-    if attention_mask is None:
+    if token_mask is None:
         return count / spikes.shape[1]
-    return count / attention_mask.sum(-1, keepdim=True).clamp(min=1).to(count.dtype)
+    return count / token_mask.sum(-1, keepdim=True).clamp(min=1).to(count.dtype)
 
 
-def default_position_ids(inputs: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+def default_position_ids(inputs: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
     """Positions `[batch or 1, seq_len]`, counted over valid tokens, so that left padding does not shift a sentence."""
-    if attention_mask is None:
+    if token_mask is None:
         return torch.arange(inputs.shape[1], device=inputs.device)[None]
-    return ((attention_mask != 0).long().cumsum(-1) - 1).clamp(min=0)
+    return (token_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
 def _values_can_be_read(x: torch.Tensor) -> bool:
