@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import nn
+from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -38,6 +40,53 @@ LINEAR_OF_LAYER = re.compile(r"\bencoder\.layer\.(\d+)\.attention\.self\.query\.
 FLOAT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # A header holds the names and shapes of the tensors; the format allows no more.
 MAX_HEADER_BYTES = 100_000_000
+
+
+class VerifiedWeights(PreTrainedModel):
+    """A model whose weights are saved with their checksums, and checked when they are loaded."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """`PreTrainedModel.from_pretrained`, and damaged or missing weights are refused.
+
+        Raises:
+            ValueError: if the weights are not those that were saved, hold NaN or infinite values, are those of fewer
+                layers than the configuration asks for, or are of another type of model than BERT and SNN-BERT.
+        """
+        source = pretrained_model_name_or_path
+        is_folder = source is not None and os.path.isdir(source)
+        subfolder = kwargs.get("subfolder") or ""
+        if is_folder:
+            # First, so that there is one error for all kinds of damage.
+            check_checksums(Path(source, subfolder))
+            check_model_type(source, Path(source, subfolder, CONFIG_NAME), cls.config_class.model_type)
+        cache = {name: kwargs[name] for name in ("cache_dir", "revision") if kwargs.get(name) is not None}
+        with_loading_info = kwargs.pop("output_loading_info", False)
+        model, loading_info = super().from_pretrained(source, *model_args, output_loading_info=True, **kwargs)
+        if source is not None and not is_folder:
+            # The files lie in the cache now, those of one revision in one folder.
+            config = try_to_load_from_cache(str(source), os.path.join(subfolder, CONFIG_NAME), **cache)
+            if isinstance(config, str):
+                check_checksums(Path(config).parent)
+                check_model_type(source, Path(config), cls.config_class.model_type)
+        if source is not None:
+            check_layers(source, model.config.num_hidden_layers, loading_info["missing_keys"])
+        check_finite(model)
+        return (model, loading_info) if with_loading_info else model
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """`PreTrainedModel.save_pretrained`, and the weights are saved with their checksum."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        is_main_process = args[0] if args else kwargs.get("is_main_process", True)
+        if hasattr(self, "should_save_on_this_rank"):  # the lowest transformers that setup.py allows has no such method
+            is_main_process = self.should_save_on_this_rank(is_main_process)
+        if is_main_process:
+            write_checksums(save_directory)
+
+    def _upload_modified_files(self, working_dir, *args, **kwargs):
+        # `save_pretrained(push_to_hub=True)` uploads before it returns.
+        write_checksums(working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
 
 def weight_files(folder: str | Path) -> list[Path]:

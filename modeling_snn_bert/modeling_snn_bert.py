@@ -9,30 +9,17 @@ neurons (whose public argument is called `attention_mask`, and takes numbers too
 makes of it for its attention. What users give as `attention_mask` becomes a `token_mask` in `SNNBertModel.forward`.
 """
 
-import math
-import os
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPooling,
-    MaskedLMOutput,
-    MultipleChoiceModelOutput,
-    QuestionAnsweringModelOutput,
-    SequenceClassifierOutput,
-    TokenClassifierOutput,
-)
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
@@ -41,167 +28,30 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 # transformers 5.4 copies from a folder only the modules that this file names, and not those that they name in turn: so
 # those stand here too.
 from .bpsn_triton import MAX_TOKENS  # noqa: F401
-from .checksums import (
-    CONFIG_NAME,
-    check_checksums,
-    check_finite,
-    check_layers,
-    check_model_type,
-    write_checksums,
-)
+from .checksums import VerifiedWeights
 from .configuration_snn_bert import SNNBertConfig
 from .cpu_kernels import KERNELS_VERSION  # noqa: F401
 from .event_driven import RunsWhole, dense, event_driven, part_of_layer, round_products
 from .event_kernels import WEIGHT_TYPES  # noqa: F401
+from .initial_currents import InitialCurrents
+from .input_checks import check_inputs, check_labels, check_sequence_labels, values_can_be_read
 from .leaky_integration import IMPLEMENTATIONS  # noqa: F401
 from .leaky_integration_triton import takes  # noqa: F401
+from .outputs import (
+    SNNBertMaskedLMOutput,
+    SNNBertModelOutput,
+    SNNBertMultipleChoiceOutput,
+    SNNBertQuestionAnsweringOutput,
+    SNNBertSequenceClassifierOutput,
+    SNNBertTokenClassifierOutput,
+    firing_rate,
+    recorded,
+)
 from .packed_spikes import SpikingLinear, attention_on_spikes, keep_packed, packed_form
 from .packed_spikes_triton import takes_packed  # noqa: F401
 from .sparsity import FiringRateRecorder, firing_rate_penalty, share_of_labels, warn_unless_counted
 from .spiking_neurons import BPSN, LIF, PSN, SpikingNeuron
 from .surrogate_gradients import SURROGATES  # noqa: F401
-
-
-@dataclass
-class SNNBertModelOutput(BaseModelOutputWithPooling):
-    """`BaseModelOutputWithPooling`, and what the neurons did.
-
-    Args:
-        firing_rates (`tuple(torch.FloatTensor)`, *optional*, returned with `output_firing_rates=True`):
-            One `[batch, channels]` tensor per neuron layer (the model's `neuron_names()` names them): the mean number
-            of spikes per valid token.
-        spikes (`tuple(torch.FloatTensor)`, *optional*, returned with `output_spikes=True`):
-            One `[batch, seq_len, channels]` tensor per neuron layer, `[num_timesteps * batch, ...]` with repeat
-            coding.
-        firing_rate_penalty (`torch.FloatTensor` of shape `()`, *optional*, returned while training with a target):
-            How far the firing rates exceed `config.firing_rate_target`, before `config.firing_rate_weight`; it is part
-            of a head's loss.
-    """
-
-    firing_rates: tuple[torch.FloatTensor, ...] | None = None
-    spikes: tuple[torch.FloatTensor, ...] | None = None
-    firing_rate_penalty: torch.FloatTensor | None = None
-
-
-@dataclass
-class SNNBertMaskedLMOutput(MaskedLMOutput):
-    """`MaskedLMOutput`, and what the neurons did.
-
-    Args:
-        firing_rates (`tuple(torch.FloatTensor)`, *optional*): As in `SNNBertModelOutput`.
-        spikes (`tuple(torch.FloatTensor)`, *optional*): As in `SNNBertModelOutput`.
-        firing_rate_penalty (`torch.FloatTensor`, *optional*): As in `SNNBertModelOutput`.
-    """
-
-    firing_rates: tuple[torch.FloatTensor, ...] | None = None
-    spikes: tuple[torch.FloatTensor, ...] | None = None
-    firing_rate_penalty: torch.FloatTensor | None = None
-
-
-@dataclass
-class SNNBertSequenceClassifierOutput(SequenceClassifierOutput):
-    """`SequenceClassifierOutput`, and what the neurons did.
-
-    Args:
-        firing_rates (`tuple(torch.FloatTensor)`, *optional*): As in `SNNBertModelOutput`.
-        spikes (`tuple(torch.FloatTensor)`, *optional*): As in `SNNBertModelOutput`.
-        firing_rate_penalty (`torch.FloatTensor`, *optional*): As in `SNNBertModelOutput`.
-    """
-
-    firing_rates: tuple[torch.FloatTensor, ...] | None = None
-    spikes: tuple[torch.FloatTensor, ...] | None = None
-    firing_rate_penalty: torch.FloatTensor | None = None
-
-
-@dataclass
-class SNNBertTokenClassifierOutput(TokenClassifierOutput):
-    """`TokenClassifierOutput`, and what the neurons did.
-
-    Args:
-        firing_rates (`tuple(torch.FloatTensor)`, *optional*): As in `SNNBertModelOutput`.
-        spikes (`tuple(torch.FloatTensor)`, *optional*): As in `SNNBertModelOutput`.
-        firing_rate_penalty (`torch.FloatTensor`, *optional*): As in `SNNBertModelOutput`.
-    """
-
-    firing_rates: tuple[torch.FloatTensor, ...] | None = None
-    spikes: tuple[torch.FloatTensor, ...] | None = None
-    firing_rate_penalty: torch.FloatTensor | None = None
-
-
-@dataclass
-class SNNBertQuestionAnsweringOutput(QuestionAnsweringModelOutput):
-    """`QuestionAnsweringModelOutput`, and what the neurons did.
-
-    Args:
-        firing_rates (`tuple(torch.FloatTensor)`, *optional*): As in `SNNBertModelOutput`.
-        spikes (`tuple(torch.FloatTensor)`, *optional*): As in `SNNBertModelOutput`.
-        firing_rate_penalty (`torch.FloatTensor`, *optional*): As in `SNNBertModelOutput`.
-    """
-
-    firing_rates: tuple[torch.FloatTensor, ...] | None = None
-    spikes: tuple[torch.FloatTensor, ...] | None = None
-    firing_rate_penalty: torch.FloatTensor | None = None
-
-
-@dataclass
-class SNNBertMultipleChoiceOutput(MultipleChoiceModelOutput):
-    """`MultipleChoiceModelOutput`, and what the neurons did.
-
-    Args:
-        firing_rates (`tuple(torch.FloatTensor)`, *optional*): As in `SNNBertModelOutput`.
-        spikes (`tuple(torch.FloatTensor)`, *optional*): As in `SNNBertModelOutput`.
-        firing_rate_penalty (`torch.FloatTensor`, *optional*): As in `SNNBertModelOutput`.
-    """
-
-    firing_rates: tuple[torch.FloatTensor, ...] | None = None
-    spikes: tuple[torch.FloatTensor, ...] | None = None
-    firing_rate_penalty: torch.FloatTensor | None = None
-
-
-class InitialCurrents:
-    """Mean and standard deviation of the neurons' currents in a freshly initialised model.
-
-    A threshold that is fixed in absolute units leaves a network silent when its weights are small. So thresholds
-    start `config.v_threshold` standard deviations above the mean of the potential, which is known before training:
-    LayerNorm gives unit variance, a Linear of random weights adds up as many of them as spikes arrive, and a leaky
-    mean narrows what it averages.
-    """
-
-    # Attention starts as a plain average of the value spikes; its spread is that of a mean over about so many tokens.
-    TOKENS = 64
-
-    def __init__(self, config: SNNBertConfig) -> None:
-        self.config = config
-        tail = 0.5 * math.erfc(config.v_threshold / math.sqrt(2))
-        self.firing_rate = tail if config.spike_type == "binary" else min(2 * tail, 1.0)
-        # What the leaky mean or sum over independent currents makes of their mean and standard deviation.
-        self.gain_of_mean = self.gain_of_deviation = 1.0
-        if config.neuron_type == "bpsn":
-            total, squares = 1 / (1 - config.decay), 1 / (1 - config.decay**2)
-            if config.bidirectional:
-                total, squares = 2 * total - 1, 2 * squares - 1
-            norm = total if config.normalize else 1.0
-            self.gain_of_mean, self.gain_of_deviation = total / norm, math.sqrt(squares) / norm
-
-    def normed(self) -> float:
-        """Threshold for a LayerNorm's output."""
-        return self.config.v_threshold * self.gain_of_deviation
-
-    def linear(self, fan_in: int) -> float:
-        """Threshold for the output of a Linear that is fed by spikes."""
-        return self.normed() * self.config.initializer_range * math.sqrt(self.firing_rate * fan_in)
-
-    def context(self) -> float:
-        """Threshold for the attention's output, a mean of value spikes."""
-        if self.config.spike_type == "binary":
-            mean, variance = self.firing_rate, self.firing_rate * (1 - self.firing_rate)
-        else:
-            mean, variance = 0.0, self.firing_rate
-        scale = 1.0
-        if self.config.attention_type == "spiking":
-            head_size = self.config.hidden_size // self.config.num_attention_heads
-            scale = math.sqrt(head_size) * mean**2 if mean else self.firing_rate
-        return scale * (mean * self.gain_of_mean + self.normed() * math.sqrt(variance / self.TOKENS))
 
 
 def build_neuron(config: SNNBertConfig, num_channels: int, v_threshold: float) -> SpikingNeuron:
@@ -229,6 +79,13 @@ def build_neuron(config: SNNBertConfig, num_channels: int, v_threshold: float) -
         implementation=config.integration,
         **common,
     )
+
+
+def default_position_ids(inputs: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
+    """Positions `[batch or 1, seq_len]`, counted over valid tokens, so that left padding does not shift a sentence."""
+    if token_mask is None:
+        return torch.arange(inputs.shape[1], device=inputs.device)[None]
+    return (token_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
 class SNNBertEmbeddings(nn.Module):
@@ -570,7 +427,7 @@ class SNNBertOnlyMLMHead(nn.Module):
         return self.predictions(sequence_output)
 
 
-class SNNBertPreTrainedModel(PreTrainedModel):
+class SNNBertPreTrainedModel(VerifiedWeights):
     """What every SNN-BERT model shares: initialisation, outputs that can be recorded, and the list of neurons."""
 
     config: SNNBertConfig
@@ -600,49 +457,6 @@ class SNNBertPreTrainedModel(PreTrainedModel):
             init.zeros_(module.query_offset)
         elif isinstance(module, SNNBertLMPredictionHead):
             init.zeros_(module.bias)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
-        """`PreTrainedModel.from_pretrained`, and damaged or missing weights are refused (see `checksums`).
-
-        Raises:
-            ValueError: if the weights are not those that were saved, hold NaN or infinite values, are those of fewer
-                layers than the configuration asks for, or are of another type of model than BERT and SNN-BERT.
-        """
-        source = pretrained_model_name_or_path
-        is_folder = source is not None and os.path.isdir(source)
-        subfolder = kwargs.get("subfolder") or ""
-        if is_folder:
-            # First, so that there is one error for all kinds of damage.
-            check_checksums(Path(source, subfolder))
-            check_model_type(source, Path(source, subfolder, CONFIG_NAME), cls.config_class.model_type)
-        cache = {name: kwargs[name] for name in ("cache_dir", "revision") if kwargs.get(name) is not None}
-        with_loading_info = kwargs.pop("output_loading_info", False)
-        model, loading_info = super().from_pretrained(source, *model_args, output_loading_info=True, **kwargs)
-        if source is not None and not is_folder:
-            # The files lie in the cache now, those of one revision in one folder.
-            config = try_to_load_from_cache(str(source), os.path.join(subfolder, CONFIG_NAME), **cache)
-            if isinstance(config, str):
-                check_checksums(Path(config).parent)
-                check_model_type(source, Path(config), cls.config_class.model_type)
-        if source is not None:
-            check_layers(source, model.config.num_hidden_layers, loading_info["missing_keys"])
-        check_finite(model)
-        return (model, loading_info) if with_loading_info else model
-
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        """`PreTrainedModel.save_pretrained`, and the weights are saved with their checksum (see `checksums`)."""
-        super().save_pretrained(save_directory, *args, **kwargs)
-        is_main_process = args[0] if args else kwargs.get("is_main_process", True)
-        if hasattr(self, "should_save_on_this_rank"):  # the lowest transformers that setup.py allows has no such method
-            is_main_process = self.should_save_on_this_rank(is_main_process)
-        if is_main_process:
-            write_checksums(save_directory)
-
-    def _upload_modified_files(self, working_dir, *args, **kwargs):
-        # `save_pretrained(push_to_hub=True)` uploads before it returns.
-        write_checksums(working_dir)
-        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     def neuron_names(self) -> list[str]:
         """Names of the neuron layers, in the order of `firing_rates` and `spikes` in the outputs."""
@@ -713,7 +527,7 @@ class SNNBertModel(SNNBertPreTrainedModel):
             output_spikes = self.config.output_spikes
         given = check_inputs(self.config, input_ids, attention_mask, position_ids, token_type_ids, inputs_embeds)
         token_mask = None if attention_mask is None else attention_mask != 0
-        if token_mask is not None and _values_can_be_read(token_mask) and bool(token_mask.all()):
+        if token_mask is not None and values_can_be_read(token_mask) and bool(token_mask.all()):
             # Without padding the neurons have less to do.
             token_mask = None
         target = self.config.firing_rate_target
@@ -762,6 +576,23 @@ class SNNBertModel(SNNBertPreTrainedModel):
             last_hidden_state=hidden_states,
             pooler_output=self.pooler(hidden_states, token_mask) if self.pooler is not None else None,
         )
+
+
+def classifier_dropout(config: SNNBertConfig) -> float:
+    """Dropout in front of a classifier: its own setting, or that of the encoder."""
+    return config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+
+
+def with_penalty(
+    loss: torch.Tensor | None, outputs: SNNBertModelOutput, config: SNNBertConfig, share: torch.Tensor | float = 1.0
+) -> torch.Tensor | None:
+    """The loss of a head with the penalty on firing rates, where there are labels and a target.
+
+    `share` is the part that this loss is of the batch's, as of `share_of_labels`.
+    """
+    if loss is None or outputs.firing_rate_penalty is None:
+        return loss
+    return loss + share * config.firing_rate_weight * outputs.firing_rate_penalty
 
 
 @auto_docstring(custom_intro="SNN-BERT with a masked language modelling head.")
@@ -988,157 +819,6 @@ class SNNBertForMultipleChoice(SNNBertPreTrainedModel):
         return SNNBertMultipleChoiceOutput(
             loss=with_penalty(loss, outputs, self.config), logits=logits, **recorded(outputs)
         )
-
-
-def classifier_dropout(config: SNNBertConfig) -> float:
-    """Dropout in front of a classifier: its own setting, or that of the encoder."""
-    return config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
-
-
-def recorded(outputs: SNNBertModelOutput) -> dict[str, Any]:
-    """What a head passes on from the base model's outputs."""
-    names = ("hidden_states", "attentions", "firing_rates", "spikes", "firing_rate_penalty")
-    return {name: outputs.get(name) for name in names}
-
-
-def with_penalty(
-    loss: torch.Tensor | None, outputs: SNNBertModelOutput, config: SNNBertConfig, share: torch.Tensor | float = 1.0
-) -> torch.Tensor | None:
-    """The loss of a head with the penalty on firing rates, where there are labels and a target.
-
-    `share` is the part that this loss is of the batch's, as of `share_of_labels`.
-    """
-    if loss is None or outputs.firing_rate_penalty is None:
-        return loss
-    return loss + share * config.firing_rate_weight * outputs.firing_rate_penalty
-
-
-def firing_rate(spikes: torch.Tensor, token_mask: torch.Tensor | None, num_timesteps: int = 1) -> torch.Tensor:
-    """Mean number of spikes per valid token (and time-step), `[batch, channels]`.
-
-    Args:
-        spikes (`[num_timesteps * batch, seq_len, channels]`): spikes, 0 at masked tokens; -1 counts as one.
-        token_mask (`[batch, seq_len]`, bool): True at valid tokens, False at padding.
-        num_timesteps: time-steps of the repeat coding.
-    """
-    count = spikes.abs().sum(1)
-    if num_timesteps > 1:
-        count = count.unflatten(0, (num_timesteps, -1)).mean(0)
-    if token_mask is None:
-        return count / spikes.shape[1]
-    return count / token_mask.sum(-1, keepdim=True).clamp(min=1).to(count.dtype)
-
-
-def default_position_ids(inputs: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
-    """Positions `[batch or 1, seq_len]`, counted over valid tokens, so that left padding does not shift a sentence."""
-    if token_mask is None:
-        return torch.arange(inputs.shape[1], device=inputs.device)[None]
-    return (token_mask.long().cumsum(-1) - 1).clamp(min=0)
-
-
-def _values_can_be_read(x: torch.Tensor) -> bool:
-    """Whether looking at values is possible (not while tracing) and free (not where it would stall a GPU)."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
-
-
-def check_inputs(
-    config: SNNBertConfig,
-    input_ids: torch.Tensor | None,
-    attention_mask: torch.Tensor | None,
-    position_ids: torch.Tensor | None,
-    token_type_ids: torch.Tensor | None,
-    inputs_embeds: torch.Tensor | None,
-) -> torch.Tensor:
-    """Raise an error that names the argument, what was given and what is wanted. Values are checked on a CPU only.
-
-    Returns whichever of `input_ids` and `inputs_embeds` was given.
-    """
-    if input_ids is not None and inputs_embeds is None:
-        given = input_ids
-        if input_ids.dim() != 2:
-            raise ValueError(f"`input_ids` must have the shape [batch, seq_len], got {list(input_ids.shape)}")
-        shape = input_ids.shape
-    elif inputs_embeds is not None and input_ids is None:
-        given = inputs_embeds
-        if inputs_embeds.dim() != 3 or inputs_embeds.shape[-1] != config.hidden_size:
-            raise ValueError(
-                f"`inputs_embeds` must have the shape [batch, seq_len, {config.hidden_size}], "
-                f"got {list(inputs_embeds.shape)}"
-            )
-        shape = inputs_embeds.shape[:-1]
-    else:
-        raise ValueError("exactly one of `input_ids` and `inputs_embeds` must be given")
-    if shape[1] == 0 or shape[0] == 0:
-        raise ValueError(f"the batch must hold at least one sequence of at least one token, got {list(shape)}")
-    if position_ids is None and shape[1] > config.max_position_embeddings:
-        raise ValueError(
-            f"the sequences have {shape[1]} tokens, but the model has {config.max_position_embeddings} position "
-            "embeddings: truncate the input (`truncation=True, max_length=...` in the tokenizer)"
-        )
-    if attention_mask is not None and attention_mask.shape != shape:
-        raise ValueError(
-            f"`attention_mask` must have the shape [batch, seq_len] = {list(shape)}, got {list(attention_mask.shape)}: "
-            "the neurons need to know which tokens are valid, so masks per pair of tokens are not supported"
-        )
-    for name, ids, upper in (
-        ("input_ids", input_ids, config.vocab_size),
-        ("position_ids", position_ids, config.max_position_embeddings),
-        ("token_type_ids", token_type_ids, config.type_vocab_size),
-    ):
-        if ids is None:
-            continue
-        if ids.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"`{name}` must be int64 or int32, got {ids.dtype}")
-        if ids.shape not in (shape, (1, shape[1]), shape[1:]):
-            raise ValueError(f"`{name}` must have the shape [batch, seq_len] = {list(shape)}, got {list(ids.shape)}")
-        if _values_can_be_read(ids):
-            low, high = ids.aminmax()
-            if low < 0 or high >= upper:
-                raise ValueError(f"`{name}` must lie in [0, {upper}), got values from {low.item()} to {high.item()}")
-    if (
-        attention_mask is not None
-        and attention_mask.dtype != torch.bool
-        and _values_can_be_read(attention_mask)
-        and bool(((attention_mask != 0) & (attention_mask != 1)).any())
-    ):
-        raise ValueError("`attention_mask` must hold 1 at valid tokens and 0 at padding only")
-    if inputs_embeds is not None and _values_can_be_read(inputs_embeds):
-        valid = inputs_embeds if attention_mask is None else inputs_embeds[attention_mask != 0]
-        if not bool(valid.isfinite().all()):
-            raise ValueError("`inputs_embeds` holds NaN or infinite values at valid tokens")
-    return given
-
-
-def check_labels(labels: torch.Tensor, shape: torch.Size, num_labels: int, ignore_index: int | None = None) -> None:
-    """Raise a clear error unless `labels` has `shape` and values in [0, num_labels), or `ignore_index`."""
-    if labels.dtype != torch.int64:
-        raise TypeError(f"`labels` must be int64 classes, got {labels.dtype}")
-    if labels.shape != shape:
-        raise ValueError(f"`labels` must have the shape {list(shape)}, got {list(labels.shape)}")
-    if _values_can_be_read(labels):
-        wrong = (labels < 0) | (labels >= num_labels)
-        if ignore_index is not None:
-            wrong = wrong & (labels != ignore_index)
-        if bool(wrong.any()):
-            raise ValueError(
-                f"`labels` must lie in [0, {num_labels}), the number of classes of the model, "
-                f"got {labels[wrong][0].item()}: load the model with the right `num_labels`"
-            )
-
-
-def check_sequence_labels(labels: torch.Tensor, logits: torch.Tensor, problem_type: str | None) -> None:
-    """The same for a sequence classifier, whose labels depend on the type of its problem."""
-    batch, num_labels = logits.shape
-    is_integer = labels.dtype in (torch.long, torch.int)
-    if problem_type == "single_label_classification" or (problem_type is None and num_labels > 1 and is_integer):
-        if not is_integer:
-            raise TypeError(f"`labels` of a single-label classifier must be integer classes, got {labels.dtype}")
-        check_labels(labels.reshape(-1), logits.shape[:1], num_labels)
-        return
-    if not labels.is_floating_point() and (problem_type == "multi_label_classification" or num_labels > 1):
-        raise TypeError(f"`labels` of a multi-label classifier or a regression must be floats, got {labels.dtype}")
-    if labels.shape != logits.shape and not (num_labels == 1 and labels.shape == (batch,)):
-        raise ValueError(f"`labels` must have the shape {[batch, num_labels]}, got {list(labels.shape)}")
 
 
 __all__ = [
