@@ -31,13 +31,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from modeling_snn_bert import conversion
+from modeling_snn_bert.layer_places import PLACES
 from modeling_snn_bert.spiking_neurons import SpikingNeuron
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import distill_bert
 from accelerate_loop import environment, make_accelerator
 
-ROTATED = ("query", "key", "value", "attention_output", "intermediate")
+# The Linears whose input is no projection already.
+ROTATED = tuple(linear.name for place in PLACES if place.source is None for linear in place.linears)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -96,15 +98,16 @@ class Rotation(conversion._LayerCalibration):
         for block in (layer.attention.self, layer.attention.output, layer.intermediate):
             block.neuron = Rotated(block.neuron, self.rotation)
 
-    def fit(self, linear: nn.Linear, spikes: list[torch.Tensor], name: str, residual=None) -> None:
+    def fit(self, name: str, spikes: list[torch.Tensor], residual=None) -> None:
         if name not in ROTATED:
-            super().fit(linear, spikes, name, residual)
+            super().fit(name, spikes, residual)
             return
+        linear = self.layer.get_submodule(name)
         linear.weight.copy_(linear.weight @ self.rotation.T)
         inputs = self.targets.inputs
         self.targets.inputs = {**inputs, name: [x @ self.rotation.T for x in inputs[name]]}
         try:
-            super().fit(linear, spikes, name, residual)
+            super().fit(name, spikes, residual)
         finally:
             self.targets.inputs = inputs
 

@@ -6,6 +6,7 @@ Importing this module tells PEFT, where it is installed, which modules of an SNN
 
 from typing import TYPE_CHECKING, Any, cast
 
+from .layer_places import LINEARS, PLACES
 from .modeling_snn_bert import SNNBertPreTrainedModel
 
 if TYPE_CHECKING:
@@ -14,10 +15,10 @@ if TYPE_CHECKING:
 # As PEFT has them for BERT.
 DEFAULT_TARGETS = ("query", "value")
 # Every Linear of the encoder, all of which take spikes. (A bare "dense" would be the pooler's and the masked LM's too.)
-ENCODER_LINEARS = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
+ENCODER_LINEARS = tuple(linear.name for linear in LINEARS)
 # IA3 scales what these give out. It can scale what goes into a Linear as well, which would no longer be spikes.
 IA3_TARGETS = ("key", "value", "output.dense")
-NEURONS = ("neuron", "query_neuron", "key_neuron", "value_neuron")
+NEURONS = tuple(dict.fromkeys(place.neuron.split(".")[-1] for place in PLACES))
 # Modules that a fresh model has and that no adapter reaches.
 HEADS = ("classifier", "qa_outputs", "pooler")
 

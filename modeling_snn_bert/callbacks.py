@@ -12,7 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import has_length
 
-from .energy_plots import short_name
+from .layer_places import short_name
 from .spiking_neurons import SpikingNeuron
 
 logger = logging.getLogger(__name__)

@@ -44,10 +44,10 @@ from .configuration_snn_bert import SNNBertConfig
 from .conversion import convert_bert, initialize_from_bert, is_neuron_parameter
 from .cpu_kernels import kernel_facts
 from .energy import energy_report, load_model, tokenized_batches
-from .energy_plots import import_pyplot, plot_spikes, short_name
+from .energy_plots import import_pyplot, plot_spikes
 from .energy_tables import RASTER_TOKENS, raster_panels
+from .layer_places import place_of, short_name
 from .modeling_snn_bert import SNNBertForSequenceClassification, SNNBertForTokenClassification, SNNBertPreTrainedModel
-from .operation_counts import NEURON_PLACES
 from .spike_statistics import measure_spikes
 from .spiking_neurons import SpikingNeuron
 from .text_files import read_texts
@@ -308,11 +308,12 @@ def chosen_panels(names: Sequence[str], layers: Sequence[int] | None) -> list[in
     """
     if not layers:
         return raster_panels(names)
-    places = len(NEURON_PLACES)
+    places = [place_of(name) for name in names]
+    count = 1 + max(layer for layer, _ in places)
     for layer in layers:
-        if not 0 <= layer < len(names) // places:
-            raise ValueError(f"--layer must lie in [0, {len(names) // places}), the layers of the model, got {layer}")
-    return [layer * places + i for layer in layers for i in range(places)]
+        if not 0 <= layer < count:
+            raise ValueError(f"--layer must lie in [0, {count}), the layers of the model, got {layer}")
+    return [index for layer in layers for index, (other, _) in enumerate(places) if other == layer]
 
 
 @torch.no_grad()

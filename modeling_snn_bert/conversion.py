@@ -26,6 +26,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.bert.modeling_bert import BertLayer
 
 from .configuration_snn_bert import SNNBertConfig
+from .layer_places import LINEARS
 from .modeling_snn_bert import (
     SNNBertForMaskedLM,
     SNNBertForMultipleChoice,
@@ -167,19 +168,10 @@ class _Targets:
     def __init__(
         self, bert: BertModel, layer: BertLayer, states: list[torch.Tensor], masks: list[torch.Tensor]
     ) -> None:
-        attention = layer.attention
-        places = {
-            "query": attention.self.query,
-            "key": attention.self.key,
-            "value": attention.self.value,
-            "attention_output": attention.output.dense,
-            "intermediate": layer.intermediate.dense,
-            "output": layer.output.dense,
-        }
-        self.inputs: dict[str, list[torch.Tensor]] = {name: [] for name in places}
-        self.results: dict[str, list[torch.Tensor]] = {name: [] for name in places}
+        self.inputs: dict[str, list[torch.Tensor]] = {linear.name: [] for linear in LINEARS}
+        self.results: dict[str, list[torch.Tensor]] = {linear.name: [] for linear in LINEARS}
         self.outputs: list[torch.Tensor] = []
-        handles = [module.register_forward_hook(self._record(name)) for name, module in places.items()]
+        handles = [layer.get_submodule(name).register_forward_hook(self._record(name)) for name in self.inputs]
         try:
             for state, mask in zip(states, masks, strict=True):
                 pairs = create_bidirectional_mask(config=bert.config, inputs_embeds=state, attention_mask=mask)
@@ -218,12 +210,13 @@ class _LayerCalibration:
         attention, layer = self.layer.attention.self, self.layer
         spikes = self.calibrate_neuron(attention.neuron, states)
         for name in ("query", "key", "value"):
-            self.fit(getattr(attention, name), spikes, name)
+            self.fit(f"attention.self.{name}", spikes)
         decoding = {}
         for name in ("query", "key", "value"):
             currents = [getattr(attention, name)(s) for s in spikes]
             projected = self.calibrate_neuron(getattr(attention, f"{name}_neuron"), currents)
-            decoding[name] = decode(self.valid(projected), self.valid_targets(self.targets.results[name]))
+            wanted = self.targets.results[f"attention.self.{name}"]
+            decoding[name] = decode(self.valid(projected), self.valid_targets(wanted))
         # A key's offset adds the same number to all scores of a query, which the softmax takes out again. A value's
         # slope and offset pass through the average over keys and are part of what the output projection is fitted to.
         slope, offset = decoding["query"]
@@ -237,14 +230,14 @@ class _LayerCalibration:
         ]
         block = layer.attention.output
         spikes = self.calibrate_neuron(block.neuron, contexts)
-        self.fit(block.dense, spikes, "attention_output", residual=(states, self.targets.inputs["query"]))
+        self.fit("attention.output.dense", spikes, residual=(states, self.targets.inputs["attention.self.query"]))
         states = [block(c, state, mask) for c, state, mask in zip(contexts, states, self.masks, strict=True)]
 
         spikes = self.calibrate_neuron(layer.intermediate.neuron, states)
-        self.fit(layer.intermediate.dense, spikes, "intermediate")
+        self.fit("intermediate.dense", spikes)
         currents = [layer.intermediate.dense(s) for s in spikes]
         spikes = self.calibrate_neuron(layer.output.neuron, currents)
-        self.fit(layer.output.dense, spikes, "output", residual=(states, self.targets.inputs["intermediate"]))
+        self.fit("output.dense", spikes, residual=(states, self.targets.inputs["intermediate.dense"]))
         return [
             layer.output(current, state, mask)
             for current, state, mask in zip(currents, states, self.masks, strict=True)
@@ -278,16 +271,16 @@ class _LayerCalibration:
 
     def fit(
         self,
-        linear: nn.Linear,
-        spikes: list[torch.Tensor],
         name: str,
+        spikes: list[torch.Tensor],
         residual: tuple[list[torch.Tensor], list[torch.Tensor]] | None = None,
     ) -> None:
-        """Fit `linear` on spikes to what BERT's Linear of that name gives on its real-valued input.
+        """Fit the Linear `name` on spikes to what BERT's Linear of that name gives on its real-valued input.
 
         With `residual`, the spiking and the BERT layer's residual stream, the target is BERT's sum with its own
         stream, so that the fit also mends the error that the spiking stream carries.
         """
+        linear = cast(nn.Linear, self.layer.get_submodule(name))
         x = self.valid(spikes)
         slope, offset = decode(x, self.valid_targets(self.targets.inputs[name]))
         linear.bias.add_(linear.weight @ offset)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from .operation_counts import NEURON_PLACES, ModelCost
+from .layer_places import short_name
+from .operation_counts import ModelCost
 
 # One colour per part, so that the same part looks the same in every picture; matrix products are blue.
 PART_COLORS = {
@@ -172,10 +173,3 @@ def plot_spikes(
     axes.set_xticks(range(len(tokens)), tokens, rotation=60, ha="right", fontsize=9)
     figure.suptitle("Each square is a spike; a token is a time-step", fontsize=10)
     save_figure(figure, path)
-
-
-def short_name(name: str) -> str:
-    """`encoder.layer.3.attention.self.query_neuron` as `layer 3, query`."""
-    parts = name.split(".")
-    layer = parts[parts.index("layer") + 1]
-    return f"layer {layer}, {NEURON_PLACES['.'.join(parts[parts.index('layer') + 2 :])]}"

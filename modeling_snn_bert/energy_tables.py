@@ -6,11 +6,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from .energy_plots import import_pyplot, plot_energy, plot_firing_rates, plot_spikes, written_whole
+from .layer_places import PLACES, place_of
 from .operation_counts import (
     FLOAT32,
     INT8,
-    LINEARS,
-    NEURON_PLACES,
     PICOJOULES_PER_BYTE_OF_CACHE,
     PICOJOULES_PER_BYTE_OF_DRAM,
     ModelCost,
@@ -178,30 +177,25 @@ class EnergyReport:
         return ["## A neuron's own arithmetic", "", *markdown_table(header, rows)]
 
     def _linear_section(self) -> list[str]:
-        rates = list(self.firing_rates().values())
-        places = list(NEURON_PLACES)
+        costs = {(row.layer, row.name): row for row in self.cost.rows if row.part == "Linear"}
         rows = []
-        for row in self.cost.rows:
-            if row.part != "Linear" or row.layer is None:
-                continue
-            place, fan_in, fan_out = LINEARS[row.name]
-            rate = rates[row.layer * len(places) + places.index(place)]
-            sizes = str(self.settings[fan_in]), str(self.settings[fan_out])
-            figures = f"{row.additions:,.0f}", f"{row.picojoules / 1e6:.2f}"
-            rows.append((f"layer {row.layer}, {row.name}", f"{rate:.3f}", *sizes, *figures))
+        for neuron, rate in self.firing_rates().items():
+            layer, place = place_of(neuron)
+            for linear in place.linears:
+                row = costs[layer, linear.name]
+                sizes = str(self.settings[linear.inputs]), str(self.settings[linear.outputs])
+                figures = f"{row.additions:,.0f}", f"{row.picojoules / 1e6:.2f}"
+                rows.append((f"layer {layer}, {linear.name}", f"{rate:.3f}", *sizes, *figures))
         text = "ACs = rate of the spikes that enter x fan-in x fan-out x tokens (x time-steps)."
         header = ("Linear", "rate", "fan-in", "fan-out", "ACs", "uJ")
         return ["## Every Linear of the encoder", "", text, "", *markdown_table(header, rows)]
 
     def firing_rate_table(self) -> list[str]:
         """A markdown table: a line for each encoder layer, a column for each of its neuron layers."""
-        rates = list(self.firing_rates().values())
-        places = len(NEURON_PLACES)
-        rows = [
-            (str(index // places), *(f"{rate:.3f}" for rate in rates[index : index + places]))
-            for index in range(0, len(rates), places)
-        ]
-        return markdown_table(("layer", *NEURON_PLACES.values()), rows)
+        rates = {place_of(name): rate for name, rate in self.firing_rates().items()}
+        layers = sorted({layer for layer, _ in rates})
+        rows = [(str(layer), *(f"{rates[layer, place]:.3f}" for place in PLACES)) for layer in layers]
+        return markdown_table(("layer", *(place.label for place in PLACES)), rows)
 
     def _run_length_section(self) -> list[str]:
         if not self.statistics.run_lengths:
@@ -326,13 +320,10 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list
 
 def raster_panels(names: Sequence[str]) -> list[int]:
     """Three neuron layers for a raster: near the input, in the middle and near the output."""
-    layers = len(names) // len(NEURON_PLACES)
-    places = (
-        "layer.0.attention.self.neuron",
-        f"layer.{layers // 2}.output.neuron",
-        f"layer.{layers - 1}.attention.output.neuron",
-    )
-    return [next(i for i, name in enumerate(names) if name.endswith(place)) for place in places]
+    layers = 1 + max(place_of(name)[0] for name in names)
+    shown = (0, "attention.self.neuron"), (layers // 2, "output.neuron"), (layers - 1, "attention.output.neuron")
+    indices = {(layer, place.neuron): index for index, (layer, place) in enumerate(map(place_of, names))}
+    return [indices[panel] for panel in shown]
 
 
 def _row_dict(row: OperationCount) -> dict:

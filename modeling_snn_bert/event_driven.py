@@ -15,6 +15,7 @@ the faster one, the dense one runs, with the same rounded weights.
 """
 
 import functools
+import operator
 import threading
 import time
 import weakref
@@ -47,6 +48,7 @@ from .event_kernels import (
     tile_weights,
     tiles_available,
 )
+from .layer_places import LINEARS, PLACES
 from .packed_spikes import SpikingLinear, pack, unpack
 from .spiking_neurons import BPSN
 
@@ -54,17 +56,11 @@ logger = logging.get_logger(__name__)
 
 Model = TypeVar("Model", bound=nn.Module)
 
-# The neurons of a layer by name, each with a Linear beside it.
-Parts: TypeAlias = tuple[tuple[str, BPSN, SpikingLinear | None], ...]
 Tensors: TypeAlias = Sequence[torch.Tensor | None]
 
-# The Linears of an encoder layer, by the place of their shared input.
-PRODUCTS = (
-    ("attention.self.query", "attention.self.key", "attention.self.value"),
-    ("attention.output.dense",),
-    ("intermediate.dense",),
-    ("output.dense",),
-)
+# The neurons and the Linears of a layer, in the order of the tables. `get_submodule` takes longer than small products.
+neurons_of: Any = operator.attrgetter(*(place.neuron for place in PLACES))
+linears_of: Any = operator.attrgetter(*(linear.name for linear in LINEARS))
 # How the crossover to the dense product is measured: on this many tokens, from two rates, as the best of some repeats.
 CROSSOVER_TOKENS = 512
 CROSSOVER_RATES = (0.05, 0.3)
@@ -126,18 +122,17 @@ def event_driven(model: Model, weight_dtype: str = "float32", *, dense_above: fl
                     f"event-driven inference runs on the CPU, but `model` is on {parameter.device.type!r}: move it to "
                     "the CPU, and offload weights after that"
                 )
-        for name in (name for names in PRODUCTS for name in names):
-            _linear(layer, name)
+        _products(layer)
     warn_if_missing()
     dense(model)
     for layer in layers:
         for parameter in layer.parameters():
             own_memory(parameter)
         layer.runner = EventDrivenLayer()
-        for names in PRODUCTS:
+        for place in PLACES:
             shared = SharedLists(layer.attention.self.config.spike_type == "ternary")
-            for name in names:
-                _linear(layer, name).runner = EventDrivenProduct(weight_dtype, dense_above, shared)
+            for linear in place.linears:
+                _linear(layer, linear.name).runner = EventDrivenProduct(weight_dtype, dense_above, shared)
     path = "compiled kernels" if available() else "torch's embedding_bag (no compiled kernels)"
     on_tiles = " on AMX" if weight_dtype == "int8" and tiles_available() else ""
     rates = dense_rates(model)
@@ -178,8 +173,7 @@ def round_products(model: Model, weight_dtype: str) -> Model:
     """
     _check_weight_dtype(weight_dtype)
     for layer in _layers(model):
-        for name in (name for names in PRODUCTS for name in names):
-            linear = _linear(layer, name)
+        for linear in _products(layer):
             linear.weight.copy_(rounded_floats(linear.weight, weight_dtype))
     return model
 
@@ -227,6 +221,10 @@ def _linear(layer: nn.Module, name: str) -> SpikingLinear:
     if not isinstance(linear, SpikingLinear) or linear.in_features > MAX_INPUTS:
         raise TypeError(f"{name} must be a SpikingLinear of at most {MAX_INPUTS} inputs, got {type(linear).__name__}")
     return linear
+
+
+def _products(layer: nn.Module) -> list[SpikingLinear]:
+    return [_linear(layer, linear.name) for linear in LINEARS]
 
 
 def own_memory(x: torch.Tensor) -> None:
@@ -612,37 +610,21 @@ class EventDrivenLayer:
             return False
         if attention.head_size > MAX_HEAD_SIZE:
             return False
-        for name, neuron, linear in self._parts(layer):
+        for neuron in neurons_of(layer):
             if neuron.implementation not in ("auto", "chunked"):
                 return False
             if not _is_on_cpu(neuron.v_threshold) or neuron.v_threshold.dtype != torch.float32:
                 return False
             if neuron.num_channels // neuron.num_groups % 8:
                 return False
-            if linear is not None and (linear.runner is None or not _is_on_cpu(linear.weight)):
-                return False
-            if name == "context" and neuron.num_groups * attention.head_size != neuron.num_channels:
-                return False
-        return True
+        context = layer.attention.output.neuron
+        if context.num_groups * attention.head_size != context.num_channels:
+            return False
+        return all(linear.runner is not None and _is_on_cpu(linear.weight) for linear in linears_of(layer))
 
     def __call__(self, layer: Any, hidden_states: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
         mask = None if token_mask is None else (token_mask != 0).to(torch.uint8).contiguous()
         return self._run_whole(layer, hidden_states.contiguous(), mask)
-
-    @staticmethod
-    def _parts(layer: Any) -> Parts:
-        """The neurons, each with the Linear whose currents it receives, or that its spikes feed."""
-        attention, context = layer.attention.self, layer.attention.output
-        middle, output = layer.intermediate, layer.output
-        return (
-            ("input", attention.neuron, None),
-            ("query", attention.query_neuron, attention.query),
-            ("key", attention.key_neuron, attention.key),
-            ("value", attention.value_neuron, attention.value),
-            ("context", context.neuron, context.dense),
-            ("mlp_input", middle.neuron, middle.dense),
-            ("mlp_hidden", output.neuron, output.dense),
-        )
 
     def _neuron(self, name: str, neuron: BPSN) -> NeuronParameters:
         """The parameters of `neuron` as the kernels take them."""
@@ -656,20 +638,24 @@ class EventDrivenLayer:
 
     def _run_whole(self, layer: Any, states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         attention, after = layer.attention.self, layer.attention.output
-        neuron = {name: self._neuron(name, module) for name, module, _ in self._parts(layer)}
+        neuron = {
+            place.neuron: self._neuron(place.neuron, module)
+            for place, module in zip(PLACES, neurons_of(layer), strict=True)
+        }
 
-        spikes = neuron_spikes(states, mask, neuron["input"])
+        spikes = neuron_spikes(states, mask, neuron["attention.self.neuron"])
         shared = PackedSpikes(spikes)
         query, key, value = (
-            self._spikes_behind(linear, shared, mask, neuron[name])
-            for name, linear in (("query", attention.query), ("key", attention.key), ("value", attention.value))
+            self._spikes_behind(getattr(attention, name), shared, mask, neuron[f"attention.self.{name}_neuron"])
+            for name in ("query", "key", "value")
         )
         gain, offset = attention.query_gain.contiguous(), attention.query_offset.contiguous()
-        spikes = attention_spikes(query, key, value, gain, offset, attention.scaling, mask, neuron["context"])
+        context = neuron["attention.output.neuron"]
+        spikes = attention_spikes(query, key, value, gain, offset, attention.scaling, mask, context)
         states = after.LayerNorm(self._add_product(after.dense, PackedSpikes(spikes), states))
 
-        spikes = neuron_spikes(states, mask, neuron["mlp_input"])
-        spikes = self._spikes_behind(layer.intermediate.dense, PackedSpikes(spikes), mask, neuron["mlp_hidden"])
+        spikes = neuron_spikes(states, mask, neuron["intermediate.neuron"])
+        spikes = self._spikes_behind(layer.intermediate.dense, PackedSpikes(spikes), mask, neuron["output.neuron"])
         return layer.output.LayerNorm(self._add_product(layer.output.dense, PackedSpikes(spikes), states))
 
     def _spikes_behind(

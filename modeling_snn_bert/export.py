@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .event_driven import is_event_driven
+from .layer_places import PLACES
 from .modeling_snn_bert import SNNBertForMultipleChoice, SNNBertLayer, SNNBertPreTrainedModel
 from .spiking_neurons import LIF, SpikingNeuron
 
@@ -32,6 +33,12 @@ OUTPUT_NAMES = ("logits", "start_logits", "end_logits", "last_hidden_state", "po
 # Sums in another order move a potential by some 1e-7 and, rarely, a spike with it, which the layers behind it see. A
 # wrong graph is off everywhere. So the file is judged by its mean error, in units of the outputs' mean size.
 ONNX_TOLERANCE = 1e-2
+# The parts of a layer that NIR can express, and the neurons that they begin at.
+NIR_PARTS = {
+    "attention.self": "attention.self.neuron",
+    "attention.output": "attention.output.neuron",
+    "mlp": "intermediate.neuron",
+}
 # Where PyTorch stops taking the batch for open: torch.export wants a range.
 MAX_BATCH_SIZE = 2**16
 
@@ -174,29 +181,10 @@ def export_nir(model: SNNBertPreTrainedModel, dt: float = 1.0) -> "dict[str, nir
     metadata = {"model_type": config.model_type, "time_step": time_step, "dt": dt}
     graphs = {}
     for k, layer in enumerate(layers):
-        attention, output = layer.attention.self, layer.attention.output
-        part = NIRPart(nir, dt, config.hidden_size)
-        spikes = part.neuron("input", "neuron", attention.neuron)
-        for name in ("query", "key", "value"):
-            current = part.linear(spikes, name, getattr(attention, name))
-            part.output(part.neuron(current, f"{name}_neuron", getattr(attention, f"{name}_neuron")), f"{name}_spikes")
-        graphs[f"layer.{k}.attention.self"] = part.graph(metadata)
-
-        part = NIRPart(nir, dt, config.hidden_size)
-        part.output(part.linear(part.neuron("input", "neuron", output.neuron), "dense", output.dense), "output")
-        graphs[f"layer.{k}.attention.output"] = part.graph(metadata)
-
-        part = NIRPart(nir, dt, config.hidden_size)
-        current = part.linear(
-            part.neuron("input", "intermediate_neuron", layer.intermediate.neuron),
-            "intermediate_dense",
-            layer.intermediate.dense,
-        )
-        current = part.linear(
-            part.neuron(current, "output_neuron", layer.output.neuron), "output_dense", layer.output.dense
-        )
-        part.output(current, "output")
-        graphs[f"layer.{k}.mlp"] = part.graph(metadata)
+        for name, neuron in NIR_PARTS.items():
+            part = NIRPart(nir, dt, config.hidden_size)
+            part.follow(layer, name, neuron, "input")
+            graphs[f"layer.{k}.{name}"] = part.graph(metadata)
     return graphs
 
 
@@ -208,6 +196,24 @@ class NIRPart:
         self.dt = dt
         self.nodes: dict[str, Any] = {"input": nir.Input(input_type={"input": _array(torch.tensor([channels]))})}
         self.edges: list[tuple[str, str]] = []
+
+    def follow(self, layer: SNNBertLayer, part: str, neuron: str, source: str) -> None:
+        """Add the neuron of that name in `layer`, and all that its spikes reach without leaving this part."""
+        (place,) = (place for place in PLACES if place.neuron == neuron)
+
+        def node(name: str) -> str:
+            return name.removeprefix(f"{part}.").replace(".", "_")
+
+        spikes = self.neuron(source, node(neuron), cast(SpikingNeuron, layer.get_submodule(neuron)))
+        if not place.linears:
+            self.output(spikes, spikes.replace("_neuron", "_spikes"))
+        for linear in place.linears:
+            current = self.linear(spikes, node(linear.name), cast(nn.Linear, layer.get_submodule(linear.name)))
+            behind = [other.neuron for other in PLACES if other.source == linear.name]
+            for other in behind:
+                self.follow(layer, part, other, current)
+            if not behind:
+                self.output(current, "output")
 
     def neuron(self, source: str, name: str, spiking_neuron: SpikingNeuron) -> str:
         """A LIF neuron, which a model of `neuron_type="lif"` has: integrator, threshold, and the reset that returns."""

@@ -35,6 +35,7 @@ from .event_driven import RunsWhole, dense, event_driven, part_of_layer, round_p
 from .event_kernels import WEIGHT_TYPES  # noqa: F401
 from .initial_currents import InitialCurrents
 from .input_checks import check_inputs, check_labels, check_sequence_labels, values_can_be_read
+from .layer_places import PLACES  # noqa: F401
 from .leaky_integration import IMPLEMENTATIONS  # noqa: F401
 from .leaky_integration_triton import takes  # noqa: F401
 from .outputs import (

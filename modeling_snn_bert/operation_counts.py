@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from .configuration_snn_bert import SNNBertConfig
+from .layer_places import LINEARS, PLACES, place_of
 from .modeling_snn_bert import SNNBertPreTrainedModel
 from .spike_statistics import SpikeStatistics
 
@@ -40,25 +41,6 @@ MACS_PER_TANH = MACS_PER_EXPONENTIAL + MACS_PER_RECIPROCAL
 # 0.5 x (1 + tanh(c (x + d x^3))): the cubic, the tanh, the product.
 MACS_PER_GELU = 3 + MACS_PER_TANH + 1
 
-# The neuron layers of an encoder layer, in the order in which they fire.
-NEURON_PLACES = {
-    "attention.self.neuron": "attention input",
-    "attention.self.query_neuron": "query",
-    "attention.self.key_neuron": "key",
-    "attention.self.value_neuron": "value",
-    "attention.output.neuron": "attention output",
-    "intermediate.neuron": "MLP input",
-    "output.neuron": "MLP hidden",
-}
-# The Linears of an encoder layer: the neuron layer whose spikes they take, and the settings that are their sizes.
-LINEARS = {
-    "attention.self.query": ("attention.self.neuron", "hidden_size", "hidden_size"),
-    "attention.self.key": ("attention.self.neuron", "hidden_size", "hidden_size"),
-    "attention.self.value": ("attention.self.neuron", "hidden_size", "hidden_size"),
-    "attention.output.dense": ("attention.output.neuron", "hidden_size", "hidden_size"),
-    "intermediate.dense": ("intermediate.neuron", "hidden_size", "intermediate_size"),
-    "output.dense": ("output.neuron", "intermediate_size", "hidden_size"),
-}
 MATRIX_PRODUCTS = ("Linear", "QK^T", "attention x V")
 
 
@@ -289,9 +271,9 @@ def bert_operations(config, lengths: torch.Tensor) -> list[OperationCount]:
     tokens, pairs = lengths.double().mean().item(), lengths.double().square().mean().item()
     rows = []
     for layer in range(config.num_hidden_layers):
-        for name, (_, fan_in, fan_out) in LINEARS.items():
-            macs = getattr(config, fan_in) * getattr(config, fan_out) * tokens
-            rows.append(OperationCount("Linear", name, layer, macs=macs))
+        for linear in LINEARS:
+            macs = getattr(config, linear.inputs) * getattr(config, linear.outputs) * tokens
+            rows.append(OperationCount("Linear", linear.name, layer, macs=macs))
         rows.append(OperationCount("QK^T", "scores", layer, macs=width * pairs))
         rows.append(OperationCount("attention x V", "contexts", layer, macs=width * pairs))
         rows.append(OperationCount("GELU", "activation", layer, macs=MACS_PER_GELU * config.intermediate_size * tokens))
@@ -321,27 +303,28 @@ def _operations(
     width, heads = config.hidden_size, config.num_attention_heads
     head_size = width // heads
     tokens, pairs = lengths.mean().item(), lengths.square().mean().item()
+    measured = {place_of(name): statistics.spikes[:, index] for index, name in enumerate(statistics.names)}
     rows = []
     for layer in range(config.num_hidden_layers):
         spikes = {}
-        for place in NEURON_PLACES:
-            channels = config.intermediate_size if place == "output.neuron" else width
-            spikes[place] = (
-                channels * lengths if all_inputs_active else statistics.spikes[:, _index(statistics, layer, place)]
-            )
+        for place in PLACES:
+            channels = getattr(config, place.width)
+            spikes[place.neuron] = channels * lengths if all_inputs_active else measured[layer, place]
+            elements = channels * tokens
             rows.append(
                 OperationCount(
                     "neurons",
-                    place,
+                    place.neuron,
                     layer,
-                    additions=sum(step.additions for step in neuron) * channels * tokens,
-                    macs=sum(step.macs for step in neuron) * channels * tokens,
-                    multiplications=sum(step.multiplications for step in neuron) * channels * tokens,
+                    additions=sum(step.additions for step in neuron) * elements,
+                    macs=sum(step.macs for step in neuron) * elements,
+                    multiplications=sum(step.multiplications for step in neuron) * elements,
                 )
             )
-        for name, (place, _, fan_out) in LINEARS.items():
-            additions = spikes[place].mean().item() * getattr(config, fan_out)
-            rows.append(OperationCount("Linear", name, layer, additions=additions))
+        for place in PLACES:
+            for linear in place.linears:
+                additions = spikes[place.neuron].mean().item() * getattr(config, linear.outputs)
+                rows.append(OperationCount("Linear", linear.name, layer, additions=additions))
         query, key, value = (spikes[f"attention.self.{name}_neuron"] for name in ("query", "key", "value"))
         affine = OperationCount("query gain and offset", "attention.self.query", layer, query.mean().item())
         if config.attention_type == "softmax":
@@ -371,11 +354,6 @@ def _operations(
     return rows + _read_out(model, statistics)
 
 
-def _index(statistics: SpikeStatistics, layer: int, place: str) -> int:
-    ending = f"encoder.layer.{layer}.{place}"
-    return next(index for index, name in enumerate(statistics.names) if name.endswith(ending))
-
-
 def _softmax(heads: int, tokens: float, pairs: float, layer: int) -> OperationCount:
     """Per score: the maximum, the difference to it and the sum; the exponential; the scaling and the division."""
     scores = heads * pairs
@@ -392,7 +370,7 @@ def _layer_norm(width: int, tokens: float, name: str, layer: int | None) -> Oper
 
 def _norms_and_sums(config, tokens: float, layer: int) -> list[OperationCount]:
     width = config.hidden_size
-    biases = sum(getattr(config, fan_out) for _, _, fan_out in LINEARS.values()) * tokens
+    biases = sum(getattr(config, linear.outputs) for linear in LINEARS) * tokens
     return [
         OperationCount("biases", "of the Linears", layer, additions=biases),
         _layer_norm(width, tokens, "attention.output.LayerNorm", layer),
@@ -445,9 +423,8 @@ def _memory_traffic(
     steps = config.num_timesteps if steps is None else steps
     width, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     tokens, pairs = statistics.lengths.mean().item(), statistics.lengths.square().mean().item()
-    weights = layers * (
-        sum(getattr(config, i) * getattr(config, o) for _, i, o in LINEARS.values()) + 9 * width + inner
-    )
+    matrices = sum(getattr(config, linear.inputs) * getattr(config, linear.outputs) for linear in LINEARS)
+    weights = layers * (matrices + 9 * width + inner)
     for name in statistics.read_out:
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
@@ -459,8 +436,9 @@ def _memory_traffic(
         values += layers * 2 * config.num_attention_heads * pairs * activation_bytes
     if has_spikes:
         bits = 2 if config.spike_type == "ternary" else 1
-        values += layers * (6 * width + inner) * tokens * bits / 8
+        channels = sum(getattr(config, place.width) for place in PLACES)
+        values += layers * channels * tokens * bits / 8
         # Thresholds, and gain and offset of the queries.
-        weights += layers * (6 * width + inner + 2 * width)
+        weights += layers * (channels + 2 * width)
     values = values * steps + width * tokens * activation_bytes
     return MemoryTraffic(weights * weight_bytes + embedded, 2 * values)

@@ -23,12 +23,11 @@ from modeling_snn_bert import (
     SNNBertModel,
 )
 from modeling_snn_bert.energy import energy_report, load_model, read_texts, tokenized_batches
-from modeling_snn_bert.energy_plots import plot_firing_rates, plot_spikes, short_name
+from modeling_snn_bert.energy_plots import plot_firing_rates, plot_spikes
+from modeling_snn_bert.layer_places import LINEARS
 from modeling_snn_bert.operation_counts import (
     FLOAT32,
     INT8,
-    LINEARS,
-    NEURON_PLACES,
     OperationCount,
     bert_operations,
     neuron_costs,
@@ -466,8 +465,8 @@ def test_report_files(make, tmp_path, tokenizer):
     for part in ("Linear", "QK^T", "attention x V", "neurons", "softmax", "LayerNorm", "embeddings", "pooler"):
         assert f"| {part} |" in text
     for layer in range(2):
-        for name in LINEARS:
-            assert f"| layer {layer}, {name} |" in text
+        for linear in LINEARS:
+            assert f"| layer {layer}, {linear.name} |" in text
     for picture in ("energy", "firing_rates", "spikes"):
         assert (tmp_path / "new" / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match=r"`tokens` must name the \d+ tokens of the first sequence, got 1"):
@@ -487,9 +486,6 @@ def test_pictures_without_matplotlib(make, tmp_path, monkeypatch):
 def test_names_and_pictures(make, tmp_path):
     model, batches = make(spike_type="ternary")
     names = model.neuron_names()
-    assert [short_name(name) for name in names] == [
-        f"layer {layer}, {place}" for layer in range(2) for place in NEURON_PLACES.values()
-    ]
     statistics = measure_spikes(model, batches)
     plot_firing_rates(statistics.rates, names, tmp_path / "rates.png")
     words = [str(i) for i in statistics.example_ids]

@@ -28,6 +28,7 @@ from modeling_snn_bert.event_driven import (
     round_weights,
 )
 from modeling_snn_bert.event_kernels import PackedSpikes, tiles_available
+from modeling_snn_bert.layer_places import LINEARS
 from modeling_snn_bert.packed_spikes import SpikingLinear, pack
 
 KERNELS_MISSING = "no compiled kernels: installed without a C compiler, or SNN_BERT_CPU_KERNELS=0 is set"
@@ -451,7 +452,7 @@ def test_rounded_once_both_forms_have_the_same_weights(make_model, batch, assert
         exact = model(**batch).last_hidden_state
     assert model.round_products(weight_dtype) is model
     changed = {name for name, x in model.named_parameters() if not torch.equal(x, before[name])}
-    products = {f"encoder.layer.{i}.{name}.weight" for i in range(2) for names in module.PRODUCTS for name in names}
+    products = {f"encoder.layer.{i}.{name}.weight" for i in range(2) for name, *_ in LINEARS}
     assert changed == products
     after = {name: x.clone() for name, x in model.named_parameters()}
     round_products(model, weight_dtype)

@@ -32,7 +32,7 @@ from modeling_snn_bert.configuration_snn_bert import AUTO_MAP
 from modeling_snn_bert.energy import energy_report, tokenized_batches
 from modeling_snn_bert.energy_plots import plot_spikes
 from modeling_snn_bert.energy_tables import RASTER_TOKENS, EnergyReport, markdown_table, raster_panels
-from modeling_snn_bert.operation_counts import NEURON_PLACES
+from modeling_snn_bert.layer_places import place_of
 
 EXAMPLES = [
     "A gripping, beautifully acted film that stays with you for days.",
@@ -185,8 +185,7 @@ def predicted(model: SNNBertPreTrainedModel, batch: dict[str, torch.Tensor]) -> 
 def draw_raster(report: EnergyReport, tokens: list[str], layer: int) -> Image.Image:
     """The picture of the spikes in all neuron layers of an encoder layer, or in three of the whole model (-1)."""
     names, spikes = report.statistics.names, report.statistics.example_spikes
-    places = len(NEURON_PLACES)
-    panels = raster_panels(names) if layer < 0 else list(range(layer * places, (layer + 1) * places))
+    panels = raster_panels(names) if layer < 0 else [i for i, name in enumerate(names) if place_of(name)[0] == layer]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "spikes.png")
         shown = [spikes[i][:RASTER_TOKENS] for i in panels]
@@ -215,10 +214,10 @@ def headline(report: EnergyReport, tokens: int, checkpoint: str) -> str:
 
 def firing_rate_frame(report: EnergyReport) -> pd.DataFrame:
     """A row for each encoder layer: the mean over its neuron layers."""
-    rates = list(report.firing_rates().values())
-    places = len(NEURON_PLACES)
-    layers = [rates[index : index + places] for index in range(0, len(rates), places)]
-    rows = [(str(index), sum(layer) / places) for index, layer in enumerate(layers)]
+    layers: dict[int, list[float]] = {}
+    for name, rate in report.firing_rates().items():
+        layers.setdefault(place_of(name)[0], []).append(rate)
+    rows = [(str(layer), sum(rates) / len(rates)) for layer, rates in layers.items()]
     return pd.DataFrame(rows, columns=["layer", "spikes per token"])
 
 
