@@ -54,6 +54,7 @@ from modeling_snn_bert.fine_tuning import (
     NO_DROPOUT,
     accuracy,
     finetune,
+    mixed_precision,
     report_markdown,
     teach,
     timed,
@@ -121,14 +122,17 @@ def main() -> None:
     args = parse_args()
     set_seed(args.seed)
     started = time.perf_counter()
-    accelerator = Accelerator()
+    accelerator = Accelerator(mixed_precision=mixed_precision())
     model_path = args.model_name_or_path or str(minilm_folder())
     data, label_names = load_data(args)
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     data = tokenize(data, tokenizer, args.max_length)
-    validation = DataLoader(
-        data["validation"], batch_size=2 * args.batch_size, collate_fn=DataCollatorWithPadding(tokenizer)
-    )
+    collate = DataCollatorWithPadding(tokenizer)
+    validation = DataLoader(data["validation"], batch_size=2 * args.batch_size, collate_fn=collate)
+    # Scores do not depend on the order, and sentences of like length need no padding.
+    lengths = [len(row) for row in data["validation"]["input_ids"]]
+    in_order = data["validation"].select(sorted(range(len(lengths)), key=lengths.__getitem__))
+    scored = DataLoader(in_order, batch_size=2 * args.batch_size, collate_fn=collate)
     bert = AutoModelForSequenceClassification.from_pretrained(
         model_path,
         num_labels=len(label_names),
@@ -138,7 +142,7 @@ def main() -> None:
     )
     if type(bert) is not BertForSequenceClassification:
         raise SystemExit(f"--model_name_or_path must be a BERT, {model_path} is a {type(bert).__name__}")
-    bert = accelerator.prepare(bert)
+    bert.to(accelerator.device)
     seconds: dict[str, float] = {}
 
     steps_per_epoch = math.ceil(len(data["train"]) / args.batch_size)
@@ -153,7 +157,7 @@ def main() -> None:
         stages = {"distillation_steps": args.distillation_steps, "finetuning_steps": steps}
         teach(accelerator, snn_bert, bert, batches, args.learning_rate, args.logit_weight, **stages)
     with timed(seconds, "evaluate both"):
-        accuracies = {"SNN-BERT": accuracy(snn_bert, validation), "BERT": accuracy(bert, validation)}
+        accuracies = {"SNN-BERT": accuracy(snn_bert, scored), "BERT": accuracy(bert, scored)}
         batches_of_report = math.ceil(ENERGY_SENTENCES / (2 * args.batch_size))
         energy = energy_report(snn_bert, itertools.islice(validation, batches_of_report), run_lengths=False)
     labels = torch.tensor(data["validation"]["labels"])

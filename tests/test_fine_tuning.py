@@ -19,6 +19,7 @@ from modeling_snn_bert import (
     SNNBertForSequenceClassification,
     SNNBertForTokenClassification,
 )
+from modeling_snn_bert.fine_tuning import finetune, mixed_precision
 
 HEADS = {
     "masked_lm": SNNBertForMaskedLM,
@@ -309,3 +310,41 @@ def test_training_on_files(make_config, tokenizer, files, tmp_path, kind, stream
     trainer.train()
     assert trainer.state.global_step == 3
     assert any(not torch.equal(x, before[name]) for name, x in weights(model).items())
+
+
+@pytest.mark.parametrize(
+    ("features", "wanted"),
+    [
+        ({"avx2": True, "avx512_bf16": False}, None),
+        ({"avx512_bf16": True}, "bf16"),
+        ({"amx_bf16": True}, "bf16"),
+        ({"architecture": "aarch64"}, None),
+        (None, None),
+    ],
+)
+def test_a_cpu_trains_in_bfloat16_where_it_has_the_instructions(monkeypatch, features, wanted):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    if features is None:
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    else:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features, raising=False)
+    assert mixed_precision() == wanted
+    # What the user said by `accelerate launch --mixed_precision` counts, and a GPU is left to that as well.
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert mixed_precision() is None
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert mixed_precision() is None
+
+
+def test_a_model_trained_in_bfloat16_computes_in_float32_afterwards(make_config):
+    model = SNNBertForSequenceClassification(make_config())
+    dtypes = []
+    model.classifier.register_forward_hook(lambda module, inputs, logits: dtypes.append(logits.dtype))
+    batch = {name: torch.tensor(column[:]) for name, column in examples("sequence").with_format(None).to_dict().items()}
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    finetune(accelerator, model, iter([batch] * 2), steps=2, learning_rate=1e-3)
+    model(**batch)
+    assert dtypes == [torch.bfloat16, torch.bfloat16, torch.float32]
+    assert "forward" not in vars(model)

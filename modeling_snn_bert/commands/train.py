@@ -32,6 +32,7 @@ from ..fine_tuning import (
     NO_DROPOUT,
     finetune,
     macro_f1,
+    mixed_precision,
     predictions,
     report_markdown,
     teach,
@@ -143,7 +144,7 @@ def train(
         if kind not in ("bert", SNNBertConfig.model_type):
             raise ValueError(f"--model must be a BERT or an SNN-BERT, the model_type of {model} is {kind!r}")
         set_seed(seed)
-        accelerator = Accelerator()
+        accelerator = Accelerator(mixed_precision=mixed_precision())
         seconds: dict[str, float] = {}
         # The folder is made before the work: where nothing can be written is known at once.
         with folder_written_whole(output) as folder:
@@ -169,7 +170,6 @@ def train(
             if steps is None:
                 wanted = None if epochs is None else max(1, round(epochs * per_epoch))
                 steps = wanted or min(DEFAULT_STEPS, DEFAULT_EPOCHS * per_epoch)
-            start = accelerator.prepare(start)
 
             def batches():
                 return training_batches(learned, tokenizer, batch_size, seed)
