@@ -13,7 +13,7 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import has_length
 
 from .layer_places import short_name
-from .spiking_neurons import SpikingNeuron
+from .spike_observer import Firing, SpikeObserver, named_neurons
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class FiringRateCallback(TrainerCallback):
 
     def __init__(self, trainer: Trainer, *, per_neuron: bool = False) -> None:
         model = trainer.model
-        if model is not None and not _neurons(model):
+        if model is not None and not named_neurons(model):
             raise ValueError(
                 f"the model of `trainer` must have spiking neurons, such as an SNN-BERT, got {type(model).__name__}"
             )
@@ -53,10 +53,11 @@ class FiringRateCallback(TrainerCallback):
         self._stop()
         if self._will_log(args, state, kwargs["train_dataloader"]):
             self.meter = _FiringRateMeter(kwargs["model"])
+            self.meter.start()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         if self.meter is not None:
-            self.meter.close()
+            self.meter.stop()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         # The record of the rates is logged from within that of the loss: Trainer would skip the loss if something
@@ -101,44 +102,28 @@ class FiringRateCallback(TrainerCallback):
 
     def _stop(self) -> None:
         if self.meter is not None:
-            self.meter.close()
+            self.meter.stop()
         self.meter = None
 
 
-class _FiringRateMeter:
-    """Counts the spikes of every neuron layer of `model` until it is closed, without gradients or a wait for a GPU."""
+class _FiringRateMeter(SpikeObserver):
+    """Counts the spikes of every neuron layer of `model`, without gradients or a wait for a GPU."""
 
     def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
         self.spikes: dict[str, torch.Tensor] = {}
         self.places: dict[str, torch.Tensor | int] = {}
-        self.handles = [
-            neuron.register_forward_hook(self._hook(short_name(name)), with_kwargs=True)
-            for name, neuron in _neurons(model).items()
-        ]
-
-    def close(self) -> None:
-        for handle in self.handles:
-            handle.remove()
 
     def rates(self) -> dict[str, float]:
         """Spikes per valid token and channel of every neuron layer that ran, by its short name."""
         return {name: float(count / self.places[name]) for name, count in self.spikes.items()}
 
-    def _hook(self, name: str):
-        @torch.no_grad()
-        def count(neuron: SpikingNeuron, args, kwargs, output) -> None:
-            spikes = output[0] if isinstance(output, tuple) else output
-            mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
-            tokens = spikes.shape[0] * spikes.shape[1] if mask is None else (mask != 0).sum()
-            # Several forward passes of one step (accumulation, checkpointing) add up.
-            self.spikes[name] = self.spikes.get(name, 0) + torch.count_nonzero(spikes)
-            self.places[name] = self.places.get(name, 0) + tokens * neuron.num_channels
-
-        return count
-
-
-def _neurons(model: nn.Module) -> dict[str, SpikingNeuron]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, SpikingNeuron)}
+    @torch.no_grad()
+    def see(self, firing: Firing) -> None:
+        name = short_name(firing.name)
+        # Several forward passes of one step (accumulation, checkpointing) add up.
+        self.spikes[name] = self.spikes.get(name, 0) + torch.count_nonzero(firing.spikes)
+        self.places[name] = self.places.get(name, 0) + firing.tokens * firing.neuron.num_channels
 
 
 def _key(name: str) -> str:

@@ -51,6 +51,7 @@ from .outputs import (
 from .packed_spikes import SpikingLinear, attention_on_spikes, keep_packed, packed_form
 from .packed_spikes_triton import takes_packed  # noqa: F401
 from .sparsity import FiringRateRecorder, firing_rate_penalty, share_of_labels, warn_unless_counted
+from .spike_observer import named_neurons
 from .spiking_neurons import BPSN, LIF, PSN, SpikingNeuron
 from .surrogate_gradients import SURROGATES  # noqa: F401
 
@@ -461,9 +462,7 @@ class SNNBertPreTrainedModel(VerifiedWeights):
 
     def neuron_names(self) -> list[str]:
         """Names of the neuron layers, in the order of `firing_rates` and `spikes` in the outputs."""
-        neurons = [name for name, module in self.named_modules() if isinstance(module, SpikingNeuron)]
-        # A neuron that PEFT trains stands twice in the model, as it was and as it is trained; one of the two runs.
-        return [name.removesuffix(".original_module") for name in neurons if ".modules_to_save." not in name]
+        return list(dict(named_neurons(self)))
 
     def to_event_driven(self, weight_dtype: str = "float32", *, dense_above: float | None = None):
         """Turn this model into its event-driven form, in place, and return it; see `event_driven.event_driven`.

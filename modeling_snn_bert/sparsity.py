@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from .spiking_neurons import SpikingNeuron
+from .spike_observer import Firing, SpikeObserver
 
 PENALTY_IS_MISSING = (
     "`firing_rate_target` is set, but the loss of this training step does not hold the penalty on firing rates: it was "
@@ -51,7 +51,7 @@ class SpikeCount(torch.autograd.Function):
         return ctx.signs * grad_count, None
 
 
-class FiringRateRecorder:
+class FiringRateRecorder(SpikeObserver):
     """While it is entered, counts the spikes of every neuron layer of `model`, with gradients.
 
     Args:
@@ -59,7 +59,7 @@ class FiringRateRecorder:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.neurons = [module for module in model.modules() if isinstance(module, SpikingNeuron)]
+        super().__init__(model)
         self.counts: list[torch.Tensor] = []
         self.sizes: list[int] = []
         self.tokens: list[int] = []
@@ -71,16 +71,8 @@ class FiringRateRecorder:
             parameter for name, part in model.named_children() if name != "pooler" for parameter in part.parameters()
         ]
 
-    def __enter__(self) -> "FiringRateRecorder":
-        self.handles = [neuron.register_forward_hook(self._count) for neuron in self.neurons]
-        return self
-
-    def __exit__(self, *exception) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-    def _count(self, neuron: SpikingNeuron, args, output) -> None:
-        spikes = output[0] if isinstance(output, tuple) else output
+    def see(self, firing: Firing) -> None:
+        spikes, neuron = firing.spikes, firing.neuron
         if self.spikes is None and spikes.requires_grad:
             self.spikes = spikes
         # Re-entrant checkpointing runs a layer without a graph first, and again, with one, after the loss is made.

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .modeling_snn_bert import SNNBertPreTrainedModel
+from .spike_observer import Firing, SpikeObserver
 from .spiking_neurons import BPSN, LIF, SpikingNeuron, logit
 
 # A neuron that fires at more than this share of the valid tokens counts as firing without interruption.
@@ -89,24 +90,25 @@ def measure_spikes(
     """
     if not isinstance(model, SNNBertPreTrainedModel):
         raise TypeError(f"`model` must be an SNN-BERT, got {type(model).__name__}")
-    counter = _SpikeCounter(model, run_lengths)
     was_training = model.training
     model.eval()
     try:
-        for batch in batches:
-            if "input_ids" not in batch:
-                raise ValueError(f"each of `batches` must hold `input_ids`, got the keys {sorted(batch)}")
-            counter.count({name: batch[name].to(model.device) for name in INPUT_NAMES if batch.get(name) is not None})
+        with _SpikeCounter(model, run_lengths) as counter:
+            for batch in batches:
+                if "input_ids" not in batch:
+                    raise ValueError(f"each of `batches` must hold `input_ids`, got the keys {sorted(batch)}")
+                inputs = {name: batch[name] for name in INPUT_NAMES if batch.get(name) is not None}
+                counter.count({name: x.to(model.device) for name, x in inputs.items()})
     finally:
-        counter.close()
         model.train(was_training)
     return counter.statistics()
 
 
-class _SpikeCounter:
-    """Hooks on the neurons and on the Linears outside the encoder, and the sums that they fill."""
+class _SpikeCounter(SpikeObserver):
+    """The sums over what the neurons do, and over what enters the Linears outside the encoder."""
 
     def __init__(self, model: SNNBertPreTrainedModel, run_lengths: bool) -> None:
+        super().__init__(model)
         self.model, self.with_run_lengths = model, run_lengths
         self.names = model.neuron_names()
         self.steps = model.config.num_timesteps
@@ -123,16 +125,12 @@ class _SpikeCounter:
         self.batch_spikes: dict[str, torch.Tensor] = {}
         self.batch_pairs: list[torch.Tensor] = []
         self.key_spikes = torch.empty(0)
-        self.handles = []
-        for name, module in model.named_modules():
-            if isinstance(module, SpikingNeuron):
-                self.handles.append(module.register_forward_hook(self._neuron_hook(name), with_kwargs=True))
-            elif isinstance(module, nn.Linear) and ".encoder." not in f".{name}":
-                self.handles.append(module.register_forward_hook(self._read_out_hook(name)))
 
-    def close(self) -> None:
-        for handle in self.handles:
-            handle.remove()
+    def start(self) -> None:
+        super().start()
+        for name, module in self.model.named_modules():
+            if isinstance(module, nn.Linear) and ".encoder." not in f".{name}":
+                self.handles.append(module.register_forward_hook(self._read_out_hook(name)))
 
     def count(self, inputs: dict[str, torch.Tensor]) -> None:
         ids = inputs["input_ids"]
@@ -153,25 +151,22 @@ class _SpikeCounter:
         self.key_value_pairs.append(torch.stack(self.batch_pairs, -1))
         self.lengths.append(self.mask.sum(-1).double())
 
-    def _neuron_hook(self, name: str):
-        def hook(module: SpikingNeuron, args, kwargs, output) -> None:
-            spikes = output[0] if isinstance(output, tuple) else output
-            # The time-steps of the repeat coding apart: [time-steps, batch, seq_len, channels].
-            fired = (spikes != 0).unflatten(0, (self.steps, -1)) & self.mask[..., None]
-            if not self.lengths:
-                self.example_spikes[name] = spikes[0][self.mask[0]].to(torch.int8).cpu()
-            counts = fired.sum((0, 2)).double() / self.steps
-            self.batch_spikes[name] = counts.sum(-1)
-            self.totals[name] = self.totals.get(name, 0) + counts.sum(0)
-            if name.endswith("key_neuron"):
-                self.key_spikes = self._per_head(fired)
-            elif name.endswith("value_neuron"):
-                pairs = (self.key_spikes * self._per_head(fired)).sum((0, 2, 3))
-                self.batch_pairs.append(pairs.double() / self.steps)
-            if self.with_run_lengths:
-                self._count_runs(name, module, fired, args[0] if args else kwargs["current"])
-
-        return hook
+    def see(self, firing: Firing) -> None:
+        name, spikes = firing.name, firing.spikes
+        # The time-steps of the repeat coding apart: [time-steps, batch, seq_len, channels].
+        fired = (spikes != 0).unflatten(0, (self.steps, -1)) & self.mask[..., None]
+        if not self.lengths:
+            self.example_spikes[name] = spikes[0][self.mask[0]].to(torch.int8).cpu()
+        counts = fired.sum((0, 2)).double() / self.steps
+        self.batch_spikes[name] = counts.sum(-1)
+        self.totals[name] = self.totals.get(name, 0) + counts.sum(0)
+        if name.endswith("key_neuron"):
+            self.key_spikes = self._per_head(fired)
+        elif name.endswith("value_neuron"):
+            pairs = (self.key_spikes * self._per_head(fired)).sum((0, 2, 3))
+            self.batch_pairs.append(pairs.double() / self.steps)
+        if self.with_run_lengths:
+            self._count_runs(firing, fired)
 
     def _per_head(self, fired: torch.Tensor) -> torch.Tensor:
         return fired.unflatten(-1, (self.model.config.num_attention_heads, -1)).sum(-1)
@@ -184,9 +179,9 @@ class _SpikeCounter:
 
         return hook
 
-    def _count_runs(self, name: str, module: SpikingNeuron, fired: torch.Tensor, current: torch.Tensor) -> None:
+    def _count_runs(self, firing: Firing, fired: torch.Tensor) -> None:
         """Runs along time, which are the tokens, or the time-steps of each token with repeat coding."""
-        current = current.unflatten(0, (self.steps, -1))
+        neuron, current = firing.neuron, firing.current.unflatten(0, (self.steps, -1))
         mask: torch.Tensor | None = self.mask
         if self.steps > 1:
             current, fired = (x.permute(1, 2, 0, 3)[self.mask] for x in (current, fired))
@@ -197,12 +192,12 @@ class _SpikeCounter:
         trains = {"this model's neurons": fired}
         # A soft reset by a threshold at or below zero would charge a neuron. So others are compared where it is
         # positive, and the model's own neurons are listed for those channels too.
-        channels = module.v_threshold > 0
+        channels = neuron.v_threshold > 0
         trains["this model's neurons, threshold > 0"] = fired[..., channels]
-        for other, neuron in comparison_neurons(module, self.model.config.decay).items():
-            trains[f"{other}, threshold > 0"] = (neuron(current, mask) != 0)[..., channels]
+        for title, other in comparison_neurons(neuron, self.model.config.decay).items():
+            trains[f"{title}, threshold > 0"] = (other(current, mask) != 0)[..., channels]
         for title, train in trains.items():
-            self.runs.setdefault(title, _Runs()).add(name, train, time_steps)
+            self.runs.setdefault(title, _Runs()).add(firing.name, train, time_steps)
 
     def statistics(self) -> SpikeStatistics:
         if not self.lengths:
