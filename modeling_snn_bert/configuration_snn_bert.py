@@ -6,8 +6,7 @@ from typing import Literal
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from .leaky_integration import check_implementation
-from .surrogate_gradients import check_surrogate
+from .neuron_settings import check_bpsn, check_neuron
 
 AUTO_MAP = {
     "AutoConfig": "configuration_snn_bert.SNNBertConfig",
@@ -156,20 +155,22 @@ class SNNBertConfig(PreTrainedConfig):
         self._validate_neurons()
 
     def _validate_neurons(self):
-        if not math.isfinite(self.v_threshold):
-            raise ValueError(f"`v_threshold` must be finite, got {self.v_threshold}")
-        if not 0 < self.decay < 1:
-            raise ValueError(f"`decay` must lie in (0, 1), got {self.decay}")
-        if not (math.isfinite(self.reset) and self.reset >= 0):
-            raise ValueError(f"`reset` must be finite and >= 0, got {self.reset}")
-        if self.reset_iterations < 0:
-            raise ValueError(f"`reset_iterations` must be >= 0, got {self.reset_iterations}")
+        check_neuron(
+            v_threshold=self.v_threshold,
+            surrogate=self.surrogate,
+            surrogate_alpha=self.surrogate_alpha,
+            spike_type=self.spike_type,
+        )
+        check_bpsn(
+            decay=self.decay,
+            reset=self.reset,
+            reset_iterations=self.reset_iterations,
+            implementation=self.integration,
+        )
         if self.firing_rate_target is not None and not 0 < self.firing_rate_target < 1:
             raise ValueError(f"`firing_rate_target` must be None or lie in (0, 1), got {self.firing_rate_target}")
         if not (math.isfinite(self.firing_rate_weight) and self.firing_rate_weight >= 0):
             raise ValueError(f"`firing_rate_weight` must be finite and >= 0, got {self.firing_rate_weight}")
-        check_surrogate(self.surrogate, self.surrogate_alpha)
-        check_implementation(self.integration)
         if self.coding == "repeat":
             if self.neuron_type != "lif":
                 raise ValueError(

@@ -75,6 +75,18 @@ def leaky_integration(
         if not torch.compiler.is_compiling() and not bool(((decay >= 0) & (decay <= 1)).all()):
             raise ValueError(f"`{name}` must lie in [0, 1], got {decay.tolist()}")
 
+    return leaky_mean(current, decay_forward, decay_backward, attention_mask, normalize, implementation)
+
+
+def leaky_mean(
+    current: torch.Tensor,
+    decay_forward: torch.Tensor,
+    decay_backward: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    normalize: bool,
+    implementation: str,
+) -> torch.Tensor:
+    """`leaky_integration` of arguments that are in their ranges."""
     x = widen(current)
     decay_forward, decay_backward = decay_forward.to(x.dtype), decay_backward.to(x.dtype)
     potential = leaky_sum(silence(x, attention_mask), decay_forward, decay_backward, implementation)

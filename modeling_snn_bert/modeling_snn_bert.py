@@ -27,6 +27,8 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 # transformers 5.4 copies from a folder only the modules that this file names, and not those that they name in turn: so
 # those stand here too.
+from .bpsn import BACKENDS  # noqa: F401
+from .bpsn_in_place import PIECE  # noqa: F401
 from .bpsn_triton import MAX_TOKENS  # noqa: F401
 from .checksums import VerifiedWeights
 from .configuration_snn_bert import SNNBertConfig
@@ -38,6 +40,7 @@ from .input_checks import check_inputs, check_labels, check_sequence_labels, val
 from .layer_places import PLACES  # noqa: F401
 from .leaky_integration import IMPLEMENTATIONS  # noqa: F401
 from .leaky_integration_triton import takes  # noqa: F401
+from .neuron_settings import SPIKE_TYPES  # noqa: F401
 from .outputs import (
     SNNBertMaskedLMOutput,
     SNNBertModelOutput,

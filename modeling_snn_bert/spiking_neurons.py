@@ -7,40 +7,16 @@ learned per group, thresholds per channel.
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 
-from .bpsn_triton import MAX_TOKENS, BPSNByTile
-from .cpu_kernels import SURROGATE_INDEX, bpsn_backward, bpsn_forward, warn_if_missing
-from .cpu_kernels import available as kernels_available
-from .leaky_integration import (
-    check_implementation,
-    check_sequence,
-    divide_by_group,
-    fast_stencil,
-    kernel_per_channel,
-    leaky_sum,
-    plain_sum,
-    plain_sum_and_parts,
-    plain_sum_backward,
-    silence,
-    sum_by_group,
-    total_weight,
-    wide_dtype,
-    widen,
-)
-from .leaky_integration_triton import bpsn_backward as triton_backward
-from .leaky_integration_triton import bpsn_forward as triton_forward
-from .leaky_integration_triton import takes as triton_takes
+from .bpsn import bpsn, is_for_cpu_kernel, membrane_potential
+from .cpu_kernels import warn_if_missing
+from .leaky_integration import check_sequence, silence, widen
+from .neuron_settings import BPSNParameters, BPSNSettings, check_bpsn, check_decay, check_neuron
 from .packed_spikes import attach_packed, pack, packed_form
-from .surrogate_gradients import SURROGATES, check_surrogate, heaviside
-
-SPIKE_TYPES = ("binary", "ternary")
-# Filters run on about so many currents at a time, which stay in the cache from one operation to the next.
-PIECE = 2**18
+from .surrogate_gradients import fire
 
 
 class SpikingNeuron(nn.Module):
@@ -64,11 +40,9 @@ class SpikingNeuron(nn.Module):
             raise ValueError(
                 f"`num_groups` must divide `num_channels`, both positive; got {num_groups} groups for {num_channels}"
             )
-        if not math.isfinite(v_threshold):
-            raise ValueError(f"`v_threshold` must be finite, got {v_threshold}")
-        check_surrogate(surrogate, surrogate_alpha)
-        if spike_type not in SPIKE_TYPES:
-            raise ValueError(f"`spike_type` must be one of {list(SPIKE_TYPES)}, got {spike_type!r}")
+        check_neuron(
+            v_threshold=v_threshold, surrogate=surrogate, surrogate_alpha=surrogate_alpha, spike_type=spike_type
+        )
         self.num_channels = num_channels
         self.num_groups = num_groups
         self.initial_v_threshold = v_threshold
@@ -114,10 +88,7 @@ class SpikingNeuron(nn.Module):
 
     def fire(self, potential: torch.Tensor, v_threshold: torch.Tensor) -> torch.Tensor:
         """Spikes where the potential reaches the threshold; ternary neurons also fire -1 at its mirror image."""
-        spikes = heaviside(potential - v_threshold, self.surrogate, self.surrogate_alpha)
-        if self.spike_type == "ternary":
-            spikes = spikes - heaviside(-potential - v_threshold, self.surrogate, self.surrogate_alpha)
-        return spikes
+        return fire(potential, v_threshold, self.surrogate, self.surrogate_alpha, self.spike_type == "ternary")
 
     def check_current(self, current: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
         """Raise an error that names the argument unless the shapes are those that this neuron takes."""
@@ -193,12 +164,7 @@ class BPSN(SpikingNeuron):
             surrogate_alpha=surrogate_alpha,
             spike_type=spike_type,
         )
-        check_decay(decay)
-        if not (math.isfinite(reset) and reset >= 0):
-            raise ValueError(f"`reset` must be finite and >= 0, got {reset}")
-        if reset_iterations < 0:
-            raise ValueError(f"`reset_iterations` must be >= 0, got {reset_iterations}")
-        check_implementation(implementation)
+        check_bpsn(decay=decay, reset=reset, reset_iterations=reset_iterations, implementation=implementation)
         self.initial_decay = decay
         self.initial_reset = reset
         self.reset_iterations = reset_iterations
@@ -209,7 +175,7 @@ class BPSN(SpikingNeuron):
         if bidirectional:
             self.decay_backward_logit = nn.Parameter(torch.empty(num_groups))
         if reset_iterations:
-            # Used through its absolute value: never negative, exact, and with a gradient everywhere (see `soft_reset`).
+            # Used through its absolute value: never negative, exact, with a gradient everywhere (see `BPSNParameters`).
             self.reset_strength = nn.Parameter(torch.empty(num_groups))
         self.reset_parameters()
 
@@ -223,24 +189,38 @@ class BPSN(SpikingNeuron):
         return values
 
     @property
+    def learned(self) -> BPSNParameters:
+        """The parameters, of which some neurons lack some."""
+        backward = self.decay_backward_logit if self.bidirectional else None
+        reset = self.reset_strength if self.reset_iterations else None
+        return BPSNParameters(self.v_threshold, self.decay_forward_logit, backward, reset)
+
+    @property
+    def settings(self) -> BPSNSettings:
+        """What says, beside the parameters, how spikes follow from currents."""
+        return BPSNSettings(
+            self.normalize,
+            self.reset_iterations,
+            self.spike_type == "ternary",
+            self.surrogate,
+            self.surrogate_alpha,
+            self.implementation,
+        )
+
+    @property
     def decay_forward(self) -> torch.Tensor:
         """Decay per token from earlier to later tokens, `[groups]`."""
-        return torch.sigmoid(widen(self.decay_forward_logit))
+        return self.learned.decay_forward
 
     @property
     def decay_backward(self) -> torch.Tensor:
         """Decay per token from later to earlier tokens, `[groups]`; zeros if the neuron looks forward only."""
-        if not self.bidirectional:
-            return torch.zeros_like(self.decay_forward_logit)
-        return torch.sigmoid(widen(self.decay_backward_logit))
+        return self.learned.decay_backward
 
     @property
     def soft_reset(self) -> torch.Tensor:
         """Strength of the soft reset, `[groups]`; zeros if it is switched off."""
-        if not self.reset_iterations:
-            return torch.zeros_like(self.decay_forward_logit)
-        # Not `abs()`, whose gradient at 0 is 0: a reset that starts there could never grow.
-        return torch.where(self.reset_strength < 0, -self.reset_strength, self.reset_strength)
+        return self.learned.reset
 
     def membrane_potential(self, current: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """The potential `v` before any reset.
@@ -253,324 +233,21 @@ class BPSN(SpikingNeuron):
             `[batch, seq_len, channels]` in the dtype of `current`, 0 at masked tokens.
         """
         self.check_current(current, attention_mask)
-        x = widen(current)
-        potential = self._leaky_mean(x, attention_mask, self._total_weight(x, attention_mask))
-        return silence(potential, attention_mask).to(current.dtype)
-
-    @property
-    def _integration(self) -> str:
-        """The implementation in use: in an exported graph, whose length is open, the one of a fixed number of steps."""
-        return "toeplitz" if self.implementation == "auto" and _is_exporting() else self.implementation
+        return membrane_potential(current, attention_mask, self.learned, self.settings)
 
     def spikes(self, current: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        settings = [self.reset_iterations, self.spike_type == "ternary", self.surrogate, self.surrogate_alpha]
-        by_triton = self._may_use_kernels() and triton_takes(current)
-        if by_triton and current.shape[1] <= MAX_TOKENS:
-            names = ("v_threshold", "decay_forward_logit", "decay_backward_logit", "reset_strength")
-            trained = [getattr(self, name, None) for name in names]
-            return attach_packed(*BPSNByTile.apply(current, attention_mask, *trained, self.normalize, *settings))
-        dtype = wide_dtype(current.dtype)
-        parameters = [x.to(dtype) for x in (self.v_threshold, self.decay_forward, self.decay_backward, self.soft_reset)]
-        if by_triton or (self._may_use_kernels() and self._cpu_kernel_takes(current)):
-            spikes, packed = BPSNByKernel.apply(
-                current, attention_mask, *parameters, by_triton, self.normalize, *settings
-            )
-            return attach_packed(spikes, packed)
-        x = widen(current)
-        if self._integration in ("auto", "chunked"):
-            _, f, b, _ = parameters
-            stencil = fast_stencil(x, f, b) if self._integration == "auto" else None
-            weight = total_weight(x, f, b, attention_mask, self._integration, stencil) if self.normalize else None
-            return BPSNInPlace.apply(current, attention_mask, weight, stencil, *parameters, *settings)
-        weight = self._total_weight(x, attention_mask)
-        potential = self._leaky_mean(x, attention_mask, weight)
-        v_threshold = parameters[0]
-        if self.reset_iterations:
-            received = self._received_reset(potential, v_threshold, attention_mask, weight)
-            potential = potential - self.per_channel(parameters[3]) * received
-        return silence(self.fire(potential, v_threshold), attention_mask).to(current.dtype)
-
-    def _may_use_kernels(self) -> bool:
-        """Whether the choice is ours, the kernels know the surrogate, and no graph is written that lacks them."""
-        return (
-            self.implementation == "auto"
-            and self.surrogate in SURROGATE_INDEX
-            and not torch.jit.is_tracing()
-            and not _is_exporting()
-        )
-
-    def _cpu_kernel_takes(self, current: torch.Tensor) -> bool:
-        """Whether the CPU's kernel computes this; it packs group by group, whose channels must come in whole bytes."""
-        takes = (
-            current.device.type == "cpu"
-            and wide_dtype(current.dtype) == torch.float32
-            and (self.num_channels // self.num_groups) % 8 == 0
-        )
-        if takes and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        learned, settings = self.learned, self.settings
+        trains = self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if trains and is_for_cpu_kernel(current, learned, settings):
             warn_if_missing()
-        return takes and kernels_available()
-
-    def _total_weight(self, x: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-        if not self.normalize:
-            return None
-        return total_weight(
-            x, self.decay_forward.to(x.dtype), self.decay_backward.to(x.dtype), attention_mask, self._integration
-        )
-
-    def _leaky_mean(
-        self,
-        x: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        weight: torch.Tensor | None,
-        without_self: bool = False,
-    ) -> torch.Tensor:
-        """`sum_j a[t, j] m[j] x[j] / n[t]`, over all `j` or over `j != t`."""
-        x = silence(x, attention_mask)
-        total = leaky_sum(x, self.decay_forward.to(x.dtype), self.decay_backward.to(x.dtype), self._integration)
-        total = total - x if without_self else total
-        return total if weight is None else divide_by_group(total, weight)
-
-    @torch.no_grad()
-    def _received_reset(
-        self,
-        potential: torch.Tensor,
-        v_threshold: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        weight: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """`r` after `reset_iterations` sweeps. It carries no gradient, as is usual for a reset."""
-        reset = self.per_channel(self.soft_reset.to(potential.dtype))
-        spikes = self.fire(potential, v_threshold)
-        received = self._leaky_mean(spikes, attention_mask, weight, without_self=True)
-        for _ in range(self.reset_iterations - 1):
-            spikes = self.fire(potential - reset * received, v_threshold)
-            received = self._leaky_mean(spikes, attention_mask, weight, without_self=True)
-        return received
+        spikes, packed = bpsn(current, attention_mask, learned, settings)
+        return spikes if packed is None else attach_packed(spikes, packed)
 
     def extra_repr(self) -> str:
         return (
             f"{super().extra_repr()}, reset_iterations={self.reset_iterations}, normalize={self.normalize}, "
             f"bidirectional={self.bidirectional}"
         )
-
-
-class BPSNByKernel(torch.autograd.Function):
-    """`BPSN` from currents to spikes by a kernel; returns them as floats and packed.
-
-    The kernel is that of `leaky_integration_triton` if `by_triton`, and otherwise the CPU's (see `cpu_kernels`). It
-    keeps the current for the backward pass. The other arguments are those of `BPSNInPlace`, with `normalize` for the
-    weight.
-    """
-
-    # Not by `setup_context`, before which torch looks up this function's signature in each call.
-    @staticmethod
-    def forward(
-        ctx,
-        current: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        v_threshold: torch.Tensor,
-        decay_forward: torch.Tensor,
-        decay_backward: torch.Tensor,
-        reset: torch.Tensor,
-        by_triton: bool,
-        normalize: bool,
-        reset_iterations: int,
-        ternary: bool,
-        surrogate: str,
-        alpha: float,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        # The GPU's kernel reads half precision itself.
-        spikes, packed = (triton_forward if by_triton else bpsn_forward)(
-            current if by_triton else widen(current),
-            attention_mask,
-            v_threshold,
-            decay_forward,
-            decay_backward,
-            reset,
-            normalize,
-            reset_iterations,
-            ternary,
-        )
-        ctx.save_for_backward(current, attention_mask, v_threshold, decay_forward, decay_backward, reset)
-        ctx.by_triton = by_triton
-        ctx.settings = normalize, reset_iterations, ternary, surrogate, alpha
-        ctx.mark_non_differentiable(packed)
-        return spikes.to(current.dtype), packed
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_spikes: torch.Tensor, grad_packed: None):
-        current, *others = ctx.saved_tensors
-        x = current if ctx.by_triton else widen(current)
-        backward = triton_backward if ctx.by_triton else bpsn_backward
-        grad_x, *grads = backward(grad_spikes.to(x.dtype), x, *others, *ctx.settings)
-        return grad_x.to(current.dtype), None, *grads, None, *[None] * len(ctx.settings)
-
-
-class BPSNInPlace(torch.autograd.Function):
-    """`BPSN` from currents to spikes by few torch operations, in place and on one piece of the batch after the other.
-
-    It keeps the current for the backward pass and computes the potential again there. `current` is
-    `[batch, seq_len, channels]`, `weight` is `n` as `[batch or 1, seq_len, groups]` or `None`, `stencil` is the kernel
-    from `fast_stencil`, or `None` for scans, `v_threshold` is `[channels]`, the decays and `reset` are `[groups]`, all
-    in the dtype that the current is integrated in.
-    """
-
-    # Not by `setup_context`, before which torch looks up this function's signature in each call.
-    @staticmethod
-    def forward(
-        ctx,
-        current: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        weight: torch.Tensor | None,
-        stencil: torch.Tensor | None,
-        v_threshold: torch.Tensor,
-        decay_forward: torch.Tensor,
-        decay_backward: torch.Tensor,
-        reset: torch.Tensor,
-        reset_iterations: int,
-        ternary: bool,
-        surrogate: str,
-        alpha: float,
-    ) -> torch.Tensor:
-        parameters = v_threshold, decay_forward, decay_backward, reset
-        ctx.save_for_backward(current, attention_mask, weight, stencil, *parameters)
-        ctx.settings = reset_iterations, ternary, surrogate, alpha
-        neuron = _Neuron.of(stencil, *parameters, reset_iterations, ternary)
-        spikes = torch.empty_like(current, memory_format=torch.contiguous_format)
-        for rows in _pieces(current, stencil):
-            spikes[rows] = neuron.spikes(current[rows], _of_rows(attention_mask, rows), _of_rows(weight, rows))
-        return spikes
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_spikes: torch.Tensor):
-        current, attention_mask, weight, stencil, *parameters = ctx.saved_tensors
-        reset_iterations, ternary, surrogate, alpha = ctx.settings
-        neuron = _Neuron.of(stencil, *parameters, reset_iterations, ternary)
-        grad_current = torch.empty_like(current, memory_format=torch.contiguous_format)
-        of_pieces: list[list[torch.Tensor]] = []
-        for rows in _pieces(current, stencil):
-            inputs = grad_spikes[rows], current[rows], _of_rows(attention_mask, rows), _of_rows(weight, rows)
-            grad_current[rows], grads_of_piece = neuron.gradients(*inputs, surrogate, alpha)
-            of_pieces.append(grads_of_piece)
-        grad_weights, *others = zip(*of_pieces, strict=True)
-        grad_weight = None if weight is None else torch.cat(grad_weights).sum_to_size(weight.shape)
-        grads = [torch.stack(pieces).sum(0) for pieces in others]
-        return grad_current, None, grad_weight, None, *grads, *[None] * 4
-
-
-class _Neuron(NamedTuple):
-    """A `BPSN` at work on a piece of its batch, for `BPSNInPlace`.
-
-    `stencil` is per channel; `neighbours` is the same without the token itself.
-    """
-
-    stencil: torch.Tensor | None
-    neighbours: torch.Tensor | None
-    v_threshold: torch.Tensor
-    decay_forward: torch.Tensor
-    decay_backward: torch.Tensor
-    reset: torch.Tensor
-    reset_iterations: int
-    ternary: bool
-
-    @staticmethod
-    def of(stencil: torch.Tensor | None, v_threshold: torch.Tensor, *others) -> "_Neuron":
-        neighbours = None
-        if stencil is not None:
-            stencil = kernel_per_channel(stencil, v_threshold.shape[0])
-            neighbours = stencil.clone()
-            neighbours[:, stencil.shape[1] // 2] = 0
-        return _Neuron(stencil, neighbours, v_threshold, *others)
-
-    def spikes(
-        self, current: torch.Tensor, attention_mask: torch.Tensor | None, weight: torch.Tensor | None
-    ) -> torch.Tensor:
-        """The spikes, in the dtype of the integration."""
-        x = silence(widen(current), attention_mask)
-        margin = divide_by_group_(plain_sum(x, self.decay_forward, self.decay_backward, self.stencil), weight)
-        if self.reset_iterations:
-            margin = self._subtract_reset_(margin, self._received(margin, attention_mask, weight), weight)
-        return silence_(_fire(margin, self.v_threshold, self.ternary), attention_mask)
-
-    def gradients(
-        self,
-        grad_spikes: torch.Tensor,
-        current: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        weight: torch.Tensor | None,
-        surrogate: str,
-        alpha: float,
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The gradient to the current, and those to the weight in every row, the threshold, both decays and reset."""
-        x = silence(widen(current), attention_mask)
-        decays = self.decay_forward, self.decay_backward
-        potential, parts = plain_sum_and_parts(x, *decays, self.stencil)
-        divide_by_group_(potential, weight)
-        margin, received = potential, None
-        if self.reset_iterations:
-            received = self._received(potential, attention_mask, weight)
-            margin = self._subtract_reset_(potential.clone(), received, weight)
-
-        grad_spikes = silence(grad_spikes.to(x.dtype), attention_mask)
-        derivative = SURROGATES[surrogate]
-        grad_potential = derivative(margin - self.v_threshold, alpha).mul_(grad_spikes)
-        grad_threshold = -grad_potential.sum((0, 1))
-        if self.ternary:
-            grad_mirrored = derivative(-margin - self.v_threshold, alpha).mul_(grad_spikes)
-            grad_threshold += grad_mirrored.sum((0, 1))
-            grad_potential += grad_mirrored
-
-        grad_sum = divide_by_group_(grad_potential, weight)
-        groups = self.reset.shape[0]
-        grad_reset = torch.zeros_like(self.reset)
-        if received is not None:
-            grad_reset = sum_by_group(received.mul_(grad_sum), groups).neg_()
-        grad_weight = potential.mul_(grad_sum).unflatten(-1, (groups, -1)).sum(-1).neg_()
-        grad_x, *grad_decays = plain_sum_backward(grad_sum, parts, *decays, self.stencil)
-        return silence_(grad_x, attention_mask), [grad_weight, grad_threshold, *grad_decays, grad_reset]
-
-    def _received(
-        self, potential: torch.Tensor, attention_mask: torch.Tensor | None, weight: torch.Tensor | None
-    ) -> torch.Tensor:
-        """`n * r` after all sweeps."""
-        margin = potential
-        for sweep in range(self.reset_iterations):
-            spikes = silence_(_fire(margin, self.v_threshold, self.ternary), attention_mask)
-            received = plain_sum(spikes, self.decay_forward, self.decay_backward, self.neighbours)
-            if self.neighbours is None:
-                received.sub_(spikes)
-            if sweep + 1 < self.reset_iterations:
-                margin = self._subtract_reset_(potential.clone(), received, weight)
-        return received
-
-    def _subtract_reset_(
-        self, potential: torch.Tensor, received: torch.Tensor, weight: torch.Tensor | None
-    ) -> torch.Tensor:
-        """`potential - reset * received / weight`, in place of the potential."""
-        factor = self.reset if weight is None else self.reset / weight
-        grouped, received = (x.unflatten(-1, (self.reset.shape[0], -1)) for x in (potential, received))
-        grouped.addcmul_(received, factor[..., None], value=-1)
-        return potential
-
-
-def _pieces(current: torch.Tensor, stencil: torch.Tensor | None) -> list[slice]:
-    """Slices of the batch. Scans take it whole: they are too many operations to be repeated."""
-    batch, length, channels = current.shape
-    size = batch if stencil is None else max(1, PIECE // (length * channels))
-    return [slice(first, first + size) for first in range(0, batch, size)]
-
-
-def _of_rows(x: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
-    """The part of a mask or weight that belongs to `rows`; one that has a single row belongs to all."""
-    return x if x is None or len(x) == 1 else x[rows]
-
-
-def _fire(potential: torch.Tensor, v_threshold: torch.Tensor, ternary: bool) -> torch.Tensor:
-    """Spikes in the dtype of the potential, with no gradient."""
-    spikes = torch.ge(potential, v_threshold, out=torch.empty_like(potential))
-    return spikes.sub_((potential <= -v_threshold).to(spikes.dtype)) if ternary else spikes
 
 
 class LIF(SpikingNeuron):
@@ -709,29 +386,6 @@ class PSN(SpikingNeuron):
         return silence(spikes, attention_mask).to(current.dtype)
 
 
-def silence_(x: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """Zero finite values at masked tokens, in place."""
-    return x if attention_mask is None else x.mul_(attention_mask.to(x.dtype)[..., None])
-
-
-def divide_by_group_(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
-    """Divide the channels of `x`, `[batch, seq_len, channels]`, by their group's `weight`, in place."""
-    if weight is not None:
-        x.unflatten(-1, (weight.shape[-1], -1)).div_(weight[..., None])
-    return x
-
-
-def _is_exporting() -> bool:
-    """Whether the model is being written down as a graph, for places that do not know this package's operators."""
-    return getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
-
-
 def logit(decay: float) -> float:
     """The inverse of the sigmoid."""
     return math.log(decay / (1 - decay))
-
-
-def check_decay(decay: float) -> None:
-    """Raise a `ValueError` unless `decay` can be the sigmoid of a logit."""
-    if not 0 < decay < 1:
-        raise ValueError(f"`decay` must lie in (0, 1), got {decay}")

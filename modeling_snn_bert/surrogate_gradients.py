@@ -96,6 +96,14 @@ def heaviside(x: torch.Tensor, surrogate: str = "atan", alpha: float = 2.0) -> t
     return HeavisideWithSurrogate.apply(x, surrogate, float(alpha))
 
 
+def fire(
+    potential: torch.Tensor, v_threshold: torch.Tensor, surrogate: str, alpha: float, ternary: bool
+) -> torch.Tensor:
+    """Spikes where the potential reaches the threshold; ternary neurons also fire -1 at its mirror image."""
+    spikes = heaviside(potential - v_threshold, surrogate, alpha)
+    return spikes - heaviside(-potential - v_threshold, surrogate, alpha) if ternary else spikes
+
+
 def check_surrogate(surrogate: str, alpha: float) -> None:
     """Raise a `ValueError` that names the argument unless `surrogate` is known and `alpha` is positive and finite."""
     if surrogate not in SURROGATES:

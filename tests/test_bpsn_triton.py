@@ -20,7 +20,7 @@ from bpsn_checks import (
     run,
 )
 
-from modeling_snn_bert import SNNBertForSequenceClassification, SNNBertModel, leaky_integration_triton, spiking_neurons
+from modeling_snn_bert import SNNBertForSequenceClassification, SNNBertModel, bpsn, leaky_integration_triton
 from modeling_snn_bert import bpsn_triton as kernels
 from modeling_snn_bert.surrogate_gradients import SURROGATES
 
@@ -34,7 +34,7 @@ def launches(monkeypatch):
         monkeypatch.setattr(kernels, name, {8: (16, 1), 16: (8, 1), 32: (8, 1)})
     monkeypatch.setattr(kernels, "SUM_ROWS", 2)
     monkeypatch.setattr(kernels, "SUM_CHANNELS", 4)
-    monkeypatch.setattr(spiking_neurons, "MAX_TOKENS", 32)
+    monkeypatch.setattr(bpsn, "MAX_TOKENS", 32)
     names = []
 
     def spy(function):
@@ -185,7 +185,6 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from modeling_snn_bert import SNNBertForSequenceClassification, SNNBertModel, leaky_integration_triton, spiking_neurons
 from modeling_snn_bert import bpsn_triton as kernels
 
 tokens, folder = int(sys.argv[1]), Path(sys.argv[2])

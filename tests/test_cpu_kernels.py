@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import modeling_snn_bert
-from modeling_snn_bert import cpu_kernels, spiking_neurons
+from modeling_snn_bert import bpsn, bpsn_in_place, cpu_kernels
 from modeling_snn_bert.event_driven import event_driven
 from modeling_snn_bert.leaky_integration import divide_by_group, leaky_sum, silence, total_weight
 from modeling_snn_bert.packed_spikes import packed_form, unpack
@@ -108,7 +108,7 @@ class TestWithoutKernels:
 
     @pytest.fixture(autouse=True)
     def no_kernels(self, monkeypatch):
-        monkeypatch.setattr(spiking_neurons, "kernels_available", lambda: False)
+        monkeypatch.setattr(bpsn, "kernels_available", lambda: False)
 
     def make(self, decays, channels, groups, **settings):
         neuron = make_neuron(channels, groups, **settings)
@@ -130,7 +130,7 @@ class TestWithoutKernels:
     )
     def test_is_the_neuron(self, shape, groups, decays, spike_type, reset_iterations, mask, monkeypatch):
         # One row a piece, but two in the shape of five: the last piece is short.
-        monkeypatch.setattr(spiking_neurons, "PIECE", 2 * 40 * 36)
+        monkeypatch.setattr(bpsn_in_place, "PIECE", 2 * 40 * 36)
         neuron = self.make(decays, shape[-1], groups, reset_iterations=reset_iterations, spike_type=spike_type)
         spikes = compare(neuron, shape, random_mask(mask, *shape[:2]), min_clear=0.2)
         if shape[1] > 1:
@@ -161,7 +161,7 @@ class TestWithoutKernels:
         current = torch.randn(5, 50, 48, generator=torch.Generator().manual_seed(0), requires_grad=True)
         results = []
         for piece in (1, 2 * 50 * 48, 2**18):
-            monkeypatch.setattr(spiking_neurons, "PIECE", piece)
+            monkeypatch.setattr(bpsn_in_place, "PIECE", piece)
             spikes = neuron(current, mask)
             weight = torch.linspace(-1, 1, spikes.numel()).view_as(spikes)
             results.append((spikes, *torch.autograd.grad((spikes * weight).sum(), [current, *neuron.parameters()])))

@@ -21,6 +21,7 @@ from bpsn_checks import (
 )
 from torch.utils.checkpoint import checkpoint
 
+from modeling_snn_bert import bpsn
 from modeling_snn_bert import leaky_integration_triton as kernels
 from modeling_snn_bert.surrogate_gradients import SURROGATES
 
@@ -28,7 +29,7 @@ from modeling_snn_bert.surrogate_gradients import SURROGATES
 @pytest.fixture
 def on_cpu(monkeypatch):
     """Neurons take these kernels on a CPU, with chunks and segments so short that few tokens have several of them."""
-    monkeypatch.setattr("modeling_snn_bert.spiking_neurons.MAX_TOKENS", 0)
+    monkeypatch.setattr("modeling_snn_bert.bpsn.MAX_TOKENS", 0)
     monkeypatch.setattr(kernels, "_DEVICE_TYPES", ("cpu",))
     monkeypatch.setattr(kernels, "CHUNK", 4)
     monkeypatch.setattr(kernels, "SEGMENT", 8)
@@ -140,7 +141,8 @@ class TestInterpreted:
         def refuse(*arguments):
             raise AssertionError("the kernel was called")
 
-        monkeypatch.setattr("modeling_snn_bert.spiking_neurons.triton_forward", refuse)
+        refusing = bpsn._OPERATORS["triton_segments"]._replace(forward=refuse)
+        monkeypatch.setitem(bpsn._OPERATORS, "triton_segments", refusing)
         current = torch.randn(2, 6, 16) + 0.3
         assert 0 < make_neuron(16, 2)(current.double()).mean() < 1
         assert 0 < make_neuron(16, 2, implementation="chunked")(current).mean() < 1
