@@ -120,7 +120,7 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],
-    packages=["modeling_snn_bert", "modeling_snn_bert.commands"],
+    packages=["modeling_snn_bert", "modeling_snn_bert.commands", "modeling_snn_bert.energy"],
     package_data={"modeling_snn_bert": ["py.typed"]},
     ext_modules=[KERNELS],
     cmdclass={"bdist_wheel": WheelForEveryPython, "build_ext": BuildKernels},

@@ -27,7 +27,7 @@ from measure import environment
 from modeling_snn_bert.commands.classifier import TextClassifier
 from modeling_snn_bert.commands.common import load_classifier
 from modeling_snn_bert.commands.predict import predict_all
-from modeling_snn_bert.energy_tables import markdown_table
+from modeling_snn_bert.energy.tables import markdown_table
 from modeling_snn_bert.event_kernels import WEIGHT_TYPES
 from modeling_snn_bert.text_files import read_texts
 

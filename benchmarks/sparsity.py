@@ -39,7 +39,7 @@ from transformers import (
 )
 
 from modeling_snn_bert.energy import energy_report
-from modeling_snn_bert.energy_plots import import_pyplot, save_figure
+from modeling_snn_bert.energy.plots import import_pyplot, save_figure
 from modeling_snn_bert.event_driven import event_driven, round_products
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"

@@ -102,7 +102,9 @@ def page_of_notebook(script: Path) -> str:
 def write_reference(folder: Path) -> list[str]:
     """Write a page for each module and one for what the package itself names; return their names."""
     # What starts with an underscore is compiled or starts the command line.
-    modules = sorted(m.name for m in pkgutil.iter_modules(modeling_snn_bert.__path__) if m.name[0] != "_")
+    found = pkgutil.walk_packages(modeling_snn_bert.__path__, "modeling_snn_bert.")
+    names = (module.name.removeprefix("modeling_snn_bert.") for module in found)
+    modules = sorted(name for name in names if name[0] != "_" and not name.startswith("commands."))
     (folder / "reference").mkdir()
     for name in modules:
         directive = f".. automodule:: modeling_snn_bert.{name}\n   :members:\n   :show-inheritance:"

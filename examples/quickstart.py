@@ -46,8 +46,7 @@ from modeling_snn_bert import BPSN, SNNBertConfig, SNNBertForSequenceClassificat
 from modeling_snn_bert.conversion import convert_bert
 from modeling_snn_bert.distillation import check_same_shape
 from modeling_snn_bert.energy import energy_report
-from modeling_snn_bert.energy_plots import plot_firing_rates, plot_spikes
-from modeling_snn_bert.energy_tables import raster_panels
+from modeling_snn_bert.energy.plots import plot_firing_rates, plot_spikes, raster_panels
 from modeling_snn_bert.fine_tuning import (
     CALIBRATION_BATCHES,
     DISTILLATION_STEPS,

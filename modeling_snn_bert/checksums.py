@@ -21,6 +21,8 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
+from .atomic_writes import written_whole
+
 logger = logging.get_logger(__name__)
 
 CONFIG_NAME = "config.json"
@@ -108,19 +110,14 @@ def write_checksums(folder: str | Path) -> None:
                 sums[path] = _sha256_of_weights(header, file)
     together = _sha256_of_sums(sums.values())
     for path, own in sums.items():
-        temporary = path.with_name(f".{os.getpid()}.{path.name}")
-        try:
-            with open(path, "rb") as file, open(temporary, "wb") as copy:
-                header = _read_header(file)
-                header.setdefault("__metadata__", {}).update({**common, SUM_KEY: own, SHARDS_KEY: together})
-                text = json.dumps(header, separators=(",", ":")).encode()
-                # The tensors start at a multiple of 8 bytes.
-                text += b" " * (-len(text) % 8)
-                copy.write(len(text).to_bytes(8, "little") + text)
-                shutil.copyfileobj(file, copy, 1 << 20)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with written_whole(path) as temporary, open(path, "rb") as file, open(temporary, "wb") as copy:
+            header = _read_header(file)
+            header.setdefault("__metadata__", {}).update({**common, SUM_KEY: own, SHARDS_KEY: together})
+            text = json.dumps(header, separators=(",", ":")).encode()
+            # The tensors start at a multiple of 8 bytes.
+            text += b" " * (-len(text) % 8)
+            copy.write(len(text).to_bytes(8, "little") + text)
+            shutil.copyfileobj(file, copy, 1 << 20)
 
 
 def check_checksums(folder: str | Path) -> bool:

@@ -21,6 +21,7 @@ import typer
 from transformers import AutoTokenizer
 
 from . import __version__
+from .atomic_writes import folder_written_whole
 from .commands.common import (
     HEADS,
     BatchSize,
@@ -32,7 +33,6 @@ from .commands.common import (
     TextColumn,
     at_least_one,
     check_output_folder,
-    folder_written_whole,
     load,
     load_bert,
     reported,
@@ -43,12 +43,11 @@ from .commands.train import train
 from .configuration_snn_bert import SNNBertConfig
 from .conversion import convert_bert, initialize_from_bert, is_neuron_parameter
 from .cpu_kernels import kernel_facts
-from .energy import energy_report, load_model, tokenized_batches
-from .energy_plots import import_pyplot, plot_spikes
-from .energy_tables import RASTER_TOKENS, raster_panels
+from .energy import energy_report, measure_spikes
+from .energy.plots import RASTER_TOKENS, import_pyplot, plot_spikes, raster_panels
 from .layer_places import place_of, short_name
+from .loading import load_model, tokenized_batches
 from .modeling_snn_bert import SNNBertForSequenceClassification, SNNBertForTokenClassification, SNNBertPreTrainedModel
-from .spike_statistics import measure_spikes
 from .spiking_neurons import SpikingNeuron
 from .text_files import read_texts
 

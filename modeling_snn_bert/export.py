@@ -10,7 +10,6 @@ and to run it), NIR needs `pip install nir`.
 """
 
 import importlib
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -19,6 +18,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .atomic_writes import written_whole
 from .event_driven import is_event_driven
 from .layer_places import PLACES
 from .modeling_snn_bert import SNNBertForMultipleChoice, SNNBertLayer, SNNBertPreTrainedModel
@@ -106,9 +106,8 @@ def export_onnx(
         _require(name, "onnx onnxscript onnxruntime")
     module, inputs, dimensions = _exportable(model, input_names)
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with written_whole(path) as temporary:
         with torch.no_grad():
             torch.onnx.export(
                 module,
@@ -123,9 +122,6 @@ def export_onnx(
             )
         if check:
             _check_onnx(temporary, module, len(dimensions) > 1)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 

@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from .distillation import hidden_state_loss, label_and_logit_loss, parameter_groups
-from .energy_tables import EnergyReport, markdown_table, operations_table
+from .energy import EnergyReport
+from .energy.tables import markdown_table, operations_table
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

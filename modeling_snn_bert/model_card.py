@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .configuration_snn_bert import AUTO_MAP, SNNBertConfig
-from .energy_tables import markdown_table
+from .energy.tables import markdown_table
 
 # Heads whose task has a name on the Hub.
 PIPELINE_TAGS = {

@@ -27,6 +27,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 # transformers 5.4 copies from a folder only the modules that this file names, and not those that they name in turn: so
 # those stand here too.
+from .atomic_writes import written_whole  # noqa: F401
 from .bpsn import BACKENDS  # noqa: F401
 from .bpsn_in_place import PIECE  # noqa: F401
 from .bpsn_triton import MAX_TOKENS  # noqa: F401

@@ -17,7 +17,8 @@ from shared_builds import build_once, build_wheel, why_no_kernels_wheel
 from snippets import write_hub_cache
 from transformers import BertTokenizer
 
-from modeling_snn_bert import SNNBertConfig, cpu_kernels
+from modeling_snn_bert import SNNBertConfig, SNNBertForSequenceClassification, cpu_kernels
+from modeling_snn_bert.loading import tokenized_batches
 
 SENTENCES = [
     "The quick brown fox jumps over the lazy dog.",
@@ -115,6 +116,18 @@ def hub_cache(tmp_path_factory):
     cache = tmp_path_factory.mktemp("hub")
     write_hub_cache(cache, minilm_folder())
     return cache
+
+
+@pytest.fixture
+def make_with_batches(make_config, tokenizer, texts):
+    """A function that returns a model and batches of the sentences, padded."""
+
+    def build(head=SNNBertForSequenceClassification, **settings):
+        torch.manual_seed(0)
+        model = head(make_config(**settings)).eval()
+        return model, tokenized_batches(model, tokenizer, texts, batch_size=4)
+
+    return build
 
 
 @pytest.fixture

@@ -25,7 +25,6 @@ def rows():
     import test_commands_serve as serve
     import test_commands_train as train
     import test_configuration_snn_bert as configuration
-    import test_energy as energy
     import test_examples as examples
     import test_text_files as files
     from huggingface_hub.errors import StrictDataclassError
@@ -48,7 +47,7 @@ def rows():
         "Checkpoints: `from_pretrained`": [(words(name), *case[-2:]) for name, case in bad.BAD_CHECKPOINTS.items()],
         "Files of texts: `snn-bert energy`": [
             (f"`{name}` with `{content!r}`", ValueError, message)
-            for name, (content, message) in energy.BAD_FILES.items()
+            for name, (content, message) in files.BAD_TEXTS.items()
         ],
         "Files of texts and labels: `snn-bert train`": [
             (f"{words(name)}: `{filename}`", ValueError, message) for name, (filename, _, message) in files.BAD.items()

@@ -14,6 +14,7 @@ import pytest
 from snippets import BERT, FENCE, ROOT, agrees, check_page, python_blocks, relative_links, run_page, shown_outputs
 
 import modeling_snn_bert
+import modeling_snn_bert.energy
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
@@ -133,6 +134,8 @@ class TestTheSite:
         home = Html(site / "index.html")
         guides = {f"docs/{page.stem}.html" for page in PAGES} - {"docs/index.html"}
         modules = [module.name for module in pkgutil.iter_modules(modeling_snn_bert.__path__)]
+        modules += [f"energy.{module.name}" for module in pkgutil.iter_modules(modeling_snn_bert.energy.__path__)]
+        assert "energy.report" in modules
         reference = {f"reference/{name}.html" for name in modules if not name.startswith("_")}
         assert len(guides) > 10 and len(reference) > 10
         assert guides | reference | {"docs/first_steps.html"} <= set(home.links)

@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "modeling_snn_bert"
 # The compiled kernels, which are built where there is a C compiler.
 FILENAME = "_cpu_kernels.shared"
+SUBPACKAGES = ("commands", "energy")
 
 
 def smoke_save(folder):
@@ -204,10 +205,11 @@ def test_installs_without_a_working_compiler(tmp_path):
 
 def test_package_is_flat():
     # Code that travels to the Hub is copied file by file, so it is in no sub-package, and there is no data file.
-    # The commands do not travel.
+    # Neither the commands nor the energy report travel.
     unexpected = [path.name for path in PACKAGE.iterdir() if path.suffix != ".py"]
-    assert set(unexpected) <= {"py.typed", "__pycache__", FILENAME, "commands"}
-    assert {path.suffix for path in (PACKAGE / "commands").iterdir() if path.name != "__pycache__"} == {".py"}
+    assert set(unexpected) <= {"py.typed", "__pycache__", FILENAME, *SUBPACKAGES}
+    for name in SUBPACKAGES:
+        assert {path.suffix for path in (PACKAGE / name).iterdir() if path.name != "__pycache__"} == {".py"}
 
 
 @pytest.mark.slow

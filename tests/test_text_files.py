@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 
 import pytest
 
@@ -218,3 +219,37 @@ def test_the_longest_text(tmp_path):
         path.write_text(f"text\n{text}a\n")
         with pytest.raises(ValueError, match="line 2: has a text of more than 131,072 characters"):
             read_texts(path, "text")
+
+
+GOOD_TEXTS = {
+    "x.txt": "the old clock\n\nit rained\n",
+    "x.csv": 'sentence,label\n"the ""old"" clock, again",1\nit rained,0\n',
+    "x.tsv": 'sentence\tlabel\nthe "old clock\t1\nit rained\t0\n',
+    "x.json": '[{"sentence": "the old clock"}, {"sentence": "it rained"}]',
+    "x.jsonl": '{"sentence": "the old clock"}\n{"sentence": "it rained"}\n',
+    "list.json": '["the old clock", "it rained"]',
+}
+BAD_TEXTS = {
+    "x.pdf": ("a", "must be a .txt, .csv, .tsv, .json or .jsonl file"),
+    "x.txt": ("\n \n", "holds no texts"),
+    "x.csv": ("text\na\n", "line 2: has no column 'sentence', only ['text']"),
+    "x.json": ("{", "is not JSON"),
+    "x.jsonl": ('{"sentence": 3}', "line 1: must hold a text, got 3"),
+    "numbers.json": ("[1, 2]", "row 1: must hold a text, got 1"),
+}
+
+
+@pytest.mark.parametrize("name", GOOD_TEXTS)
+def test_texts(tmp_path, name):
+    (tmp_path / name).write_text(GOOD_TEXTS[name])
+    texts = read_texts(tmp_path / name, "sentence")
+    first = {"x.csv": 'the "old" clock, again', "x.tsv": 'the "old clock'}.get(name, "the old clock")
+    assert texts == [first, "it rained"]
+
+
+@pytest.mark.parametrize("name", BAD_TEXTS)
+def test_bad_texts(tmp_path, name):
+    content, message = BAD_TEXTS[name]
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_texts(tmp_path / name, "sentence")

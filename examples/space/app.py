@@ -29,10 +29,11 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from modeling_snn_bert import SNNBertConfig, SNNBertPreTrainedModel
 from modeling_snn_bert.configuration_snn_bert import AUTO_MAP
-from modeling_snn_bert.energy import energy_report, tokenized_batches
-from modeling_snn_bert.energy_plots import plot_spikes
-from modeling_snn_bert.energy_tables import RASTER_TOKENS, EnergyReport, markdown_table, raster_panels
+from modeling_snn_bert.energy import EnergyReport, energy_report
+from modeling_snn_bert.energy.plots import RASTER_TOKENS, plot_spikes, raster_panels
+from modeling_snn_bert.energy.tables import markdown_table
 from modeling_snn_bert.layer_places import place_of
+from modeling_snn_bert.loading import tokenized_batches
 
 EXAMPLES = [
     "A gripping, beautifully acted film that stays with you for days.",

@@ -7,9 +7,9 @@ import torch
 import typer
 from transformers import PreTrainedTokenizerBase
 
-from ..energy import tokenized_batches
 from ..event_driven import event_driven
 from ..event_kernels import WEIGHT_TYPES
+from ..loading import tokenized_batches
 from ..modeling_snn_bert import SNNBertForSequenceClassification
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +12,7 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, BertPreTrainedModel, PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..conversion import SPIKING_CLASSES, is_neuron_parameter
-from ..energy import load_model
+from ..loading import load_model
 from ..modeling_snn_bert import SNNBertForSequenceClassification, SNNBertPreTrainedModel
 
 # What bad files, settings and checkpoints raise. Anything else is a bug here, and deserves its traceback.
@@ -147,22 +146,3 @@ def load_classifier(
             f"{model.config.problem_type!r} with {model.config.num_labels} labels"
         )
     return model, tokenizer
-
-
-@contextlib.contextmanager
-def folder_written_whole(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its place if the block succeeds and vanishes if it does not."""
-    path = path.absolute()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as outer:
-        new, old = Path(outer, "new"), Path(outer, "old")
-        new.mkdir()
-        yield new
-        if path.exists():
-            os.replace(path, old)
-        try:
-            os.replace(new, path)
-        except OSError:
-            if old.exists():
-                os.replace(old, path)
-            raise

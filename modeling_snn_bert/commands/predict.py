@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Annotated, TextIO
 import typer
 from tqdm.auto import tqdm
 
+from ..atomic_writes import written_whole
 from ..text_files import Row, numbered_texts
 from .classifier import Prediction, TextClassifier, WeightDtype
 from .common import BatchSize, Encoding, MaxLength, Model, Revision, load_classifier, reported
@@ -82,13 +82,8 @@ def predict_all(
 
 def write_whole(path: Path, rows: Sequence[Row], predictions: Sequence[Prediction]) -> None:
     """Write the predictions beside their texts as .csv or .jsonl, whole or not at all."""
-    partial = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        with partial.open("w", encoding="utf-8", newline="") as file:
-            write(file, path.suffix, rows, predictions)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with written_whole(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+        write(file, path.suffix, rows, predictions)
 
 
 def write(file: TextIO, suffix: str, rows: Sequence[Row], predictions: Sequence[Prediction]) -> None:

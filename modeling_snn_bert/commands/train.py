@@ -23,6 +23,7 @@ from transformers import (
     set_seed,
 )
 
+from ..atomic_writes import folder_written_whole
 from ..configuration_snn_bert import SNNBertConfig
 from ..conversion import convert_bert
 from ..energy import energy_report
@@ -42,7 +43,7 @@ from ..fine_tuning import (
 from ..model_card import card_from_report
 from ..modeling_snn_bert import SNNBertForSequenceClassification
 from ..text_files import Labelled, read_labelled, shortened
-from .common import Encoding, Revision, at_least_one, check_output_folder, folder_written_whole, load_bert, reported
+from .common import Encoding, Revision, at_least_one, check_output_folder, load_bert, reported
 
 # Without --steps and --epochs: so many steps, but no row more often than that.
 DEFAULT_STEPS, DEFAULT_EPOCHS = 300, 10

@@ -1,16 +1,17 @@
 """Pictures of what the neurons do and of what it costs. They need matplotlib."""
 
-import contextlib
 import math
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from .layer_places import short_name
+from ..atomic_writes import written_whole
+from ..layer_places import place_of, short_name
 from .operation_counts import ModelCost
 
+# Of a sentence, so many tokens fit side by side.
+RASTER_TOKENS = 48
 # One colour per part, so that the same part looks the same in every picture; matrix products are blue.
 PART_COLORS = {
     "Linear": "#1f4e8c",
@@ -44,17 +45,6 @@ def import_pyplot():
     import matplotlib.pyplot as plt
 
     return plt
-
-
-@contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place if the block succeeds and vanishes if it does not."""
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_figure(figure, path: str | Path) -> None:
@@ -173,3 +163,11 @@ def plot_spikes(
     axes.set_xticks(range(len(tokens)), tokens, rotation=60, ha="right", fontsize=9)
     figure.suptitle("Each square is a spike; a token is a time-step", fontsize=10)
     save_figure(figure, path)
+
+
+def raster_panels(names: Sequence[str]) -> list[int]:
+    """Three neuron layers for a raster: near the input, in the middle and near the output."""
+    layers = 1 + max(place_of(name)[0] for name in names)
+    shown = (0, "attention.self.neuron"), (layers // 2, "output.neuron"), (layers - 1, "attention.output.neuron")
+    indices = {(layer, place.neuron): index for index, (layer, place) in enumerate(map(place_of, names))}
+    return [indices[panel] for panel in shown]

@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from .modeling_snn_bert import SNNBertPreTrainedModel
-from .spike_observer import Firing, SpikeObserver
-from .spiking_neurons import BPSN, LIF, SpikingNeuron, logit
+from ..loading import INPUT_NAMES
+from ..modeling_snn_bert import SNNBertPreTrainedModel
+from ..spike_observer import Firing, SpikeObserver
+from ..spiking_neurons import BPSN, LIF, SpikingNeuron, logit
 
 # A neuron that fires at more than this share of the valid tokens counts as firing without interruption.
 UNINTERRUPTED_RATE = 0.95
-# Keys of a tokenizer's batch that the models take.
-INPUT_NAMES = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 
 
 @dataclasses.dataclass

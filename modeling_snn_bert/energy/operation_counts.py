@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .configuration_snn_bert import SNNBertConfig
-from .layer_places import LINEARS, PLACES, place_of
-from .modeling_snn_bert import SNNBertPreTrainedModel
+from ..configuration_snn_bert import SNNBertConfig
+from ..layer_places import LINEARS, PLACES, place_of
+from ..modeling_snn_bert import SNNBertPreTrainedModel
 from .spike_statistics import SpikeStatistics
 
 
