@@ -39,7 +39,7 @@ import distill_bert
 from accelerate_loop import environment, make_accelerator
 
 # The Linears whose input is no projection already.
-ROTATED = tuple(linear.name for place in PLACES if place.source is None for linear in place.linears)
+ROTATED = tuple(linear for place in PLACES if place.source is None for linear in place.linears)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 # As PEFT has them for BERT.
 DEFAULT_TARGETS = ("query", "value")
 # Every Linear of the encoder, all of which take spikes. (A bare "dense" would be the pooler's and the masked LM's too.)
-ENCODER_LINEARS = tuple(linear.name for linear in LINEARS)
+ENCODER_LINEARS = tuple(LINEARS)
 # IA3 scales what these give out. It can scale what goes into a Linear as well, which would no longer be spikes.
 IA3_TARGETS = ("key", "value", "output.dense")
 NEURONS = tuple(dict.fromkeys(place.neuron.split(".")[-1] for place in PLACES))

@@ -8,8 +8,13 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place if the block succeeds and vanishes if it does not."""
+def written_whole(path: str | Path) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its place if the block succeeds and vanishes if it does not.
+
+    The folder is made if there is none.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         yield temporary

@@ -168,8 +168,8 @@ class _Targets:
     def __init__(
         self, bert: BertModel, layer: BertLayer, states: list[torch.Tensor], masks: list[torch.Tensor]
     ) -> None:
-        self.inputs: dict[str, list[torch.Tensor]] = {linear.name: [] for linear in LINEARS}
-        self.results: dict[str, list[torch.Tensor]] = {linear.name: [] for linear in LINEARS}
+        self.inputs: dict[str, list[torch.Tensor]] = {name: [] for name in LINEARS}
+        self.results: dict[str, list[torch.Tensor]] = {name: [] for name in LINEARS}
         self.outputs: list[torch.Tensor] = []
         handles = [layer.get_submodule(name).register_forward_hook(self._record(name)) for name in self.inputs]
         try:

@@ -60,7 +60,7 @@ Tensors: TypeAlias = Sequence[torch.Tensor | None]
 
 # The neurons and the Linears of a layer, in the order of the tables. `get_submodule` takes longer than small products.
 neurons_of: Any = operator.attrgetter(*(place.neuron for place in PLACES))
-linears_of: Any = operator.attrgetter(*(linear.name for linear in LINEARS))
+linears_of: Any = operator.attrgetter(*LINEARS)
 # How the crossover to the dense product is measured: on this many tokens, from two rates, as the best of some repeats.
 CROSSOVER_TOKENS = 512
 CROSSOVER_RATES = (0.05, 0.3)
@@ -131,8 +131,8 @@ def event_driven(model: Model, weight_dtype: str = "float32", *, dense_above: fl
         layer.runner = EventDrivenLayer()
         for place in PLACES:
             shared = SharedLists(layer.attention.self.config.spike_type == "ternary")
-            for linear in place.linears:
-                _linear(layer, linear.name).runner = EventDrivenProduct(weight_dtype, dense_above, shared)
+            for name in place.linears:
+                _linear(layer, name).runner = EventDrivenProduct(weight_dtype, dense_above, shared)
     path = "compiled kernels" if available() else "torch's embedding_bag (no compiled kernels)"
     on_tiles = " on AMX" if weight_dtype == "int8" and tiles_available() else ""
     rates = dense_rates(model)
@@ -224,7 +224,7 @@ def _linear(layer: nn.Module, name: str) -> SpikingLinear:
 
 
 def _products(layer: nn.Module) -> list[SpikingLinear]:
-    return [_linear(layer, linear.name) for linear in LINEARS]
+    return [_linear(layer, name) for name in LINEARS]
 
 
 def own_memory(x: torch.Tensor) -> None:

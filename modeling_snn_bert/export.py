@@ -106,7 +106,6 @@ def export_onnx(
         _require(name, "onnx onnxscript onnxruntime")
     module, inputs, dimensions = _exportable(model, input_names)
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as temporary:
         with torch.no_grad():
             torch.onnx.export(
@@ -204,8 +203,8 @@ class NIRPart:
         if not place.linears:
             self.output(spikes, spikes.replace("_neuron", "_spikes"))
         for linear in place.linears:
-            current = self.linear(spikes, node(linear.name), cast(nn.Linear, layer.get_submodule(linear.name)))
-            behind = [other.neuron for other in PLACES if other.source == linear.name]
+            current = self.linear(spikes, node(linear), cast(nn.Linear, layer.get_submodule(linear)))
+            behind = [other.neuron for other in PLACES if other.source == linear]
             for other in behind:
                 self.follow(layer, part, other, current)
             if not behind:

@@ -8,19 +8,6 @@ from typing import NamedTuple
 HIDDEN, INNER = "hidden_size", "intermediate_size"
 
 
-class LayerLinear(NamedTuple):
-    """A Linear of an encoder layer.
-
-    Attributes:
-        name: of the module, within the layer.
-        inputs, outputs: the settings of the configuration that are its sizes.
-    """
-
-    name: str
-    inputs: str
-    outputs: str
-
-
 class Place(NamedTuple):
     """Where a neuron stands in an encoder layer.
 
@@ -28,14 +15,14 @@ class Place(NamedTuple):
         neuron: the name of its module, within the layer.
         label: what it is called in pictures and tables.
         width: the setting of the configuration that is its number of channels.
-        linears: those that its spikes enter; none for queries, keys and values, which meet in attention.
+        linears: the names of those that its spikes enter; none for queries, keys and values, which meet in attention.
         source: the name of the Linear whose currents it receives; `None` for hidden states and attention's context.
     """
 
     neuron: str
     label: str
     width: str
-    linears: tuple[LayerLinear, ...] = ()
+    linears: tuple[str, ...] = ()
     source: str | None = None
 
 
@@ -45,25 +32,22 @@ PLACES = (
         "attention.self.neuron",
         "attention input",
         HIDDEN,
-        (
-            LayerLinear("attention.self.query", HIDDEN, HIDDEN),
-            LayerLinear("attention.self.key", HIDDEN, HIDDEN),
-            LayerLinear("attention.self.value", HIDDEN, HIDDEN),
-        ),
+        ("attention.self.query", "attention.self.key", "attention.self.value"),
     ),
     Place("attention.self.query_neuron", "query", HIDDEN, source="attention.self.query"),
     Place("attention.self.key_neuron", "key", HIDDEN, source="attention.self.key"),
     Place("attention.self.value_neuron", "value", HIDDEN, source="attention.self.value"),
-    Place(
-        "attention.output.neuron",
-        "attention output",
-        HIDDEN,
-        (LayerLinear("attention.output.dense", HIDDEN, HIDDEN),),
-    ),
-    Place("intermediate.neuron", "MLP input", HIDDEN, (LayerLinear("intermediate.dense", HIDDEN, INNER),)),
-    Place("output.neuron", "MLP hidden", INNER, (LayerLinear("output.dense", INNER, HIDDEN),), "intermediate.dense"),
+    Place("attention.output.neuron", "attention output", HIDDEN, ("attention.output.dense",)),
+    Place("intermediate.neuron", "MLP input", HIDDEN, ("intermediate.dense",)),
+    Place("output.neuron", "MLP hidden", INNER, ("output.dense",), "intermediate.dense"),
 )
-LINEARS = tuple(linear for place in PLACES for linear in place.linears)
+# The Linears by name, and the settings that are their numbers of inputs and outputs. One with no neuron behind it adds
+# to the hidden states.
+LINEARS = {
+    linear: (place.width, next((other.width for other in PLACES if other.source == linear), HIDDEN))
+    for place in PLACES
+    for linear in place.linears
+}
 
 
 def place_of(name: str) -> tuple[int, Place]:

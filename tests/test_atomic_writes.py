@@ -10,18 +10,19 @@ from modeling_snn_bert.atomic_writes import folder_written_whole, written_whole
 
 @pytest.mark.parametrize("before", [None, "old"])
 def test_file(tmp_path, before):
-    path = tmp_path / "x.txt"
+    path = tmp_path / "made" / "x.txt"
     if before is not None:
+        path.parent.mkdir()
         path.write_text(before)
     with pytest.raises(ValueError, match="half"), written_whole(path) as temporary:
         temporary.write_text("ne")
         raise ValueError("half")
     assert (path.read_text() if path.exists() else None) == before
     with written_whole(path) as temporary:
-        assert temporary.parent == tmp_path and temporary != path
+        assert temporary.parent == path.parent and temporary != path
         temporary.write_text("new")
         assert (path.read_text() if path.exists() else None) == before
-    assert [found.name for found in tmp_path.iterdir()] == ["x.txt"] and path.read_text() == "new"
+    assert [found.name for found in path.parent.iterdir()] == ["x.txt"] and path.read_text() == "new"
 
 
 @pytest.mark.parametrize("before", [None, "old"])

@@ -43,7 +43,7 @@ def test_report_files(make_with_batches, tmp_path, tokenizer):
         assert f"| {part} |" in text
     for layer in range(2):
         for linear in LINEARS:
-            assert f"| layer {layer}, {linear.name} |" in text
+            assert f"| layer {layer}, {linear} |" in text
     for picture in ("energy", "firing_rates", "spikes"):
         assert (tmp_path / "new" / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match=r"`tokens` must name the \d+ tokens of the first sequence, got 1"):

@@ -62,10 +62,10 @@ def test_rates_stand_at_their_places(make_with_batches):
         for place in PLACES:
             for linear in place.linears:
                 rate = rates[f"bert.encoder.layer.{layer}.{place.neuron}"]
-                cost = counted[layer, linear.name]
-                sizes = [str(getattr(model.config, name)) for name in (linear.inputs, linear.outputs)]
+                cost = counted[layer, linear]
+                sizes = [str(getattr(model.config, name)) for name in LINEARS[linear]]
                 figures = [f"{cost.additions:,.0f}", f"{cost.picojoules / 1e6:.2f}"]
-                assert found[f"layer {layer}, {linear.name}"] == [f"{rate:.3f}", *sizes, *figures]
+                assert found[f"layer {layer}, {linear}"] == [f"{rate:.3f}", *sizes, *figures]
 
 
 def test_neurons_and_runs(make_with_batches):

@@ -452,7 +452,7 @@ def test_rounded_once_both_forms_have_the_same_weights(make_model, batch, assert
         exact = model(**batch).last_hidden_state
     assert model.round_products(weight_dtype) is model
     changed = {name for name, x in model.named_parameters() if not torch.equal(x, before[name])}
-    products = {f"encoder.layer.{i}.{name}.weight" for i in range(2) for name, *_ in LINEARS}
+    products = {f"encoder.layer.{i}.{name}.weight" for i in range(2) for name in LINEARS}
     assert changed == products
     after = {name: x.clone() for name, x in model.named_parameters()}
     round_products(model, weight_dtype)

@@ -30,16 +30,16 @@ def test_places_are_those_of_the_model(make_config, tokenizer, texts, assert_spi
     assert_spikes_flow(model, **batch)
     neurons = [name for name in order if issubclass(kinds[name], SpikingNeuron)]
     assert neurons == [place.neuron for place in PLACES]
-    assert {name for name in order if name not in neurons} == {linear.name for linear in LINEARS}
+    assert {name for name in order if name not in neurons} == set(LINEARS)
     for place in PLACES:
         spikes = given[place.neuron]
         assert spikes.shape[-1] == getattr(model.config, place.width)
-        assert [name for name in order if taken[name] is spikes] == [linear.name for linear in place.linears]
-        sources = [linear.name for linear in LINEARS if given[linear.name] is taken[place.neuron]]
+        assert [name for name in order if taken[name] is spikes] == list(place.linears)
+        sources = [linear for linear in LINEARS if given[linear] is taken[place.neuron]]
         assert sources == ([] if place.source is None else [place.source])
-    for linear in LINEARS:
-        module = layer.get_submodule(linear.name)
-        sizes = getattr(model.config, linear.inputs), getattr(model.config, linear.outputs)
+    for linear, settings in LINEARS.items():
+        module = layer.get_submodule(linear)
+        sizes = tuple(getattr(model.config, name) for name in settings)
         assert (module.in_features, module.out_features) == sizes
 
 
@@ -47,10 +47,9 @@ def test_linears_have_the_names_of_a_bert():
     config = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24)
     layer = BertModel(config).encoder.layer[0]
     linears = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
-    assert set(linears) == {linear.name for linear in LINEARS}
-    for linear in LINEARS:
-        weight = linears[linear.name].weight
-        assert weight.shape == torch.Size((getattr(config, linear.outputs), getattr(config, linear.inputs)))
+    assert set(linears) == set(LINEARS)
+    for linear, (inputs, outputs) in LINEARS.items():
+        assert linears[linear].weight.shape == torch.Size((getattr(config, outputs), getattr(config, inputs)))
 
 
 def test_place_of_every_neuron(make_config):

@@ -271,9 +271,8 @@ def bert_operations(config, lengths: torch.Tensor) -> list[OperationCount]:
     tokens, pairs = lengths.double().mean().item(), lengths.double().square().mean().item()
     rows = []
     for layer in range(config.num_hidden_layers):
-        for linear in LINEARS:
-            macs = getattr(config, linear.inputs) * getattr(config, linear.outputs) * tokens
-            rows.append(OperationCount("Linear", linear.name, layer, macs=macs))
+        for name, (fan_in, fan_out) in _sizes(config).items():
+            rows.append(OperationCount("Linear", name, layer, macs=fan_in * fan_out * tokens))
         rows.append(OperationCount("QK^T", "scores", layer, macs=width * pairs))
         rows.append(OperationCount("attention x V", "contexts", layer, macs=width * pairs))
         rows.append(OperationCount("GELU", "activation", layer, macs=MACS_PER_GELU * config.intermediate_size * tokens))
@@ -303,6 +302,7 @@ def _operations(
     width, heads = config.hidden_size, config.num_attention_heads
     head_size = width // heads
     tokens, pairs = lengths.mean().item(), lengths.square().mean().item()
+    sizes = _sizes(config)
     measured = {place_of(name): statistics.spikes[:, index] for index, name in enumerate(statistics.names)}
     rows = []
     for layer in range(config.num_hidden_layers):
@@ -323,8 +323,8 @@ def _operations(
             )
         for place in PLACES:
             for linear in place.linears:
-                additions = spikes[place.neuron].mean().item() * getattr(config, linear.outputs)
-                rows.append(OperationCount("Linear", linear.name, layer, additions=additions))
+                additions = spikes[place.neuron].mean().item() * sizes[linear][1]
+                rows.append(OperationCount("Linear", linear, layer, additions=additions))
         query, key, value = (spikes[f"attention.self.{name}_neuron"] for name in ("query", "key", "value"))
         affine = OperationCount("query gain and offset", "attention.self.query", layer, query.mean().item())
         if config.attention_type == "softmax":
@@ -354,6 +354,11 @@ def _operations(
     return rows + _read_out(model, statistics)
 
 
+def _sizes(config) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of each Linear of a layer."""
+    return {name: (getattr(config, fan_in), getattr(config, fan_out)) for name, (fan_in, fan_out) in LINEARS.items()}
+
+
 def _softmax(heads: int, tokens: float, pairs: float, layer: int) -> OperationCount:
     """Per score: the maximum, the difference to it and the sum; the exponential; the scaling and the division."""
     scores = heads * pairs
@@ -370,7 +375,7 @@ def _layer_norm(width: int, tokens: float, name: str, layer: int | None) -> Oper
 
 def _norms_and_sums(config, tokens: float, layer: int) -> list[OperationCount]:
     width = config.hidden_size
-    biases = sum(getattr(config, linear.outputs) for linear in LINEARS) * tokens
+    biases = sum(fan_out for _, fan_out in _sizes(config).values()) * tokens
     return [
         OperationCount("biases", "of the Linears", layer, additions=biases),
         _layer_norm(width, tokens, "attention.output.LayerNorm", layer),
@@ -423,7 +428,7 @@ def _memory_traffic(
     steps = config.num_timesteps if steps is None else steps
     width, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     tokens, pairs = statistics.lengths.mean().item(), statistics.lengths.square().mean().item()
-    matrices = sum(getattr(config, linear.inputs) * getattr(config, linear.outputs) for linear in LINEARS)
+    matrices = sum(fan_in * fan_out for fan_in, fan_out in _sizes(config).values())
     weights = layers * (matrices + 9 * width + inner)
     for name in statistics.read_out:
         linear = model.get_submodule(name)

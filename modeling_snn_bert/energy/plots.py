@@ -50,7 +50,7 @@ def import_pyplot():
 def save_figure(figure, path: str | Path) -> None:
     """Write the image whole or not at all, and close the figure."""
     try:
-        with written_whole(Path(path)) as temporary:
+        with written_whole(path) as temporary:
             figure.savefig(temporary, dpi=130)
     finally:
         import_pyplot().close(figure)

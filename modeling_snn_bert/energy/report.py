@@ -181,7 +181,6 @@ class EnergyReport:
         if plots:
             import_pyplot()
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         files = []
         for name, text in (("report.md", self.to_markdown()), ("report.json", self.to_json() + "\n")):
             with written_whole(folder / name) as temporary:

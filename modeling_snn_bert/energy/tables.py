@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from ..layer_places import PLACES, place_of
+from ..layer_places import LINEARS, PLACES, place_of
 from .operation_counts import (
     FLOAT32,
     INT8,
@@ -93,10 +93,10 @@ def linear_section(
     for neuron, rate in firing_rates.items():
         layer, place = place_of(neuron)
         for linear in place.linears:
-            row = costs[layer, linear.name]
-            sizes = str(settings[linear.inputs]), str(settings[linear.outputs])
+            row = costs[layer, linear]
+            sizes = [str(settings[name]) for name in LINEARS[linear]]
             figures = f"{row.additions:,.0f}", f"{row.picojoules / 1e6:.2f}"
-            rows.append((f"layer {layer}, {linear.name}", f"{rate:.3f}", *sizes, *figures))
+            rows.append((f"layer {layer}, {linear}", f"{rate:.3f}", *sizes, *figures))
     text = "ACs = rate of the spikes that enter x fan-in x fan-out x tokens (x time-steps)."
     header = ("Linear", "rate", "fan-in", "fan-out", "ACs", "uJ")
     return ["## Every Linear of the encoder", "", text, "", *markdown_table(header, rows)]
