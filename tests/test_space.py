@@ -13,6 +13,7 @@ import torch
 import yaml
 from gradio_client import Client
 from gradio_client.exceptions import AppError
+from huggingface_hub.utils import filter_repo_objects
 from snippets import ROOT
 
 from modeling_snn_bert import SNNBertConfig, SNNBertForMaskedLM, SNNBertForSequenceClassification
@@ -49,9 +50,14 @@ def url(checkpoints, tmp_path_factory):
     """The address of the running app. Beside app.py lies the package, as the Space's README says."""
     folder = tmp_path_factory.mktemp("space")
     shutil.copytree(SPACE, folder / "space", ignore=shutil.ignore_patterns("__pycache__"))
-    (folder / "space" / "modeling_snn_bert").mkdir()
-    for path in (ROOT / "modeling_snn_bert").glob("*.py"):
-        shutil.copy(path, folder / "space" / "modeling_snn_bert")
+    package = ROOT / "modeling_snn_bert"
+    files = [path.relative_to(package).as_posix() for path in package.rglob("*") if path.is_file()]
+    # What `hf upload --include "*.py"` sends.
+    for name in filter_repo_objects(files, allow_patterns="*.py"):
+        copy = folder / "space" / "modeling_snn_bert" / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(package / name, copy)
+    assert (folder / "space" / "modeling_snn_bert" / "energy" / "report.py").is_file()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
