@@ -1,6 +1,6 @@
 """Thresholds per layer, and a rotation before the spike, against the neurons as the library makes them by default.
 
-    python benchmarks/calibration_variants.py --seeds 0 1 2 --train_file text.txt.xz --max_train_steps 60 ...
+    python benchmarks/calibration_variants.py --seeds 0 1 2 --train_file text.txt.xz --max_steps 60 ...
 
 takes the flags of examples/distill_bert.py, which it runs for each variant and seed:
 
@@ -18,6 +18,7 @@ models are not kept.
 """
 
 import argparse
+import dataclasses
 import statistics
 import sys
 from collections.abc import Iterable
@@ -26,17 +27,18 @@ from typing import Any
 from unittest import mock
 
 import torch
-from report import Table, write_json
+from report import Table
 from torch import nn
 from transformers import PreTrainedModel
 
 from modeling_snn_bert import conversion
+from modeling_snn_bert.atomic_writes import write_json
 from modeling_snn_bert.layer_places import PLACES
+from modeling_snn_bert.seeds import environment
 from modeling_snn_bert.spiking_neurons import SpikingNeuron
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import distill_bert
-from accelerate_loop import environment, make_accelerator
 
 # The Linears whose input is no projection already.
 ROTATED = tuple(linear for place in PLACES if place.source is None for linear in place.linears)
@@ -50,25 +52,27 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     ours, flags = parser.parse_known_args(arguments)
-    args = distill_bert.parse_args(flags)
-    if args.student_name_or_path or args.resume_from_checkpoint:
+    student_args, text_args, args = distill_bert.parse_args(flags)
+    if student_args.student_name_or_path or args.resume_from_checkpoint:
         parser.error("each variant starts from a BERT: leave out --student_name_or_path and --resume_from_checkpoint")
-    if args.threshold_per != "channel":
-        parser.error(f"--threshold_per is what the variants are about: leave it out, got {args.threshold_per}")
-    accelerator = make_accelerator(args)
+    if student_args.threshold_per != "channel":
+        parser.error(f"--threshold_per is what the variants are about: leave it out, got {student_args.threshold_per}")
     runs = []
     for variant in ours.variants:
         for seed in ours.seeds:
-            args.seed = seed
-            loop, _, results = distill_bert.distil(args, accelerator, VARIANTS[variant])
-            calibrated = results.pop("before_training")
-            trained = {name.removeprefix("eval_"): x for name, x in loop.last_evaluation().items()}
-            runs.append({"variant": variant, "seed": seed, "calibrated": calibrated, "trained": trained, **results})
-            accelerator.free_memory()
+            changes: dict[str, Any] = {"seed": seed, "save_strategy": "no"}
+            run_args = dataclasses.replace(args, **changes)
+            _, results = distill_bert.distil(student_args, text_args, run_args, VARIANTS[variant])
+            run: dict[str, Any] = {"variant": variant, "seed": seed, "seconds": results["seconds"]}
+            for name, when in (("calibrated", "before_training"), ("trained", "evaluation")):
+                run[name] = {figure.removeprefix("eval_"): x for figure, x in results[when].items()}
+            runs.append(run)
     table = summary(runs)
     print(table.markdown())
-    settings = {"flags": flags, "seeds": ours.seeds, **environment(accelerator.device)}
-    write_json(args.output_dir / "calibration_variants.json", {"settings": settings, "runs": runs})
+    settings = {"flags": flags, "seeds": ours.seeds, **environment(args.device)}
+    write_json(
+        Path(args.output_dir) / "calibration_variants.json", {"settings": settings, "runs": runs}, allow_nan=False
+    )
 
 
 class Rotated(nn.Module):

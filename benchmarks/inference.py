@@ -36,11 +36,12 @@ from measure import (
     without_kernels,
 )
 from registry import Settings, benchmark
-from report import Table, write_json
+from report import Table
 from torch import nn
 from transformers import BertConfig, BertModel, PreTrainedModel
 
 from modeling_snn_bert import SNNBertConfig, SNNBertModel, SpikingNeuron, cpu_kernels
+from modeling_snn_bert.atomic_writes import write_json
 from modeling_snn_bert.event_driven import EventDrivenLinear, dense_rates, event_driven
 from modeling_snn_bert.event_kernels import PackedSpikes, event_linear, tiles_available
 from modeling_snn_bert.export import export_onnx
@@ -484,7 +485,7 @@ def main() -> None:
         "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
         "tables": done,
     }
-    write_json(args.output_dir / "inference.json", result)
+    write_json(args.output_dir / "inference.json", result, allow_nan=False)
     print(f"written to {args.output_dir / 'inference.json'}")
 
 

@@ -1,10 +1,7 @@
-"""Tables as markdown, and results as JSON."""
+"""Tables as markdown."""
 
-import json
 import math
-import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 
@@ -41,22 +38,6 @@ class Table:
     def to_dict(self) -> dict[str, Any]:
         """The table as JSON holds it: all values in full."""
         return {"section": self.section, "title": self.title, "rows": self.rows, "notes": self.notes}
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write `content` to `path` whole or not at all.
-
-    Raises:
-        ValueError: if a number is not finite.
-    """
-    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _line(cells) -> str:

@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from measure import environment
 from registry import Benchmark, Settings, load_benchmarks
-from report import write_json
+
+from modeling_snn_bert.atomic_writes import write_json
 
 
 def parse_args(benchmarks: dict[str, Benchmark]) -> argparse.Namespace:
@@ -100,7 +101,7 @@ def run_benchmark(benchmark: Benchmark, args: argparse.Namespace) -> Path:
     }
     part = settings.sections if settings.sections != benchmark.sections else ()
     path = args.output_dir / f"{'-'.join([benchmark.name, *part])}.json"
-    write_json(path, result)
+    write_json(path, result, allow_nan=False)
     return path
 
 

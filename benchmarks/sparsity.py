@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from measure import check_firing_rate, environment, interleaved_seconds, spread
 from registry import Settings, benchmark
-from report import Table, write_json
+from report import Table
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForSequenceClassification,
@@ -38,6 +38,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from modeling_snn_bert.atomic_writes import write_json
 from modeling_snn_bert.energy import energy_report
 from modeling_snn_bert.energy.plots import import_pyplot, save_figure
 from modeling_snn_bert.event_driven import event_driven, round_products
@@ -285,7 +286,7 @@ def main() -> None:
         "settings": settings,
         "tables": [table.to_dict()],
     }
-    write_json(args.output_dir / "sparsity.json", result)
+    write_json(args.output_dir / "sparsity.json", result, allow_nan=False)
     draw(table, args.output_dir / "sparsity.png")
     print(f"written to {args.output_dir}: sparsity.json, sparsity.png")
 

@@ -11,19 +11,18 @@ distillation left them as they are. The last command makes such a file of a fold
 """
 
 import argparse
-import os
 import shutil
 import sys
 from pathlib import Path
 
 import torch
-from accelerate_loop import write_json
 from fetch_inputs import minilm_folder
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BertModel, PreTrainedTokenizerBase
 
 from modeling_snn_bert import SNNBertConfig, SNNBertModel
+from modeling_snn_bert.atomic_writes import write_json, written_whole
 from modeling_snn_bert.event_driven import round_weights
 
 HUB_CONFIGS = Path(__file__).resolve().parents[1] / "hub_configs"
@@ -120,9 +119,8 @@ def pack(source: Path, folder: Path, bert: BertModel) -> None:
         elif name.startswith("encoder."):
             packed[name] = x
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{ENCODER_FILE}.partial"
-    save_file(packed, partial, metadata={"format": "pt"})
-    os.replace(partial, folder / ENCODER_FILE)
+    with written_whole(folder / ENCODER_FILE) as partial:
+        save_file(packed, partial, metadata={"format": "pt"})
     # Without the version that happened to write it, as in the other folders.
     settings = model.config.to_diff_dict()
     write_json(folder / "config.json", {k: v for k, v in settings.items() if k != "transformers_version"})

@@ -1,4 +1,8 @@
-"""GLUE's tasks: where their columns stand, how they are read from files or from the Hub, and the figures that count.
+"""What the scripts for GLUE and for tasks like it share: data, figures, classifiers with their heads, energy.
+
+Tasks are read from GLUE's files, from files of one's own or from the Hub. A model of several tasks is an ordinary
+`...ForSequenceClassification` whose logits are those of all heads in a row, so that it is saved and loaded as such.
+Which logits are whose is said by its `id2label`: "cola:unacceptable", "cola:acceptable", "stsb:score", ...
 
 The figures are those of GLUE's own script, computed here by scikit-learn and scipy, so that no code has to be
 downloaded: accuracy, F1 (MRPC, QQP), Matthews correlation (CoLA), Pearson and Spearman correlation (STS-B).
@@ -6,18 +10,39 @@ downloaded: accuracy, F1 (MRPC, QQP), Matthews correlation (CoLA), Pearson and S
 
 import csv
 import math
+import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import scipy
 import sklearn
+import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BertForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.hf_argparser import HfArg
+
+from modeling_snn_bert import SNNBertConfig, SNNBertForSequenceClassification
+from modeling_snn_bert.conversion import convert_bert
+from modeling_snn_bert.energy import energy_report
+from modeling_snn_bert.settings import parse_settings
 
 METRICS_FROM = f"scikit-learn {sklearn.__version__}, scipy {scipy.__version__}"
 ENTAILMENT = ("entailment", "not_entailment")
 MNLI = ("entailment", "neutral", "contradiction")
+SCORE = "score"
+CALIBRATION_TOKENS = 10_000
 
 
 @dataclass(frozen=True)
@@ -94,6 +119,55 @@ TASKS = {
         Task("wnli", "WNLI", _PAIR, ("not_entailment", "entailment")),
     )
 }
+
+
+@dataclass
+class TaskArguments:
+    """The task and its data."""
+
+    task_name: str | None = field(default=None, metadata={"help": "cola, sst2, mrpc, stsb, qqp, mnli, ..."})
+    data_dir: str | None = field(default=None, metadata={"help": "GLUE's folder in its standard layout"})
+    dataset_name: str | None = field(default=None, metadata={"help": "a dataset on the Hub"})
+    dataset_config_name: str | None = None
+    train_file: str | None = field(default=None, metadata={"help": ".csv, .tsv, .json or .jsonl"})
+    validation_file: str | None = None
+    text_column: str | None = field(default=None, metadata={"help": "column of the (first) text"})
+    text_pair_column: str | None = field(default=None, metadata={"help": "column of the second text"})
+    label_column: str = "label"
+    max_seq_length: int = HfArg(default=128, aliases=["--max_length"], help="longer inputs are truncated")
+    max_train_samples: int | None = field(default=None, metadata={"help": "the same rows for every seed"})
+    max_eval_samples: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_train_samples", 1), ("max_eval_samples", 1), ("max_seq_length", 4)):
+            if getattr(self, name) is not None and getattr(self, name) < least:
+                raise ValueError(f"--{name} must be >= {least}, got {getattr(self, name)}")
+        if self.text_pair_column and not self.text_column:
+            raise ValueError("--text_pair_column needs --text_column")
+
+    def load(self) -> tuple[Task, DatasetDict]:
+        """The task and its rows, cut to the wanted number; training rows are drawn once, whatever the seed.
+
+        Raises:
+            ValueError, FileNotFoundError: as `load_task`.
+        """
+        columns = tuple(column for column in (self.text_column, self.text_pair_column) if column)
+        task, data = load_task(
+            task_name=self.task_name,
+            data_dir=self.data_dir,
+            dataset_name=self.dataset_name,
+            dataset_config_name=self.dataset_config_name,
+            train_file=self.train_file,
+            validation_file=self.validation_file,
+            text_columns=columns or None,
+            label_column=self.label_column,
+        )
+        for split, rows in data.items():
+            limit = self.max_train_samples if split == "train" else self.max_eval_samples
+            if limit is not None and limit < len(rows):
+                rows = rows.shuffle(seed=0) if split == "train" else rows
+                data[split] = rows.select(range(limit))
+        return task, data
 
 
 def load_task(
@@ -314,3 +388,230 @@ def score(task: Task, logits, labels) -> dict[str, float]:
         if "matthews_correlation" in task.metrics:
             figures["matthews_correlation"] = float(matthews_corrcoef(labels, predictions))
     return {name: figures[name] for name in task.metrics}
+
+
+def tokenize(rows: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> Dataset:
+    """Token ids and `labels`, nothing else."""
+
+    def encode(rows: dict) -> dict:
+        texts = [rows[column] for column in task.columns]
+        inputs = tokenizer(*texts, truncation=True, max_length=max_seq_length)
+        return {**inputs, "labels": rows["label"]}
+
+    return rows.map(encode, batched=True, remove_columns=rows.column_names, load_from_cache_file=False)
+
+
+def check_vocabulary(teacher_path: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise a `ValueError` if the teacher's tokenizer gives other token ids than `tokenizer`."""
+    if AutoTokenizer.from_pretrained(teacher_path).get_vocab() != tokenizer.get_vocab():
+        raise ValueError("the teacher must have the vocabulary of the model, their tokenizers differ")
+
+
+def attention_implementation(weights: bool, device: torch.device, dropout: float) -> str | None:
+    """The attention to train with, or `None` for the default.
+
+    Only the eager attention returns its weights. Without dropout it is also the faster one on a CPU, where the backward
+    pass of sdpa takes one and a half times as long in float32 and seven times in bfloat16.
+    """
+    return "eager" if weights or (device.type == "cpu" and not dropout) else None
+
+
+@dataclass
+class ClassifierArguments:
+    """The classifier that is trained: an SNN-BERT, a BERT, or a BERT that becomes an SNN-BERT first."""
+
+    model_name_or_path: str = field(metadata={"help": "an SNN-BERT or a BERT: folder or Hub id"})
+    convert: bool = field(
+        default=False, metadata={"help": "convert the BERT to an SNN-BERT by calibration on the training rows"}
+    )
+    firing_rate: float = field(default=0.2, metadata={"help": "firing rate at calibration"})
+    config_overrides: str | None = HfArg(
+        default=None, aliases=["--setting"], help="settings of SNNBertConfig: spike_type=ternary,decay=0.1"
+    )
+    freeze_embeddings: bool = field(
+        default=False, metadata={"help": "keep the embeddings as they are: less to learn, and to share"}
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 < self.firing_rate < 1:
+            raise ValueError(f"--firing_rate must lie in (0, 1), got {self.firing_rate}")
+        self.settings()
+
+    def settings(self) -> dict[str, Any]:
+        """The settings of `SNNBertConfig` that the flags change."""
+        try:
+            return parse_settings(self.config_overrides)
+        except ValueError as error:
+            raise ValueError(f"--config_overrides: {error}") from error
+
+    def load(
+        self,
+        task: Task,
+        train: Dataset,
+        collate: Callable,
+        device: torch.device,
+        attention_weights: bool = False,
+    ) -> PreTrainedModel:
+        """The classifier of `task`, calibrated on `train` in batches of `collate` if it is converted.
+
+        The head is new unless the checkpoint has one, alone or among those of other tasks; seed the random numbers
+        first. `attention_weights` says that they will be asked for.
+
+        Raises:
+            ValueError: if the checkpoint is of another kind, or the settings do not fit it.
+        """
+        config, settings = AutoConfig.from_pretrained(self.model_name_or_path), self.settings()
+        dropout = settings.get("attention_probs_dropout_prob", getattr(config, "attention_probs_dropout_prob", 0))
+        if attention_weights and dropout:
+            raise ValueError(
+                f"--attention_weight compares attention weights, to which a dropout of {dropout} would be applied: "
+                "give --config_overrides attention_probs_dropout_prob=0"
+            )
+        if config.model_type not in ("bert", SNNBertConfig.model_type):
+            raise ValueError(
+                f"--model_name_or_path must be an SNN-BERT or a BERT, {self.model_name_or_path} is of the type "
+                f"{config.model_type!r}"
+            )
+        is_bert = config.model_type == "bert"
+        if self.convert and not is_bert:
+            raise ValueError(f"--convert is for a BERT, {self.model_name_or_path} is an SNN-BERT already")
+        if is_bert and settings and not self.convert:
+            raise ValueError(f"{sorted(settings)} are settings of an SNN-BERT: give --convert to make one of the BERT")
+        model = load_for_task(
+            BertForSequenceClassification if is_bert else SNNBertForSequenceClassification,
+            self.model_name_or_path,
+            task,
+            attn_implementation=attention_implementation(attention_weights, device, dropout),
+            dtype=torch.float32,  # a checkpoint in half precision is trained in full
+            **({} if is_bert else settings),
+        ).to(device)
+        if self.convert:
+            model = convert_bert(model, calibration_batches(train, collate), self.firing_rate, **settings).train()
+        model.base_model.embeddings.requires_grad_(not self.freeze_embeddings)
+        return model
+
+
+def calibration_batches(train: Dataset, collate: Callable) -> list[dict[str, torch.Tensor]]:
+    """Batches of some 10,000 tokens from the first rows of `train`, without labels."""
+    batches: list[dict[str, torch.Tensor]] = []
+    tokens = 0
+    while tokens < CALIBRATION_TOKENS and 32 * len(batches) < len(train):
+        start = 32 * len(batches)
+        rows = train.select(range(start, min(start + 32, len(train)))).remove_columns("labels")
+        batches.append(dict(collate(list(rows))))
+        tokens += int(batches[-1]["attention_mask"].sum())
+    return batches
+
+
+def measure_energy(
+    model: PreTrainedModel, rows: Dataset, collate: Callable, samples: int, batch_size: int
+) -> dict[str, Any] | None:
+    """Firing rates and energy of an SNN-BERT on the first rows; `None` for a BERT, or if `samples` is 0.
+
+    Energy is that of a mean sequence in picojoules, by the conventions of `modeling_snn_bert.energy`.
+    """
+    if samples == 0 or model.config.model_type != SNNBertConfig.model_type:
+        return None
+    rows = rows.select(range(min(samples, len(rows))))
+    rows = rows.remove_columns([name for name in rows.column_names if name == "labels"])
+    starts = range(0, len(rows), batch_size)
+    batches = [dict(collate([rows[i] for i in range(x, min(x + batch_size, len(rows)))])) for x in starts]
+    report = energy_report(model.eval(), batches, run_lengths=False)
+    rates = report.firing_rates()
+    return {
+        "sequences": len(rows),
+        "tokens_per_sequence": report.statistics.lengths.float().mean().item(),
+        "mean_firing_rate": statistics.fmean(rates.values()),
+        "firing_rates": rates,
+        "picojoules": {
+            cost.name: {"matrix_products": cost.matrix_product_picojoules, "all_arithmetic": cost.picojoules}
+            for cost in report.costs
+        },
+    }
+
+
+def label_settings(tasks: Sequence[Task]) -> dict[str, Any]:
+    """The settings of a configuration that give a model the heads of `tasks`."""
+    return _named_labels([f"{task.name}:{label}" for task in tasks for label in labels_of(task)])
+
+
+def labels_of(task: Task) -> tuple[str, ...]:
+    """The names of a task's logits."""
+    return task.labels or (SCORE,)
+
+
+def settings_of(task: Task) -> dict[str, Any]:
+    """The settings of a configuration that make a model one of `task` alone."""
+    problem_type = "regression" if task.is_regression else "single_label_classification"
+    return {**_named_labels(labels_of(task)), "problem_type": problem_type}
+
+
+def _named_labels(names: Sequence[str]) -> dict[str, Any]:
+    return {
+        "num_labels": len(names),
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: index for index, name in enumerate(names)},
+    }
+
+
+def heads_of(config: PreTrainedConfig) -> dict[str, slice]:
+    """Which logits are whose, by the names of the tasks; empty for a model of one task."""
+    heads: dict[str, slice] = {}
+    for index in range(len(config.id2label)):
+        task, colon, _ = str(config.id2label[index]).partition(":")
+        # Labels of one task may have a colon too.
+        if not colon or task not in TASKS:
+            return {}
+        heads[task] = slice(heads[task].start if task in heads else index, index + 1)
+    return heads
+
+
+def check_heads(config: PreTrainedConfig, tasks: Sequence[Task], path: str) -> None:
+    """Raise a `ValueError` unless a model has the heads of `tasks`, in any order, and those heads have their labels."""
+    heads = heads_of(config)
+    for task in tasks:
+        names = [f"{task.name}:{label}" for label in labels_of(task)]
+        if [config.id2label[i] for i in range(len(config.id2label))[heads.get(task.name, slice(0))]] != names:
+            raise ValueError(
+                f"{path} must have a head for {task.name} with the labels {list(labels_of(task))}; it has the labels "
+                f"{list(config.id2label.values())}"
+            )
+
+
+def load_for_task(model_class: type[PreTrainedModel], path: str, task: Task, **options: Any) -> PreTrainedModel:
+    """The classifier in `path` as one of `task`.
+
+    Of a model of several tasks it keeps the head of `task`, and gets a new one if there is none. The head of a model of
+    one task is kept if it has as many labels.
+
+    Args:
+        model_class: a BERT or an SNN-BERT for sequence classification.
+        path: folder or Hub id.
+        task: the task.
+        options: further arguments of `from_pretrained`.
+    """
+    config = AutoConfig.from_pretrained(path)
+    heads = heads_of(config)
+    if task.name not in heads:
+        return model_class.from_pretrained(path, ignore_mismatched_sizes=bool(heads), **settings_of(task), **options)
+    model = model_class.from_pretrained(path, **options)
+    keep_head(model, task)
+    return model
+
+
+def keep_head(model: PreTrainedModel, task: Task) -> None:
+    """Leave a model of several tasks the head of one alone, in place; it is then as if fine-tuned on that one.
+
+    Raises:
+        ValueError: if it has no such head.
+    """
+    check_heads(model.config, [task], model.name_or_path)
+    rows = heads_of(model.config)[task.name]
+    classifier = nn.Linear(model.classifier.in_features, rows.stop - rows.start, device=model.device)
+    with torch.no_grad():
+        classifier.weight.copy_(model.classifier.weight[rows])
+        classifier.bias.copy_(model.classifier.bias[rows])
+    model.classifier = classifier
+    model.num_labels = classifier.out_features
+    for name, value in settings_of(task).items():
+        setattr(model.config, name, value)

@@ -1,212 +1,151 @@
-"""Fine-tune an SNN-BERT, or a BERT, on a GLUE task or on your own sentences, with Accelerate and no Trainer.
+"""Fine-tune an SNN-BERT, or a BERT, on a GLUE task or on your own sentences, in a loop with Accelerate and no Trainer.
 
     python examples/run_glue_no_trainer.py --model_name_or_path outputs/distilled --task_name sst2 \\
-        --data_dir glue_data --num_train_epochs 3 --seeds 0 1 2 --output_dir outputs/sst2
+        --data_dir glue_data --num_train_epochs 3 --output_dir outputs/sst2
 
-`--model_name_or_path` is an SNN-BERT, a BERT, or with `--convert` a BERT that becomes an SNN-BERT first. Beside a
-teacher, `--unlabelled_file` adds batches of sentences, or pairs, made of a text, which the teacher alone labels. Writes
-a model for each seed and results.json: figures at the last step for each seed, mean and spread, firing rates and
-energy, flags and versions. `run_glue.py` does the same with transformers' Trainer, but for the unlabelled batches.
+Only the neurons' learning rate differs from a BERT's loop. `run_glue.py` does the same with Trainer, and has teachers,
+text without labels and several seeds.
 """
 
-import argparse
 import math
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
-from accelerate_loop import (
-    Batch,
-    DrawnBatches,
-    RowBatches,
-    TrainingLoop,
-    add_loop_arguments,
-    check_loop_arguments,
-    flags_of,
-    make_accelerator,
-    push,
-)
-from datasets import Dataset, DatasetDict
-from glue_models import (
-    DataArguments,
-    ModelArguments,
-    Teacher,
-    check_arguments,
-    load_data,
-    load_model,
-    load_tokenizer,
-    measure_energy,
-    tokenize,
-)
-from glue_tasks import Task, score
-from seeds import run_seeds, write_results
-from transformers import DataCollatorWithPadding, HfArgumentParser, PreTrainedTokenizerBase
-from unlabelled_data import UnlabelledRows, check_unlabelled_files, read_passages
+from accelerate.utils import set_seed
+from datasets import Dataset
+from glue_tasks import ClassifierArguments, Task, TaskArguments, measure_energy, score, tokenize
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, DataCollatorWithPadding, HfArgumentParser, SchedulerType, get_scheduler
+
+from modeling_snn_bert.atomic_writes import write_json
+from modeling_snn_bert.batches import RowBatches
+from modeling_snn_bert.distillation import parameter_groups
 
 
-def parse_args() -> tuple[ModelArguments, DataArguments, argparse.Namespace]:
-    parser = HfArgumentParser(
-        [ModelArguments, DataArguments], description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+@dataclass
+class LoopArguments:
+    """The loop."""
+
+    output_dir: str = field(metadata={"help": "folder for the model, checkpoints and results"})
+    learning_rate: float = 1e-4
+    neuron_learning_rate: float | None = field(
+        default=None, metadata={"help": "of thresholds, decays and resets (default: 10 times --learning_rate)"}
     )
-    add_loop_arguments(parser, learning_rate=1e-4, max_train_steps=None)
-    parser.add_argument("--num_train_epochs", type=float, default=3.0, help="default: 3; or give --max_train_steps")
-    group = parser.add_argument_group("unlabelled data")
-    group.add_argument(
-        "--unlabelled_file", nargs="+", help="text for the teacher to label: .txt, .csv, .tsv, .json, .xz"
-    )
-    group.add_argument("--unlabelled_sentences", type=int, default=60_000, help="taken from it (default: 60,000)")
-    group.add_argument("--unlabelled_batches", type=int, default=4, help="for each batch with labels (default: 4)")
-    parser.add_argument("--skip_saving", action="store_true", help="write the results only, no models")
-    model_args, data_args, args = parser.parse_args_into_dataclasses()
-    check_arguments(parser, model_args, data_args)
-    check_loop_arguments(parser, args)
-    if not args.num_train_epochs > 0:
-        parser.error(f"--num_train_epochs must be positive, got {args.num_train_epochs}")
-    check_unlabelled_files(parser, args.unlabelled_file, args.unlabelled_sentences)
-    if args.unlabelled_batches < 1:
-        parser.error(f"--unlabelled_batches must be >= 1, got {args.unlabelled_batches}")
-    if args.unlabelled_file and not model_args.teacher_name_or_path:
-        parser.error("--unlabelled_file needs --teacher_name_or_path, to label it")
-    return model_args, data_args, args
+    weight_decay: float = 0.01
+    max_grad_norm: float = field(default=1.0, metadata={"help": "gradients are clipped at this norm"})
+    per_device_train_batch_size: int = 32
+    per_device_eval_batch_size: int = 32
+    gradient_accumulation_steps: int = 1
+    num_train_epochs: float = 3.0
+    max_train_steps: int | None = field(default=None, metadata={"help": "in place of epochs; 0 evaluates only"})
+    lr_scheduler_type: SchedulerType = SchedulerType.LINEAR
+    num_warmup_steps: int = 0
+    mixed_precision: str | None = field(default=None, metadata={"help": "no, fp16 or bf16"})
+    seed: int = 0
+    checkpointing_steps: int | None = field(default=None, metadata={"help": "save a checkpoint every so many steps"})
+    resume_from_checkpoint: str | None = field(default=None, metadata={"help": "a folder step_N of a run like this"})
+    energy_samples: int = field(default=256, metadata={"help": "dev rows that energy is measured on; 0 for none"})
 
 
 def main() -> None:
-    model_args, data_args, args = parse_args()
-    accelerator = make_accelerator(args)
-    try:
-        task, rows = load_data(data_args)
-        tokenizer = load_tokenizer(model_args)
-    except (ValueError, FileNotFoundError) as error:
-        raise SystemExit(str(error)) from error
-    with accelerator.main_process_first():
-        data = tokenize(rows, task, tokenizer, data_args)
-        unlabelled = unlabelled_rows(args, data_args, task, rows["train"], tokenizer) if args.unlabelled_file else None
-    flags = {**vars(model_args), **vars(data_args), **flags_of(args)}
-    seeds = data_args.seeds if data_args.seeds is not None else [args.seed]
-    runs = run_seeds(
-        accelerator,
-        args,
-        seeds,
-        flags,
-        lambda run_args: train_one(accelerator, model_args, data_args, run_args, task, data, tokenizer, unlabelled),
+    parser = HfArgumentParser([ClassifierArguments, TaskArguments, LoopArguments], description=__doc__)
+    model_args, task_args, args = parser.parse_args_into_dataclasses()
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision, gradient_accumulation_steps=args.gradient_accumulation_steps
     )
-    if accelerator.is_main_process:
-        write_results(args.output_dir, task, runs, data, flags, accelerator.device)
-
-
-def unlabelled_rows(
-    args: argparse.Namespace, data_args: DataArguments, task: Task, train: Dataset, tokenizer: PreTrainedTokenizerBase
-) -> UnlabelledRows:
-    """Draws rows like the task's, made of its training texts and of the unlabelled files."""
-    texts = [train[column] for column in task.columns]
-    is_pair = len(texts) == 2
-    try:
-        return UnlabelledRows(
-            read_passages(args.unlabelled_file, args.unlabelled_sentences),
-            [] if is_pair else list(texts[0]),
-            list(zip(*texts, strict=True)) if is_pair else [],
-            tokenizer,
-            data_args.max_seq_length,
-            single_share=0.0 if is_pair else 1.0,
-        )
-    except ValueError as error:
-        raise SystemExit(str(error)) from error
-
-
-def train_one(
-    accelerator: Accelerator,
-    model_args: ModelArguments,
-    data_args: DataArguments,
-    args: argparse.Namespace,
-    task: Task,
-    data: DatasetDict,
-    tokenizer: PreTrainedTokenizerBase,
-    unlabelled: UnlabelledRows | None,
-) -> dict[str, Any]:
-    """Fine-tune with one seed; what the results say of it."""
     set_seed(args.seed)
+    task, rows = task_args.load()
+    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
     collate = DataCollatorWithPadding(tokenizer)
-    if data_args.pad_to_max_length:
-        collate = DataCollatorWithPadding(tokenizer, "max_length", data_args.max_seq_length)
-    try:
-        model = load_model(model_args, task, data["train"], tokenizer, accelerator.device)
-        teacher = None
-        if model_args.teacher_name_or_path:
-            teacher = Teacher(model_args, task, tokenizer, accelerator.device)
-    except ValueError as error:
-        raise SystemExit(str(error)) from error
-    model.train()
+    with accelerator.main_process_first():
+        data = {split: tokenize(part, task, tokenizer, task_args.max_seq_length) for split, part in rows.items()}
+    model = model_args.load(task, data["train"], collate, accelerator.device).train()
+
     process, processes = accelerator.process_index, accelerator.num_processes
-    batches = RowBatches(
+    batch_of = RowBatches(
         data["train"], collate, args.per_device_train_batch_size, args.seed, part=process, parts=processes
     )
-    batch_of, per_labelled = batches.batch, 1
-    if unlabelled is not None:
-        drawn = DrawnBatches(unlabelled, collate, args.per_device_train_batch_size, args.seed, process)
-        per_labelled += args.unlabelled_batches
+    steps = args.max_train_steps
+    if steps is None:
+        steps = max(1, math.ceil(args.num_train_epochs * batch_of.per_epoch / args.gradient_accumulation_steps))
+    # Thresholds, decays and resets have a rate of their own.
+    groups = parameter_groups(
+        model, args.learning_rate, neuron_learning_rate=args.neuron_learning_rate, weight_decay=args.weight_decay
+    )
+    optimizer = torch.optim.AdamW(groups, fused=accelerator.device.type in ("cpu", "cuda"))
+    # A prepared schedule takes a step for each process.
+    scheduler = get_scheduler(
+        args.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=args.num_warmup_steps * processes,
+        num_training_steps=max(1, steps * processes),
+    )
+    model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
 
-        def batch_of(number: int) -> Batch:
-            labelled, place = divmod(number, per_labelled)
-            return batches.batch(labelled) if place == 0 else drawn.batch(number - labelled - 1)
+    done = 0
+    if args.resume_from_checkpoint:
+        # What batch comes next follows from the step alone; the rest is in the checkpoint.
+        done = int(Path(args.resume_from_checkpoint).name.removeprefix("step_"))
+        accelerator.load_state(args.resume_from_checkpoint)
+    progress = tqdm(total=steps, initial=done, unit="step", disable=not accelerator.is_local_main_process)
+    for number in range(done * args.gradient_accumulation_steps, steps * args.gradient_accumulation_steps):
+        batch = {name: x.to(accelerator.device) for name, x in batch_of(number).items()}
+        with accelerator.accumulate(model):
+            loss = model(**batch).loss
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+        if accelerator.sync_gradients:
+            done += 1
+            progress.update()
+            progress.set_postfix(loss=f"{loss.item():.4f}")
+            if args.checkpointing_steps and done % args.checkpointing_steps == 0:
+                accelerator.save_state(str(Path(args.output_dir) / f"step_{done}"))
+    progress.close()
 
-    if args.max_train_steps is None:
-        steps = args.num_train_epochs * batches.per_epoch * per_labelled / args.gradient_accumulation_steps
-        args.max_train_steps = max(1, math.ceil(steps))
-
-    def loss_of(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        return (model(**batch).loss if teacher is None else teacher.loss(model, batch)[0]), {}
-
-    def evaluate(model: torch.nn.Module) -> dict[str, float]:
-        figures: dict[str, float] = {}
-        for split in (name for name in data if name != "train"):
-            predictions = predict(accelerator, model, data[split], collate, args.per_device_eval_batch_size)
-            logits, labels = zip(*predictions, strict=True)
-            prefix = split.removeprefix("validation").lstrip("_")
-            figures |= {f"{prefix}_{name}".lstrip("_"): x for name, x in score(task, logits, labels).items()}
-        return figures
-
-    loop = TrainingLoop(accelerator, model, args, loss_of, evaluate, "run_glue_no_trainer")
-    loop.run(batch_of, f"{task.name}, seed {args.seed}")
-    model = loop.finish()
-    validation = data[next(split for split in data if split != "train")]
-    run = {
-        "seed": args.seed,
-        "metrics": {name.removeprefix("eval_"): x for name, x in loop.last_evaluation().items()},
-        "last_step": loop.step,
-        "training_tokens": loop.tokens,
-        "seconds": round(loop.seconds, 1),
-        "energy": None,
-        "log": loop.log,
+    validation = {split: part for split, part in data.items() if split != "train"}
+    metrics = {
+        f"{split}_{name}": value
+        for split, part in validation.items()
+        for name, value in evaluate(accelerator, model, part, collate, args.per_device_eval_batch_size, task).items()
     }
+    model = accelerator.unwrap_model(model)
     if accelerator.is_main_process:
-        model.eval()
-        run["energy"] = measure_energy(
-            model, validation, tokenizer, data_args.energy_samples, args.per_device_eval_batch_size
-        )
-        if not args.skip_saving:
-            model.save_pretrained(args.output_dir)
-            tokenizer.save_pretrained(args.output_dir)
-            if args.push_to_hub:
-                push(args, model, tokenizer, f"{args.output_dir.parent.resolve().name}-{args.output_dir.name}")
-    return run
+        first = next(iter(validation.values()))
+        energy = measure_energy(model, first, collate, args.energy_samples, args.per_device_eval_batch_size)
+        model.save_pretrained(args.output_dir)
+        tokenizer.save_pretrained(args.output_dir)
+        flags = {**asdict(model_args), **asdict(task_args), **asdict(args)}
+        results = {"task": task.name, "steps": done, "metrics": metrics, "energy": energy, "arguments": flags}
+        write_json(Path(args.output_dir) / "all_results.json", results)
+        print(f"{task.name}, step {done}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
 
 
-def predict(
-    accelerator: Accelerator, model: torch.nn.Module, rows, collate, batch_size: int
-) -> list[tuple[list[float], float]]:
-    """Logits and label of every row, in the order of the rows, from all processes."""
-    # Sorted by length, so that there is little to pad.
-    order = sorted(range(len(rows)), key=lambda row: len(rows[row]["input_ids"]))
-    mine = []
-    starts = range(0, len(rows), batch_size)
-    for start in starts[accelerator.process_index :: accelerator.num_processes]:
-        indices = order[start : start + batch_size]
-        batch = {name: x.to(accelerator.device) for name, x in collate([rows[i] for i in indices]).items()}
-        labels = batch.pop("labels").tolist()
-        logits = model(**batch).logits.float().tolist()
-        mine += list(zip(indices, logits, labels, strict=True))
-    return [(logits, label) for _, logits, label in sorted(gather_object(mine), key=lambda row: row[0])]
+@torch.no_grad()
+def evaluate(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    rows: Dataset,
+    collate: DataCollatorWithPadding,
+    batch_size: int,
+    task: Task,
+) -> dict[str, float]:
+    """The task's figures on `rows`, from all processes."""
+    model.eval()
+    logits, labels = [], []
+    loader = accelerator.prepare(DataLoader(rows, batch_size=batch_size, collate_fn=collate))
+    for batch in loader:
+        # In float32, which every way to gather takes.
+        found = accelerator.gather_for_metrics((model(**batch).logits.float(), batch["labels"]))
+        logits += found[0].tolist()
+        labels += found[1].tolist()
+    return score(task, logits, labels)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """Files and folders that are written whole or not at all."""
 
 import contextlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -21,6 +23,20 @@ def written_whole(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, content: Any, *, allow_nan: bool = True) -> None:
+    """Write `content` as JSON; the folder is made if there is none.
+
+    Raises:
+        TypeError: if JSON has nothing for a part of it.
+        ValueError: if a number is not finite, unless `allow_nan`.
+    """
+    path = Path(path)
+    text = json.dumps(content, indent=2, allow_nan=allow_nan) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@ Exit codes: 0 if all went well, 2 for a command line that makes no sense, 1 for 
 checkpoint that cannot be read. Errors are one message on stderr; SNN_BERT_TRACEBACK=1 shows where they come from.
 """
 
-import dataclasses
 import json
 import math
 import signal
@@ -40,7 +39,6 @@ from .commands.common import (
 from .commands.predict import predict
 from .commands.serve import serve
 from .commands.train import train
-from .configuration_snn_bert import SNNBertConfig
 from .conversion import convert_bert, initialize_from_bert, is_neuron_parameter
 from .cpu_kernels import kernel_facts
 from .energy import energy_report, measure_spikes
@@ -48,6 +46,7 @@ from .energy.plots import RASTER_TOKENS, import_pyplot, plot_spikes, raster_pane
 from .layer_places import place_of, short_name
 from .loading import load_model, tokenized_batches
 from .modeling_snn_bert import SNNBertForSequenceClassification, SNNBertForTokenClassification, SNNBertPreTrainedModel
+from .settings import parse_settings
 from .spiking_neurons import SpikingNeuron
 from .text_files import read_texts
 
@@ -107,7 +106,12 @@ def convert(
     ] = None,
     setting: Annotated[
         list[str] | None,
-        typer.Option("--setting", metavar="NAME=VALUE", help="A setting of SNNBertConfig; may be given several times."),
+        typer.Option(
+            "--setting",
+            "--config_overrides",
+            metavar="NAME=VALUE",
+            help="Settings of SNNBertConfig, with commas between them; may be given several times.",
+        ),
     ] = None,
     max_samples: Annotated[
         int, typer.Option("--max_samples", callback=at_least_one, help="Use only the first so many texts.")
@@ -127,7 +131,10 @@ def convert(
     if head is not None and head not in HEADS:
         raise typer.BadParameter(f"must be one of {', '.join(HEADS)}, got {head!r}", param_hint="--head")
     check_output_folder(output_dir, overwrite, "OUTPUT_DIR")
-    settings = parse_settings(setting or [])
+    try:
+        settings = parse_settings(setting)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--setting") from error
     with reported():
         texts = read_texts(data_file, text_column, encoding)[:max_samples]
         model = load_bert(bert, head, revision)
@@ -274,29 +281,6 @@ app.command(
     epilog="""Example: snn-bert serve my-model --port 8000, and then: curl 127.0.0.1:8000/predict -H
     'Content-Type: application/json' -d '{"texts": ["a joy"]}'"""
 )(serve)
-
-
-def parse_settings(words: Sequence[str]) -> dict[str, Any]:
-    """`["spike_type=ternary", "decay=0.1"]` as a dictionary of settings of `SNNBertConfig`.
-
-    Raises:
-        typer.BadParameter: for a word without `=`, and for a name that is no setting.
-    """
-    known = {field.name for field in dataclasses.fields(SNNBertConfig)}
-    own = sorted(known & set(SNNBertConfig.__annotations__))
-    settings: dict[str, Any] = {}
-    for word in words:
-        name, separator, text = word.partition("=")
-        if not separator:
-            raise typer.BadParameter(f"must have the form NAME=VALUE, got {word!r}", param_hint="--setting")
-        if name not in known:
-            raise typer.BadParameter(f"{name!r} is none of the settings {', '.join(own)}", param_hint="--setting")
-        try:
-            settings[name] = json.loads(text)
-        except json.JSONDecodeError:
-            # A word is itself; Python's spelling of the constants is taken too.
-            settings[name] = {"True": True, "False": False, "None": None}.get(text, text)
-    return settings
 
 
 def chosen_panels(names: Sequence[str], layers: Sequence[int] | None) -> list[int]:

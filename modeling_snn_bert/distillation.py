@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from .conversion import is_neuron_parameter
+from .sparsity import add_penalty
 
 
 def check_same_shape(student: PreTrainedConfig, teacher: PreTrainedConfig) -> None:
@@ -116,6 +117,31 @@ def attention_loss(
     return torch.stack(losses).mean()
 
 
+def mean_embeddings(states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """The mean of each sentence's valid tokens, `[sentences, hidden]`, in float32 under autocast too.
+
+    Args:
+        states (`[sentences, seq_len, hidden]`): hidden states.
+        attention_mask (`[sentences, seq_len]`): 1 at valid tokens, 0 at padding.
+    """
+    valid = attention_mask[..., None].to(torch.float32)
+    return (states.float() * valid).sum(1) / valid.sum(1)
+
+
+def embedding_loss(
+    student_states: torch.Tensor, teacher_states: torch.Tensor, attention_mask: torch.Tensor
+) -> torch.Tensor:
+    """Squared error of the mean embeddings, in units of the variance of the teacher's over the sentences.
+
+    Args:
+        student_states, teacher_states (`[sentences, seq_len, hidden]`): last hidden states, of two sentences or more:
+            one has no variance.
+        attention_mask (`[sentences, seq_len]`): 1 at valid tokens, 0 at padding.
+    """
+    student, teacher = mean_embeddings(student_states, attention_mask), mean_embeddings(teacher_states, attention_mask)
+    return (student - teacher).square().mean() / (teacher - teacher.mean(0)).square().mean().clamp(min=1e-6)
+
+
 def logit_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 2.0) -> torch.Tensor:
     """Kullback-Leibler divergence of the softened class probabilities, times `temperature ** 2`.
 
@@ -171,8 +197,7 @@ def label_and_logit_loss(
     if not 0 <= logit_weight <= 1:
         raise ValueError(f"`logit_weight` must lie in [0, 1], got {logit_weight}")
     loss = (1 - logit_weight) * outputs.loss + logit_weight * logit_loss(outputs.logits, teacher_logits, temperature)
-    penalty = getattr(outputs, "firing_rate_penalty", None)
-    return loss if penalty is None else loss + logit_weight * firing_rate_weight * penalty
+    return add_penalty(loss, outputs, logit_weight * firing_rate_weight)
 
 
 def parameter_groups(

@@ -54,7 +54,7 @@ from .outputs import (
 )
 from .packed_spikes import SpikingLinear, attention_on_spikes, keep_packed, packed_form
 from .packed_spikes_triton import takes_packed  # noqa: F401
-from .sparsity import FiringRateRecorder, firing_rate_penalty, share_of_labels, warn_unless_counted
+from .sparsity import FiringRateRecorder, add_penalty, firing_rate_penalty, share_of_labels, warn_unless_counted
 from .spike_observer import named_neurons
 from .spiking_neurons import BPSN, LIF, PSN, SpikingNeuron
 from .surrogate_gradients import SURROGATES  # noqa: F401
@@ -594,9 +594,7 @@ def with_penalty(
 
     `share` is the part that this loss is of the batch's, as of `share_of_labels`.
     """
-    if loss is None or outputs.firing_rate_penalty is None:
-        return loss
-    return loss + share * config.firing_rate_weight * outputs.firing_rate_penalty
+    return None if loss is None else add_penalty(loss, outputs, config.firing_rate_weight, share)
 
 
 @auto_docstring(custom_intro="SNN-BERT with a masked language modelling head.")

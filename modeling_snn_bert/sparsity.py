@@ -172,6 +172,21 @@ def share_of_labels(
     return count / num_items_in_batch
 
 
+def add_penalty(
+    loss: torch.Tensor, outputs: Any, firing_rate_weight: float, share: torch.Tensor | float = 1.0
+) -> torch.Tensor:
+    """`loss` with the penalty on firing rates, if a model's outputs have one.
+
+    Args:
+        loss: a scalar.
+        outputs: of an SNN-BERT; those of another model have no penalty.
+        firing_rate_weight: as in the model's configuration.
+        share: the part that `loss` is of the batch's, as of `share_of_labels`.
+    """
+    penalty = getattr(outputs, "firing_rate_penalty", None)
+    return loss if penalty is None else loss + share * firing_rate_weight * penalty
+
+
 def loss_with_penalty(
     compute_loss: Callable[..., torch.Tensor], firing_rate_weight: float
 ) -> Callable[..., torch.Tensor]:
@@ -190,9 +205,6 @@ def loss_with_penalty(
         outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         loss = compute_loss(outputs, labels, num_items_in_batch=num_items_in_batch)
-        penalty = outputs.get("firing_rate_penalty")
-        if penalty is None:
-            return loss
-        return loss + share_of_labels(labels, num_items_in_batch) * firing_rate_weight * penalty
+        return add_penalty(loss, outputs, firing_rate_weight, share_of_labels(labels, num_items_in_batch))
 
     return compute

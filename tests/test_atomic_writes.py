@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from modeling_snn_bert.atomic_writes import folder_written_whole, written_whole
+from modeling_snn_bert.atomic_writes import folder_written_whole, write_json, written_whole
 
 
 @pytest.mark.parametrize("before", [None, "old"])
@@ -61,3 +61,11 @@ def test_folder_comes_back_if_it_cannot_be_replaced(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no"), folder_written_whole(path):
         pass
     assert (path / "old.txt").read_text() == "old" and [found.name for found in tmp_path.iterdir()] == ["model"]
+
+
+def test_json(tmp_path):
+    path = tmp_path / "new" / "file.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError, match="set"):
+        write_json(path, {"a": {1}})
+    assert path.read_text() == '{\n  "a": 1\n}\n' and [x.name for x in path.parent.iterdir()] == ["file.json"]

@@ -76,7 +76,7 @@ def test_the_command(tmp_path, bert, texts, capsys):
         "--calibration_tokens",
         256,
     ]
-    arguments += ["--per_device_train_batch_size", 8, "--validation_blocks", 8, "--max_train_steps", 3]
+    arguments += ["--per_device_train_batch_size", 8, "--validation_blocks", 8, "--max_steps", 3]
     variants.main([*map(str, arguments), "--seeds", "3", "4", "--output_dir", str(tmp_path / "out")])
     runs = json.loads((tmp_path / "out" / "calibration_variants.json").read_text())["runs"]
     assert [(run["variant"], run["seed"]) for run in runs] == [(name, x) for name in variants.VARIANTS for x in (3, 4)]

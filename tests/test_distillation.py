@@ -9,6 +9,7 @@ from modeling_snn_bert import SNNBertConfig, SNNBertModel
 from modeling_snn_bert.distillation import (
     attention_loss,
     check_same_shape,
+    embedding_loss,
     hidden_state_loss,
     label_and_logit_loss,
     logit_loss,
@@ -145,3 +146,18 @@ def test_attention_loss_leaves_padding_out():
 def test_attention_loss_refuses(student):
     with pytest.raises(ValueError, match="attention"):
         attention_loss(student, attentions())
+
+
+def test_embedding_loss_is_that_of_a_loop():
+    generator = torch.Generator().manual_seed(1)
+    mask = (torch.arange(7) < torch.tensor([3, 1, 7, 5])[:, None]).long()
+    hidden, wanted = (
+        torch.where(mask[..., None] != 0, torch.randn(4, 7, 6, generator=generator), padding) for padding in (1e3, -1e3)
+    )
+    means, targets = (
+        torch.stack([row[valid != 0].mean(0) for row, valid in zip(x, mask, strict=True)]) for x in (hidden, wanted)
+    )
+    variance = sum(((row - targets.mean(0)) ** 2).mean() for row in targets) / len(targets)
+    error = sum(((one - two) ** 2).mean() for one, two in zip(means, targets, strict=True)) / len(targets)
+    torch.testing.assert_close(embedding_loss(hidden, wanted, mask), error / variance)
+    assert embedding_loss(wanted, wanted, mask) == 0

@@ -9,27 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from example_scripts import EXAMPLES, interrupt_after, refused, run_script
+from example_scripts import EXAMPLES, interrupted_after, refused, run_script
 from glue_files import write_glue
-from glue_models import ModelArguments, Teacher, attention_implementation, parse_overrides
-from glue_tasks import METRICS_FROM, TASKS, load_task, score
+from glue_tasks import METRICS_FROM, TASKS, attention_implementation, load_task, score
 from safetensors.torch import load_file
 from small_bert import bert_fixture, write_half_precision
 from transformers import BertModel
 
-from modeling_snn_bert import SNNBertConfig, SNNBertForSequenceClassification
+from modeling_snn_bert.trainer import DistillationTrainer
 
 bert = bert_fixture(BertModel)
-
-
-def test_overrides_have_the_types_of_the_configuration():
-    text = "decay=0.1,reset_iterations=0,bidirectional=False,spike_type=ternary,firing_rate_target=0.1,psn_length=64"
-    wanted = {"decay": 0.1, "reset_iterations": 0, "bidirectional": False, "spike_type": "ternary"}
-    wanted |= {"firing_rate_target": 0.1, "psn_length": 64}
-    found = parse_overrides(text)
-    assert found == wanted and all(type(found[name]) is type(value) for name, value in wanted.items())
-    assert parse_overrides("firing_rate_target=0.2") == {"firing_rate_target": 0.2}
-    assert parse_overrides(None) == {}
 
 
 @pytest.mark.parametrize("name", list(TASKS))
@@ -130,13 +119,18 @@ def read(folder):
     return json.loads((folder / "results.json").read_text())
 
 
+def assert_same_weights(one, other):
+    one, other = (load_file(folder / "model.safetensors") for folder in (one, other))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
 @pytest.mark.slow
-def test_no_trainer(tmp_path, bert):
+def test_trainer(tmp_path, bert):
     """A BERT is converted, learns a rule from files, and the results say how; the energy follows the spikes."""
     glue = write_glue(tmp_path / "glue", "sst2")
     output = tmp_path / "out"
     arguments = [*BASE, "--model_name_or_path", bert, "--data_dir", glue, "--convert", "--num_train_epochs", 8]
-    run_script("run_glue_no_trainer", *arguments, "--seeds", 0, 1, "--output_dir", output)
+    run_script("run_glue", *arguments, "--seeds", 0, 1, "--output_dir", output)
     results = read(output)
     assert results["seeds"] == [0, 1] and len(results["runs"]) == 2
     assert results["mean"]["accuracy"] >= 0.9
@@ -155,11 +149,11 @@ def test_no_trainer(tmp_path, bert):
 def test_no_steps_evaluate_the_model_as_it_is(tmp_path, bert):
     glue = write_glue(tmp_path / "glue", "sst2")
     common = [*BASE, "--data_dir", glue, "--energy_samples", 0]
-    train = ["--model_name_or_path", bert, "--convert", "--max_train_steps", 15, "--output_dir", tmp_path / "trained"]
-    run_script("run_glue_no_trainer", *common, *train)
+    train = ["--model_name_or_path", bert, "--convert", "--max_steps", 15, "--output_dir", tmp_path / "trained"]
+    run_script("run_glue", *common, *train)
     trained = tmp_path / "trained" / "seed_0"
-    evaluate = ["--model_name_or_path", trained, "--max_train_steps", 0, "--output_dir", tmp_path / "again"]
-    run_script("run_glue_no_trainer", *common, *evaluate)
+    evaluate = ["--model_name_or_path", trained, "--no_do_train", "--output_dir", tmp_path / "again"]
+    run_script("run_glue", *common, *evaluate)
     assert read(tmp_path / "again")["mean"] == read(tmp_path / "trained")["mean"]
     assert read(tmp_path / "again")["runs"][0]["last_step"] == 0
     one, other = (load_file(folder / "model.safetensors") for folder in (trained, tmp_path / "again" / "seed_0"))
@@ -170,13 +164,11 @@ def test_half_precision_checkpoints(tmp_path, bert, tokenizer):
     """Model and teacher from the Hub are often in half precision; they are trained in float32 all the same."""
     glue = write_glue(tmp_path / "glue", "sst2")
     write_half_precision(tmp_path / "half", bert, tokenizer)
-    common = [*BASE, "--data_dir", glue, "--mixed_precision", "bf16", "--max_train_steps", 2]
-    run_script(
-        "run_glue_no_trainer", *common, "--model_name_or_path", tmp_path / "half", "--output_dir", tmp_path / "teacher"
-    )
+    common = [*BASE, "--data_dir", glue, "--bf16", "--use_cpu", "--max_steps", 2]
+    run_script("run_glue", *common, "--model_name_or_path", tmp_path / "half", "--output_dir", tmp_path / "teacher")
     write_half_precision(tmp_path / "half_teacher", tmp_path / "teacher" / "seed_0", tokenizer)
     run_script(
-        "run_glue_no_trainer",
+        "run_glue",
         *[*common, "--model_name_or_path", tmp_path / "half", "--convert"],
         *["--teacher_name_or_path", tmp_path / "half_teacher", "--hidden_weight", 1, "--output_dir", tmp_path / "out"],
     )
@@ -187,22 +179,32 @@ def test_half_precision_checkpoints(tmp_path, bert, tokenizer):
 
 
 @pytest.mark.slow
-def test_no_trainer_resumes_exactly(tmp_path, bert):
+def test_resumes_exactly(tmp_path, bert):
     """Interrupted after some steps and resumed: the same weights and figures, bit for bit, and dropout is on."""
     glue = write_glue(tmp_path / "glue", "sst2")
     common = [*BASE, "--model_name_or_path", bert, "--data_dir", glue, "--convert", "--gradient_accumulation_steps", 2]
-    common += ["--checkpointing_steps", 2, "--num_train_epochs", 2, "--eval_steps", 2, "--seeds", 3, 4]
+    common += [
+        "--save_steps",
+        2,
+        "--num_train_epochs",
+        2,
+        "--eval_strategy",
+        "steps",
+        "--eval_steps",
+        2,
+        "--seeds",
+        3,
+        4,
+    ]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run_script("run_glue_no_trainer", *common, "--output_dir", whole)
+    run_script("run_glue", *common, "--output_dir", whole)
     assert read(whole)["runs"][0]["last_step"] == 5
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("accelerate_loop.TrainingLoop._save", interrupt_after(4))
-        with pytest.raises(KeyboardInterrupt):
-            run_script("run_glue_no_trainer", *common, "--output_dir", parts)
+    with interrupted_after(4):
+        run_script("run_glue", *common, "--output_dir", parts)
     assert not (parts / "results.json").exists()
     run_script(
-        "run_glue_no_trainer", *common, "--output_dir", parts, "--resume_from_checkpoint", parts / "seed_3" / "step_4"
+        "run_glue", *common, "--output_dir", parts, "--resume_from_checkpoint", parts / "seed_3" / "checkpoint-4"
     )
     for seed in (3, 4):
         one = load_file(whole / f"seed_{seed}" / "model.safetensors")
@@ -218,12 +220,12 @@ def test_two_processes_train_as_one(tmp_path, bert):
     """Two processes: the same batches shared out, the same results but for rounding."""
     glue = write_glue(tmp_path / "glue", "sst2", rows=40)
     common = ["--task_name", "sst2", "--data_dir", glue, "--model_name_or_path", bert, "--learning_rate", 1e-4]
-    common += ["--num_train_epochs", 1, "--per_device_eval_batch_size", 5, "--checkpointing_steps", 2]
+    common += ["--num_train_epochs", 1, "--per_device_eval_batch_size", 5, "--save_steps", 2]
     # The random numbers of dropout are each process' own.
     (bert / "config.json").write_text((bert / "config.json").read_text().replace('_prob": 0.1', '_prob": 0.0'))
-    run_script("run_glue_no_trainer", *common, "--per_device_train_batch_size", 8, "--output_dir", tmp_path / "one")
+    run_script("run_glue", *common, "--per_device_train_batch_size", 8, "--output_dir", tmp_path / "one")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
-    command += [EXAMPLES / "run_glue_no_trainer.py", *common, "--per_device_train_batch_size", 4]
+    command += [EXAMPLES / "run_glue.py", *common, "--per_device_train_batch_size", 4]
     command += ["--output_dir", tmp_path / "two"]
     # Without the variable Accelerate would look for a GPU.
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
@@ -246,14 +248,14 @@ def test_two_processes_train_as_one(tmp_path, bert):
 def test_a_finished_seed_is_kept_only_with_the_same_flags(tmp_path, bert, capsys):
     glue = write_glue(tmp_path / "glue", "sst2")
     output = tmp_path / "out"
-    common = [*BASE, "--model_name_or_path", bert, "--data_dir", glue, "--max_train_steps", 2, "--output_dir", output]
-    run_script("run_glue_no_trainer", *common, "--checkpointing_steps", 1, "--seeds", 0)
+    common = [*BASE, "--model_name_or_path", bert, "--data_dir", glue, "--max_steps", 2, "--output_dir", output]
+    run_script("run_glue", *common, "--save_steps", 1, "--seeds", 0)
     written = (output / "seed_0" / "model.safetensors").stat().st_mtime_ns
-    resume = ["--resume_from_checkpoint", output / "seed_0" / "step_2", "--checkpointing_steps", 1]
-    run_script("run_glue_no_trainer", *common, *resume, "--seeds", 0, 1)
+    resume = ["--resume_from_checkpoint", output / "seed_0" / "checkpoint-2", "--save_steps", 1]
+    run_script("run_glue", *common, *resume, "--seeds", 0, 1)
     assert (output / "seed_0" / "model.safetensors").stat().st_mtime_ns == written
     assert read(output)["seeds"] == [0, 1] and read(output)["runs"][0]["energy"] is None
-    message = refused(capsys, "run_glue_no_trainer", *common, *resume, "--weight_decay", 0.5)
+    message = refused(capsys, "run_glue", *common, *resume, "--weight_decay", 0.5)
     assert "other flags (weight_decay)" in message
 
 
@@ -261,7 +263,7 @@ def test_teacher(tmp_path, bert):
     """With the teacher's logits alone the student learns the teacher's classes, not the labels."""
     glue = write_glue(tmp_path / "glue", "sst2")
     common = [*BASE, "--data_dir", glue, "--num_train_epochs", 8, "--seeds", 0]
-    run_script("run_glue_no_trainer", *common, "--model_name_or_path", bert, "--output_dir", tmp_path / "teacher")
+    run_script("run_glue", *common, "--model_name_or_path", bert, "--output_dir", tmp_path / "teacher")
     assert read(tmp_path / "teacher")["mean"]["accuracy"] >= 0.9
     swapped = glue / "SST-2" / "train.tsv"
     swapped.write_text(
@@ -275,12 +277,10 @@ def test_teacher(tmp_path, bert):
         "--teacher_name_or_path",
         tmp_path / "teacher/seed_0",
     ]
-    student += ["--logit_weight", 1.0, "--hidden_weight", 0.1, "--attention_weight", 0.1, "--skip_saving"]
-    student += ["--config_overrides", "attention_probs_dropout_prob=0", "--augment_probability", 0.3]
-    student += ["--threshold_per", "layer"]
-    run_script("run_glue_no_trainer", *student, "--output_dir", tmp_path / "student")
+    student += ["--logit_weight", 1.0, "--hidden_weight", 0.1, "--attention_weight", 0.1]
+    student += ["--config_overrides", "attention_probs_dropout_prob=0"]
+    run_script("run_glue", *student, "--output_dir", tmp_path / "student")
     assert read(tmp_path / "student")["mean"]["accuracy"] >= 0.9
-    assert not (tmp_path / "student" / "seed_0" / "model.safetensors").exists()
 
 
 @pytest.fixture
@@ -300,21 +300,23 @@ def test_unlabelled_batches(tmp_path, bert, unlabelled_file, task):
     glue = write_glue(tmp_path / "glue", task)
     common = ["--task_name", task, "--per_device_train_batch_size", 8, "--learning_rate", 5e-3, "--data_dir", glue]
     common += ["--model_name_or_path", bert, "--seeds", 0, "--energy_samples", 0]
-    run_script("run_glue_no_trainer", *common, "--num_train_epochs", 8, "--output_dir", tmp_path / "teacher")
+    run_script("run_glue", *common, "--num_train_epochs", 8, "--output_dir", tmp_path / "teacher")
     teacher = tmp_path / "teacher" / "seed_0"
     seen = []
 
-    class Watched(Teacher):
-        def loss(self, model, batch):
-            loss, outputs = super().loss(model, batch)
-            seen.append(("labels" in batch, bool(batch["token_type_ids"].any(1).all()), float(loss)))
-            return loss, outputs
+    class Watched(DistillationTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+            if model.training:
+                is_pair = bool(inputs["token_type_ids"].any(1).all())
+                seen.append(("labels" in inputs, is_pair, float(loss)))
+            return (loss, outputs) if return_outputs else loss
 
     common += ["--convert", "--teacher_name_or_path", teacher, "--hidden_weight", 0.1, "--num_train_epochs", 3]
     common += ["--unlabelled_file", unlabelled_file, "--unlabelled_batches", 3]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("run_glue_no_trainer.Teacher", Watched)
-        run_script("run_glue_no_trainer", *common, "--output_dir", tmp_path / "out", "--skip_saving")
+        patch.setattr("run_glue.DistillationTrainer", Watched)
+        run_script("run_glue", *common, "--output_dir", tmp_path / "out")
     # 40 rows are 5 batches, and three times as many come between them.
     assert [labelled for labelled, _, _ in seen] == [True, False, False, False] * 15
     assert all(pairs == (task == "stsb") for _, pairs, _ in seen)
@@ -327,10 +329,10 @@ def test_unlabelled_rows_are_padded_too(tmp_path, bert, unlabelled_file):
     """PSN takes one length only."""
     glue = write_glue(tmp_path / "glue", "sst2")
     common = [*BASE, "--model_name_or_path", bert, "--data_dir", glue, "--seeds", 0]
-    run_script("run_glue_no_trainer", *common, "--max_train_steps", 1, "--output_dir", tmp_path / "teacher")
+    run_script("run_glue", *common, "--max_steps", 1, "--output_dir", tmp_path / "teacher")
     common += ["--teacher_name_or_path", tmp_path / "teacher" / "seed_0", "--unlabelled_file", unlabelled_file]
-    common += ["--convert", "--neuron_type", "psn", "--psn_length", 24, "--max_seq_length", 24, "--pad_to_max_length"]
-    run_script("run_glue_no_trainer", *common, "--max_train_steps", 3, "--output_dir", tmp_path / "out")
+    common += ["--convert", "--setting", "neuron_type=psn,psn_length=24", "--max_seq_length", 24, "--pad_to_max_length"]
+    run_script("run_glue", *common, "--max_steps", 3, "--output_dir", tmp_path / "out")
     run = read(tmp_path / "out")["runs"][0]
     assert run["last_step"] == 3 and 0 < run["energy"]["mean_firing_rate"] < 1
 
@@ -339,20 +341,18 @@ def test_unlabelled_rows_are_padded_too(tmp_path, bert, unlabelled_file):
 def test_unlabelled_batches_resume_exactly(tmp_path, bert, unlabelled_file):
     glue = write_glue(tmp_path / "glue", "sst2")
     run_script(
-        "run_glue_no_trainer",
-        *[*BASE, "--model_name_or_path", bert, "--data_dir", glue, "--max_train_steps", 2, "--seeds", 0],
+        "run_glue",
+        *[*BASE, "--model_name_or_path", bert, "--data_dir", glue, "--max_steps", 2, "--seeds", 0],
         *["--output_dir", tmp_path / "teacher"],
     )
-    common = [*BASE, "--model_name_or_path", bert, "--data_dir", glue, "--convert", "--max_train_steps", 9]
+    common = [*BASE, "--model_name_or_path", bert, "--data_dir", glue, "--convert", "--max_steps", 9]
     common += ["--teacher_name_or_path", tmp_path / "teacher" / "seed_0", "--unlabelled_file", unlabelled_file]
-    common += ["--checkpointing_steps", 3, "--seeds", 5]
-    run_script("run_glue_no_trainer", *common, "--output_dir", tmp_path / "whole")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("accelerate_loop.TrainingLoop._save", interrupt_after(6))
-        with pytest.raises(KeyboardInterrupt):
-            run_script("run_glue_no_trainer", *common, "--output_dir", tmp_path / "parts")
-    resume = ["--resume_from_checkpoint", tmp_path / "parts" / "seed_5" / "step_6"]
-    run_script("run_glue_no_trainer", *common, "--output_dir", tmp_path / "parts", *resume)
+    common += ["--save_steps", 3, "--seeds", 5]
+    run_script("run_glue", *common, "--output_dir", tmp_path / "whole")
+    with interrupted_after(6):
+        run_script("run_glue", *common, "--output_dir", tmp_path / "parts")
+    resume = ["--resume_from_checkpoint", tmp_path / "parts" / "seed_5" / "checkpoint-6"]
+    run_script("run_glue", *common, "--output_dir", tmp_path / "parts", *resume)
     one, other = (load_file(tmp_path / name / "seed_5" / "model.safetensors") for name in ("whole", "parts"))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -361,8 +361,8 @@ def test_unlabelled_batches_resume_exactly(tmp_path, bert, unlabelled_file):
 def test_frozen_embeddings_stay_as_they_are(tmp_path, bert, kind):
     glue = write_glue(tmp_path / "glue", "sst2", rows=24)
     common = [*BASE, "--data_dir", glue, "--num_train_epochs", 1, "--seeds", 0, "--model_name_or_path", bert, *kind]
-    run_script("run_glue_no_trainer", *common, "--freeze_embeddings", "--output_dir", tmp_path / "out")
-    run_script("run_glue_no_trainer", *common, "--output_dir", tmp_path / "free")
+    run_script("run_glue", *common, "--freeze_embeddings", "--output_dir", tmp_path / "out")
+    run_script("run_glue", *common, "--output_dir", tmp_path / "free")
     before = load_file(bert / "model.safetensors")
     for folder, is_kept in (("out", True), ("free", False)):
         after = load_file(tmp_path / folder / "seed_0" / "model.safetensors")
@@ -372,12 +372,11 @@ def test_frozen_embeddings_stay_as_they_are(tmp_path, bert, kind):
         assert not any(same[name] for name in same if name.endswith("dense.weight"))
 
 
-def test_trainer(tmp_path, bert):
-    """Trainer's script: a pair task and a regression, another neuron, exact resumption, and the same results file."""
+def test_another_neuron(tmp_path, bert):
+    """A pair task and a regression, another neuron, exact resumption, and the same results file."""
     glue = write_glue(tmp_path / "glue", "stsb", rows=24)
-    common = ["--task_name", "stsb", "--data_dir", glue, "--model_name_or_path", bert, "--convert", "--do_train"]
+    common = ["--task_name", "stsb", "--data_dir", glue, "--model_name_or_path", bert, "--convert"]
     common += [
-        "--do_eval",
         "--use_cpu",
         "--per_device_train_batch_size",
         8,
@@ -386,7 +385,7 @@ def test_trainer(tmp_path, bert):
         "--report_to",
         "none",
     ]
-    common += ["--neuron_type", "lif", "--coding", "repeat", "--num_timesteps", 2, "--energy_samples", 4]
+    common += ["--config_overrides", "neuron_type=lif,coding=repeat,num_timesteps=2", "--energy_samples", 4]
     common += ["--num_train_epochs", 2, "--save_steps", 4, "--disable_tqdm", "True", "--seeds", 1]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run_script("run_glue", *common, "--output_dir", whole)
@@ -408,13 +407,11 @@ def test_trainer(tmp_path, bert):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        pytest.param(["--config_overrides", "decays=0.1"], "must be name=value", id="override"),
-        pytest.param(["--config_overrides", "decay=much"], "--config_overrides", id="override-type"),
-        pytest.param(["--config_overrides", "firing_rate_target=low"], "--config_overrides", id="override-number"),
-        pytest.param(["--logit_weight", 2], "--logit_weight must lie in", id="weight"),
-        pytest.param(["--hidden_weight", 1], "--hidden_weight needs --teacher_name_or_path", id="no-teacher"),
-        pytest.param(["--augment_probability", 1.5], "--augment_probability must lie in", id="augment"),
-        pytest.param(["--augment_probability", 1], "--augment_probability needs --teacher", id="augment-no-teacher"),
+        pytest.param(["--config_overrides", "decays=0.1"], "'decays' is none of the settings", id="override"),
+        pytest.param(["--config_overrides", "decay=much", "--convert"], "decay", id="override-type"),
+        pytest.param(["--setting", "firing_rate_target=low", "--convert"], "firing_rate_target", id="override-number"),
+        pytest.param(["--logit_weight", 2], "`logit_weight` must lie in", id="weight"),
+        pytest.param(["--hidden_weight", 1], "`hidden_weight` needs a teacher", id="no-teacher"),
         pytest.param(["--unlabelled_file", __file__ + "x"], "there is no file", id="unlabelled-missing"),
         pytest.param(["--unlabelled_file", __file__], "--unlabelled_file must be one of .txt", id="unlabelled-kind"),
         pytest.param(["--unlabelled_file", "{text}"], "--unlabelled_file needs --teacher", id="unlabelled-no-teacher"),
@@ -426,19 +423,18 @@ def test_trainer(tmp_path, bert):
         pytest.param(["--unlabelled_sentences", 0], "--unlabelled_sentences must be >= 1", id="unlabelled-sentences"),
         pytest.param(["--unlabelled_batches", 0], "--unlabelled_batches must be >= 1", id="unlabelled-batches"),
         pytest.param(["--seeds", 1, 1], "must differ", id="seeds"),
-        pytest.param(["--spike_type", "ternary"], "give --convert", id="settings-of-a-bert"),
+        pytest.param(["--setting", "spike_type=ternary"], "give --convert", id="settings-of-a-bert"),
         pytest.param(["--task_name", "glue"], "must be one of cola", id="task"),
-        pytest.param(["--max_train_steps", -1], "--max_train_steps must be >= 0", id="steps"),
         pytest.param(["--resume_from_checkpoint", "nowhere"], "is not a checkpoint", id="checkpoint"),
-        pytest.param(["--neuron_type", "psn", "--psn_length", 128], "--pad_to_max_length", id="psn"),
+        pytest.param(["--setting", "neuron_type=psn,psn_length=128", "--convert"], "--pad_to_max_length", id="psn"),
     ],
 )
-def test_no_trainer_refuses(tmp_path, bert, capsys, arguments, message):
+def test_refuses(tmp_path, bert, capsys, arguments, message):
     glue = write_glue(tmp_path / "glue", "sst2")
     common = [*BASE, "--model_name_or_path", bert, "--data_dir", glue, "--output_dir", tmp_path / "out"]
     (tmp_path / "text.txt").write_text("Too short.")
     arguments = [{"{text}": tmp_path / "text.txt", "{bert}": bert}.get(x, x) for x in arguments]
-    assert message in refused(capsys, "run_glue_no_trainer", *common, *arguments)
+    assert message in refused(capsys, "run_glue", *common, *arguments)
     assert not (tmp_path / "out" / "results.json").exists()
 
 
@@ -447,37 +443,40 @@ def test_attention_weights_under_dropout_are_refused(tmp_path, bert, capsys):
     arguments = [*BASE, "--model_name_or_path", bert, "--data_dir", glue, "--output_dir", tmp_path / "out", "--convert"]
     arguments += ["--teacher_name_or_path", bert, "--attention_weight", 0.1]
     arguments += ["--config_overrides", "attention_probs_dropout_prob=0.1"]
-    message = refused(capsys, "run_glue_no_trainer", *arguments)
+    message = refused(capsys, "run_glue", *arguments)
     assert "a dropout of 0.1 would be applied: give --config_overrides attention_probs_dropout_prob=0" in message
 
 
 def test_a_teacher_of_another_task_is_refused(tmp_path, bert, capsys):
     glue = write_glue(tmp_path / "glue", "stsb")
     arguments = ["--model_name_or_path", bert, "--data_dir", glue, "--output_dir", tmp_path / "out"]
-    message = refused(capsys, "run_glue_no_trainer", *arguments, "--task_name", "stsb", "--teacher_name_or_path", bert)
+    message = refused(capsys, "run_glue", *arguments, "--task_name", "stsb", "--teacher_name_or_path", bert)
     assert "must have been fine-tuned on stsb, with 1 labels; it has 2" in message
 
 
-@pytest.mark.parametrize("augment", [0.0, 1.0])
-def test_a_teacher_leaves_the_firing_rate_penalty_whole(bert, tokenizer, augment):
-    """However little the labels count beside the teacher, or not at all, the penalty has the configuration's weight."""
-    args = ModelArguments(str(bert), teacher_name_or_path=str(bert), logit_weight=0.7, augment_probability=augment)
-    teacher = Teacher(args, TASKS["sst2"], tokenizer, torch.device("cpu"))
-    config = SNNBertConfig.from_pretrained(bert, firing_rate_target=0.01, num_labels=2)
-    torch.manual_seed(0)
-    model = SNNBertForSequenceClassification(config).train()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    batch = {**tokenizer(["the old clock", "the quick fox"], return_tensors="pt"), "labels": torch.tensor([0, 1])}
-    losses = []
-    for weight in (0.0, 2.0):
-        model.config.firing_rate_weight = weight
-        torch.manual_seed(0)
-        loss, outputs = teacher.loss(model, batch)
-        losses.append(loss)
-    assert outputs.firing_rate_penalty > 0
-    torch.testing.assert_close(losses[1] - losses[0], 2 * outputs.firing_rate_penalty)
+def test_the_plain_loop(tmp_path, bert):
+    """It gives what Trainer gives without dropout, bit for bit, and resumes exactly with it."""
+    glue = write_glue(tmp_path / "glue", "sst2")
+    common = [*BASE, "--model_name_or_path", bert, "--data_dir", glue, "--convert", "--gradient_accumulation_steps", 2]
+    common += ["--num_train_epochs", 2]
+    still = ["--config_overrides", "hidden_dropout_prob=0,attention_probs_dropout_prob=0"]
+    run_script("run_glue", *common, *still, "--output_dir", tmp_path / "trainer")
+    run_script("run_glue_no_trainer", *common, *still, "--output_dir", tmp_path / "loop")
+    assert_same_weights(tmp_path / "trainer" / "seed_0", tmp_path / "loop")
+    results = json.loads((tmp_path / "loop" / "all_results.json").read_text())
+    assert results["steps"] == 5
+    assert results["metrics"]["validation_accuracy"] == read(tmp_path / "trainer")["mean"]["accuracy"]
+    assert 0 < results["energy"]["mean_firing_rate"] < 1
+
+    run_script("run_glue_no_trainer", *common, "--checkpointing_steps", 2, "--output_dir", tmp_path / "whole")
+    resume = ["--resume_from_checkpoint", tmp_path / "whole" / "step_2", "--output_dir", tmp_path / "parts"]
+    run_script("run_glue_no_trainer", *common, *resume)
+    assert_same_weights(tmp_path / "whole", tmp_path / "parts")
+    evaluate = ["--model_name_or_path", tmp_path / "whole", "--max_train_steps", 0, "--output_dir", tmp_path / "again"]
+    run_script("run_glue_no_trainer", *BASE, "--data_dir", glue, *evaluate)
+    again, whole = (json.loads((tmp_path / x / "all_results.json").read_text()) for x in ("again", "whole"))
+    assert again["metrics"] == whole["metrics"] and again["steps"] == 0
+    assert_same_weights(tmp_path / "whole", tmp_path / "again")
 
 
 @pytest.mark.parametrize(

@@ -1,26 +1,22 @@
 """One encoder with a head for each of several tasks: its loss and figures, and the script that trains it."""
 
-import argparse
 import json
 import random
 
 import pytest
 import torch
-from example_scripts import interrupt_after, refused, run_script
+from example_scripts import interrupted_after, refused, run_script
 from glue_files import write_glue
-from glue_tasks import TASKS, score
-from run_multitask_no_trainer import CollateForTeacher, inputs_of_teacher, labelled_rows, load_task
-from safetensors.torch import load_file
-from several_tasks import (
-    check_heads,
+from glue_tasks import TASKS, check_heads, heads_of, keep_head, label_settings, load_for_task, load_task, score
+from run_multitask import (
+    CollateForTeacher,
+    MultitaskTrainer,
     heads_logit_loss,
-    heads_of,
-    keep_head,
     label_loss,
-    label_settings,
-    load_for_task,
+    labelled_rows,
     score_tasks,
 )
+from safetensors.torch import load_file
 from small_bert import bert_fixture, write_half_precision
 from transformers import (
     AutoTokenizer,
@@ -32,15 +28,16 @@ from transformers import (
     MPNetModel,
     MPNetTokenizer,
 )
-from unlabelled_data import UnlabelledRows, read_passages
 
 from modeling_snn_bert import SNNBertForSequenceClassification
 from modeling_snn_bert.conversion import convert_bert
 from modeling_snn_bert.distillation import logit_loss
+from modeling_snn_bert.trainer import DistillationTrainingArguments
+from modeling_snn_bert.unlabelled_data import UnlabelledRows, read_passages
 
 NAMES = ["sst2", "stsb", "rte"]
 SOME_TASKS = [TASKS[name] for name in NAMES]
-SCRIPT = "run_multitask_no_trainer"
+SCRIPT = "run_multitask"
 bert = bert_fixture(BertModel)
 
 
@@ -76,7 +73,7 @@ def common(glue):
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory, bert, glue):
     folder = tmp_path_factory.mktemp("teacher")
-    arguments = ["--model_name_or_path", bert, "--learning_rate", 3e-3, "--max_train_steps", 80]
+    arguments = ["--model_name_or_path", bert, "--learning_rate", 3e-3, "--max_steps", 80]
     run_script(SCRIPT, *common(glue), *arguments, "--output_dir", folder)
     return folder
 
@@ -87,7 +84,7 @@ def read(folder):
 
 def make_bert(tasks, **settings):
     small = {"vocab_size": 120, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
-    config = BertConfig(**small, intermediate_size=48, **{**label_settings(tasks), **settings})
+    config = BertConfig(**{**small, "intermediate_size": 48, **label_settings(tasks), **settings})
     return BertForSequenceClassification(config).eval()
 
 
@@ -195,7 +192,7 @@ def test_scores_of_all_tasks():
 
 def test_tasks_are_drawn_by_the_root_of_their_size(glue, tokenizer):
     data = [load_task(task_name=name, data_dir=str(glue))[1] for name in NAMES]
-    draw = labelled_rows(argparse.Namespace(max_seq_length=32), SOME_TASKS, data, tokenizer)
+    draw = labelled_rows(SOME_TASKS, data, tokenizer, 32)
     rng = random.Random(0)
     rows = [draw(rng) for _ in range(2000)]
     shares = [sum(row["task"] == index for row in rows) / len(rows) for index in range(3)]
@@ -228,8 +225,8 @@ def test_a_student_learns_from_the_teacher_alone(tmp_path, snn_bert, teacher, gl
         "--logging_steps",
         5,
     ]
-    run_script(SCRIPT, *arguments, "--max_train_steps", 0, "--output_dir", tmp_path / "before")
-    run_script(SCRIPT, *arguments, "--max_train_steps", 60, "--learning_rate", 3e-3, "--output_dir", tmp_path / "after")
+    run_script(SCRIPT, *arguments, "--no_do_train", "--output_dir", tmp_path / "before")
+    run_script(SCRIPT, *arguments, "--max_steps", 60, "--learning_rate", 3e-3, "--output_dir", tmp_path / "after")
     log = [entry for entry in read(tmp_path / "after")["log"] if "loss" in entry]
     for name in ("logit_loss", "hidden_state_loss", "attention_loss"):
         assert log[-1][name] < 0.9 * log[0][name]
@@ -244,7 +241,7 @@ def test_a_student_learns_from_the_teacher_alone(tmp_path, snn_bert, teacher, gl
     # One of its heads goes on by the script for one task.
     one = ["--task_name", "rte", "--data_dir", glue, "--model_name_or_path", tmp_path / "after", "--seeds", 0]
     one += ["--teacher_name_or_path", teacher, "--energy_samples", 4]
-    run_script("run_glue_no_trainer", *one, "--max_train_steps", 0, "--output_dir", tmp_path / "rte")
+    run_script("run_glue", *one, "--no_do_train", "--output_dir", tmp_path / "rte")
     run = read(tmp_path / "rte")["runs"][0]
     assert run["metrics"]["accuracy"] == read(tmp_path / "after")["evaluation"]["eval_rte_accuracy"]
     assert 0 < run["energy"]["mean_firing_rate"] < 1
@@ -270,26 +267,33 @@ def mpnet(tmp_path_factory, tokenizer):
 @pytest.mark.slow
 def test_a_teacher_of_another_kind_teaches_its_logits(tmp_path, bert, mpnet, glue, text_file):
     arguments = [*common(glue), "--learning_rate", 3e-3, "--logging_steps", 5]
-    own = ["--model_name_or_path", mpnet, "--freeze_embeddings", "--max_train_steps", 120]
+    own = ["--model_name_or_path", mpnet, "--freeze_embeddings", "--max_steps", 120]
     run_script(SCRIPT, *arguments, *own, "--output_dir", tmp_path / "mpnet")
     assert read(tmp_path / "mpnet")["evaluation"]["eval_sst2_accuracy"] >= 0.9
     arguments += ["--model_name_or_path", bert, "--teacher_name_or_path", tmp_path / "mpnet", "--hidden_weight", 0]
-    arguments += ["--unlabelled_file", text_file, "--max_train_steps", 80]
+    arguments += ["--unlabelled_file", text_file, "--max_steps", 80]
     run_script(SCRIPT, *arguments, "--output_dir", tmp_path / "bert")
     results = read(tmp_path / "bert")
     losses = [entry["logit_loss"] for entry in results["log"] if "logit_loss" in entry]
     assert losses[-1] < 0.5 * losses[0] and results["evaluation"]["eval_sst2_accuracy"] >= 0.9
 
 
-def test_the_teacher_reads_the_same_rows(mpnet, tokenizer, text_file):
+def test_the_teacher_reads_the_same_rows(tmp_path, mpnet, tokenizer, text_file):
     """By its own tokenizer, single texts and pairs in one batch; other teachers read the student's batch."""
     rows = UnlabelledRows(read_passages([str(text_file)], 20), [], [], tokenizer, 24, single_share=0.5, with_texts=True)
     own = AutoTokenizer.from_pretrained(mpnet)
     collate = CollateForTeacher(DataCollatorWithPadding(tokenizer), own, 24)
     rng = random.Random(0)
     drawn = [rows(rng) for _ in range(8)]
-    batch = collate(drawn)
-    wanted = inputs_of_teacher(batch)
+    both = collate(drawn)
+    arguments = DistillationTrainingArguments(tmp_path, use_cpu=True)
+    trainer = MultitaskTrainer(
+        make_bert(SOME_TASKS), arguments, tasks=SOME_TASKS, teacher=make_bert(SOME_TASKS, vocab_size=len(own))
+    )
+    read = []
+    trainer.teacher.register_forward_pre_hook(lambda model, args, kwargs: read.append(kwargs), with_kwargs=True)
+    trainer.ask_teacher(both)
+    batch, wanted = trainer.inputs_of_student(both), read[0]
     assert set(batch) == {"input_ids", "token_type_ids", "attention_mask"} and set(wanted) == {
         "input_ids",
         "attention_mask",
@@ -299,7 +303,10 @@ def test_the_teacher_reads_the_same_rows(mpnet, tokenizer, text_file):
         texts = row["texts"] if isinstance(row["texts"], tuple) else (row["texts"],)
         assert ids[valid == 1].tolist() == own(*texts, truncation=True, max_length=24)["input_ids"]
         assert row["input_ids"] == tokenizer(*texts, truncation=True, max_length=24)["input_ids"]
-    assert inputs_of_teacher(batch) is batch
+    trainer.teacher = make_bert(SOME_TASKS, vocab_size=len(tokenizer))
+    trainer.teacher.register_forward_pre_hook(lambda model, args, kwargs: read.append(kwargs), with_kwargs=True)
+    trainer.ask_teacher(batch)
+    assert all(torch.equal(x, batch[name]) for name, x in read[1].items())
 
 
 @pytest.mark.slow
@@ -307,22 +314,20 @@ def test_resumes_exactly_also_to_another_end(tmp_path, snn_bert, teacher, glue, 
     """A run at a constant rate is resumed, and a fall branches off one of its checkpoints."""
     arguments = [*common(glue), "--model_name_or_path", snn_bert, "--teacher_name_or_path", teacher, "--seed", 1]
     arguments += ["--unlabelled_file", text_file, "--lr_scheduler_type", "warmup_stable_decay", "--logging_steps", 1]
-    arguments += ["--num_warmup_steps", 2, "--checkpointing_steps", 4]
-    constant = ["--max_train_steps", 12, "--num_decay_steps", 1]
+    arguments += ["--warmup_steps", 2, "--save_steps", 4]
+    constant = ["--max_steps", 12, "--lr_scheduler_kwargs", '{"num_decay_steps": 1, "decay_type": "linear"}']
     run_script(SCRIPT, *arguments, *constant, "--output_dir", tmp_path / "whole")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("accelerate_loop.TrainingLoop._save", interrupt_after(8))
-        with pytest.raises(KeyboardInterrupt):
-            run_script(SCRIPT, *arguments, *constant, "--output_dir", tmp_path / "parts")
-    resume = ["--resume_from_checkpoint", tmp_path / "parts" / "step_8"]
+    with interrupted_after(8):
+        run_script(SCRIPT, *arguments, *constant, "--output_dir", tmp_path / "parts")
+    resume = ["--resume_from_checkpoint", tmp_path / "parts" / "checkpoint-8"]
     run_script(SCRIPT, *arguments, *constant, *resume, "--output_dir", tmp_path / "parts")
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
-    fall = ["--max_train_steps", 12, "--num_decay_steps", 4]
+    fall = ["--max_steps", 12, "--lr_scheduler_kwargs", '{"num_decay_steps": 4, "decay_type": "linear"}']
     run_script(SCRIPT, *arguments, *fall, *resume, "--output_dir", tmp_path / "fall")
     rates = [entry["learning_rate"] for entry in read(tmp_path / "fall")["log"] if "learning_rate" in entry]
-    assert rates == pytest.approx([5e-5, *[1e-4] * 7, 7.5e-5, 5e-5, 2.5e-5, 0])
+    assert rates == pytest.approx([0, 5e-5, *[1e-4] * 7, 7.5e-5, 5e-5, 2.5e-5])
     assert read(tmp_path / "fall")["log"][:8] == read(tmp_path / "parts")["log"][:8]
 
 
@@ -332,7 +337,7 @@ def test_resumes_exactly_also_to_another_end(tmp_path, snn_bert, teacher, glue, 
         pytest.param(["--tasks", "rte", "rte"], "--tasks must differ", id="tasks"),
         pytest.param(["--max_seq_length", 4], "--max_seq_length must be >= 5", id="length"),
         pytest.param(["--single_share", 2], "--single_share must lie in", id="share"),
-        pytest.param(["--hidden_weight", -1], "--hidden_weight must be >= 0", id="weight"),
+        pytest.param(["--hidden_weight", -1], "`hidden_weight` must be >= 0", id="weight"),
         pytest.param(
             ["--unlabelled_file", "{text}"], "--unlabelled_file needs --teacher_name_or_path", id="no-teacher"
         ),
@@ -366,6 +371,6 @@ def test_refuses(tmp_path, capsys, bert, snn_bert, mpnet, teacher, glue, text_fi
 
 def test_half_precision_is_trained_in_full(tmp_path, bert, tokenizer, glue):
     write_half_precision(tmp_path / "half", bert, tokenizer)
-    arguments = ["--model_name_or_path", tmp_path / "half", "--max_train_steps", 1, "--output_dir", tmp_path / "out"]
+    arguments = ["--model_name_or_path", tmp_path / "half", "--max_steps", 1, "--output_dir", tmp_path / "out"]
     run_script(SCRIPT, *common(glue), *arguments)
     assert all(x.dtype == torch.float32 for x in load_file(tmp_path / "out" / "model.safetensors").values())

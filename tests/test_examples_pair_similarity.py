@@ -1,10 +1,9 @@
 """How alike two sentences are, against loops over pairs and tokens."""
 
-import math
-
+import example_scripts  # noqa: F401  makes the scripts importable
 import pytest
 import torch
-from pair_similarity import PAIR_LOSSES, SCALE, SIMILARITIES, embedding_loss, ranking_loss, squared_loss
+from run_sts import SIMILARITIES
 
 LENGTHS = [(3, 5), (1, 1), (7, 2), (7, 7)]
 
@@ -48,19 +47,6 @@ def test_similarity_is_that_of_a_loop(states, name):
     torch.testing.assert_close(SIMILARITIES[name](*states), torch.tensor(wanted))
 
 
-def test_embedding_loss_is_that_of_a_loop(states):
-    hidden, mask = states
-    generator = torch.Generator().manual_seed(1)
-    wanted = torch.where(mask[..., None] != 0, torch.randn(hidden.shape, generator=generator), -1e3)
-    means, targets = (
-        torch.stack([row[valid != 0].mean(0) for row, valid in zip(x, mask, strict=True)]) for x in (hidden, wanted)
-    )
-    variance = sum(((row - targets.mean(0)) ** 2).mean() for row in targets) / len(targets)
-    error = sum(((one - two) ** 2).mean() for one, two in zip(means, targets, strict=True)) / len(targets)
-    torch.testing.assert_close(embedding_loss(hidden, wanted, mask), error / variance)
-    assert embedding_loss(wanted, wanted, mask) == 0
-
-
 @pytest.mark.parametrize("name", SIMILARITIES)
 def test_similarity_keeps_its_precision_under_autocast(states, name):
     hidden, mask = states
@@ -83,32 +69,3 @@ def test_a_part_of_a_sentence_is_found_in_it(states):
     mask[1, 3:] = 0
     assert SIMILARITIES["second_in_first"](both, mask).item() == pytest.approx(1)
     assert SIMILARITIES["max_sim"](both, mask).item() < 0.99
-
-
-def test_ranking_loss_is_that_of_a_loop():
-    similarities, labels = torch.tensor([0.9, 0.2, 0.5, 0.4]), torch.tensor([0.2, 0.2, 0.8, 1.0])
-    terms = [
-        math.exp(SCALE * float(similarities[j] - similarities[i]))
-        for i in range(4)
-        for j in range(4)
-        if labels[i] > labels[j]
-    ]
-    assert ranking_loss(similarities, labels).item() == pytest.approx(math.log(1 + sum(terms)), rel=1e-5)
-
-
-def test_ranking_loss_of_labels_that_are_all_alike_is_zero():
-    similarities = torch.rand(4, requires_grad=True)
-    loss = ranking_loss(similarities, torch.ones(4))
-    loss.backward()
-    assert loss.item() == 0 and similarities.grad.eq(0).all()
-
-
-def test_squared_loss():
-    assert squared_loss(torch.tensor([0.5, 1.0]), torch.tensor([1.0, 1.0])).item() == pytest.approx(0.125)
-
-
-@pytest.mark.parametrize("name", PAIR_LOSSES)
-def test_losses_have_gradients(name):
-    similarities = torch.tensor([0.9, 0.2, 0.5], requires_grad=True)
-    PAIR_LOSSES[name](similarities, torch.tensor([0.0, 1.0, 0.5])).backward()
-    assert similarities.grad.isfinite().all() and similarities.grad.ne(0).any()

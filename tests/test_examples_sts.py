@@ -6,14 +6,14 @@ import random
 import pytest
 import torch
 from example_scripts import refused, run_script
-from pair_similarity import mean_embeddings
-from run_sts_no_trainer import best_threshold
+from run_sts import best_threshold
 from sentence_transformers import SentenceTransformer
 from small_bert import bert_fixture, write_half_precision
 from transformers import BertConfig, BertModel
 
 from modeling_snn_bert import SNNBertModel
 from modeling_snn_bert.conversion import convert_bert
+from modeling_snn_bert.distillation import mean_embeddings
 
 WORDS = ["river", "fox", "film", "night", "clock", "dog"]
 
@@ -49,7 +49,7 @@ def test_trains_a_sentence_encoder(tmp_path, snn_bert, bert, pairs, tokenizer, t
     arguments = [*pairs, "--model_name_or_path", snn_bert, "--teacher_name_or_path", tmp_path / "half"]
     arguments += ["--embedding_weight", 0.01]
     arguments += ["--learning_rate", 3e-3, "--num_train_epochs", 12, "--per_device_train_batch_size", 16]
-    run_script("run_sts_no_trainer", *arguments, "--seeds", 1, 2, "--output_dir", tmp_path / "out")
+    run_script("run_sts", *arguments, "--seeds", 1, 2, "--output_dir", tmp_path / "out")
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["seeds"] == [1, 2] and results["standard_deviation"]["combined"] is not None
     for run in results["runs"]:
@@ -79,27 +79,26 @@ def test_a_firing_rate_target_counts(tmp_path, snn_bert, pairs, tokenizer):
     tokenizer.save_pretrained(tmp_path / "quiet")
     rates = []
     for start in (snn_bert, tmp_path / "quiet"):
-        arguments = [*pairs, "--model_name_or_path", start, "--max_train_steps", 12, "--learning_rate", 1e-3]
-        run_script("run_sts_no_trainer", *arguments, "--output_dir", tmp_path / f"out-{len(rates)}")
+        arguments = [*pairs, "--model_name_or_path", start, "--max_steps", 12, "--learning_rate", 1e-3]
+        run_script("run_sts", *arguments, "--output_dir", tmp_path / f"out-{len(rates)}")
         (run,) = json.loads((tmp_path / f"out-{len(rates)}" / "results.json").read_text())["runs"]
         rates.append(run["energy"]["mean_firing_rate"])
     assert 0.01 < rates[1] < 0.7 * rates[0]
 
 
 def test_a_bert_is_trained_alike(tmp_path, bert, pairs):
-    arguments = [*pairs, "--model_name_or_path", bert, "--max_train_steps", 1, "--skip_saving"]
-    run_script("run_sts_no_trainer", *arguments, "--output_dir", tmp_path / "out")
+    arguments = [*pairs, "--model_name_or_path", bert, "--max_steps", 1]
+    run_script("run_sts", *arguments, "--output_dir", tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir() if path.is_file()] == ["results.json"]
-    assert not list((tmp_path / "out").rglob("*.safetensors"))
     (run,) = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
     assert run["energy"] is None
 
 
 def test_a_bert_that_it_has_written_teaches(tmp_path, bert, snn_bert, pairs):
-    steps = [*pairs, "--max_train_steps", 2, "--logging_steps", 1]
-    run_script("run_sts_no_trainer", *steps, "--model_name_or_path", bert, "--output_dir", tmp_path / "teacher")
+    steps = [*pairs, "--max_steps", 2, "--logging_steps", 1]
+    run_script("run_sts", *steps, "--model_name_or_path", bert, "--output_dir", tmp_path / "teacher")
     taught = ["--model_name_or_path", snn_bert, "--teacher_name_or_path", tmp_path / "teacher" / "seed_0"]
-    run_script("run_sts_no_trainer", *steps, *taught, "--skip_saving", "--output_dir", tmp_path / "student")
+    run_script("run_sts", *steps, *taught, "--output_dir", tmp_path / "student")
     (run,) = json.loads((tmp_path / "student" / "results.json").read_text())["runs"]
     losses = [entry["embedding_loss"] for entry in run["log"] if "embedding_loss" in entry]
     assert len(losses) == 2 and min(losses) > 0
@@ -114,9 +113,9 @@ def test_labels_are_told_apart_by_a_threshold(tmp_path, bert, labels, similarity
         rows = [{"sentence1": one, "sentence2": two, "label": labels[1 - i % 2]} for i, one, two in pairs]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     arguments = ["--train_file", tmp_path / "train.jsonl", "--validation_file", tmp_path / "dev.jsonl"]
-    arguments += ["--model_name_or_path", bert, "--max_train_steps", 0, "--skip_saving"]
-    arguments += ["--similarity", similarity, "--pair_loss", "ranking"]
-    run_script("run_sts_no_trainer", *arguments, "--output_dir", tmp_path / "out")
+    arguments += ["--model_name_or_path", bert, "--no_do_train"]
+    arguments += ["--similarity", similarity]
+    run_script("run_sts", *arguments, "--output_dir", tmp_path / "out")
     (run,) = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
     assert run["metrics"]["accuracy"] == 1 and run["metrics"]["threshold"] < 1
     assert run["before_training"] is None and run["last_step"] == 0
@@ -141,14 +140,14 @@ def test_best_threshold(pairs, wanted):
     [
         pytest.param(["--max_score", 2.5], "scores must lie in [0, 2.5] (--max_score), train has 5.0", id="score"),
         pytest.param(["--max_score", 0], "--max_score must be positive", id="max-score"),
-        pytest.param(["--embedding_weight", -1], "--embedding_weight must be >= 0", id="weight"),
+        pytest.param(["--embedding_weight", -1], "`embedding_weight` must be >= 0", id="weight"),
         pytest.param(["--energy_samples", -1], "--energy_samples must be >= 0", id="energy"),
         pytest.param(["--seeds", 1, 1], "must differ", id="seeds"),
     ],
 )
 def test_refuses(tmp_path, bert, pairs, capsys, arguments, message):
     common = [*pairs, "--model_name_or_path", bert, "--output_dir", tmp_path / "out"]
-    assert message in refused(capsys, "run_sts_no_trainer", *common, *arguments)
+    assert message in refused(capsys, "run_sts", *common, *arguments)
     assert not (tmp_path / "out").exists()
 
 
@@ -158,5 +157,5 @@ def test_a_teacher_of_another_width_is_refused(tmp_path, bert, pairs, tokenizer,
     )
     tokenizer.save_pretrained(tmp_path / "b")
     arguments = [*pairs, "--model_name_or_path", bert, "--teacher_name_or_path", tmp_path / "b"]
-    message = refused(capsys, "run_sts_no_trainer", *arguments, "--output_dir", tmp_path / "out")
+    message = refused(capsys, "run_sts", *arguments, "--output_dir", tmp_path / "out")
     assert "the teacher's hidden_size must be the model's, 32; it is 48" in message

@@ -1,38 +1,20 @@
 """Unlabelled data, made of text, for a teacher to label: sentences, pairs of them, and copies with faults.
 
-`UnlabelledRows` draws single sentences and pairs, tokenised, without end; the training scripts do so with
-`--unlabelled_file`. As a script, this makes labelled data of a text: its sentences, and copies of them with a fault in
-each, to learn grammar from.
-
-    python examples/unlabelled_data.py --train_file novels.txt.xz reviews.txt.xz --max_sentences 100000 \\
-        --output_dir outputs/corrupted
-    python examples/run_glue_no_trainer.py --model_name_or_path ... --task_name cola --data_dir outputs/corrupted ...
-
-A model that is fine-tuned on them first does better on CoLA, which has too few sentences to learn the difference from;
-telling sentences from corrupted ones is also what Warstadt et al., "Neural Network Acceptability Judgments", 2019,
-train their encoders on beforehand. The output is in the layout of CoLA, in lower case: label 1 for a sentence of the
-text, and 0 for its copy, with one or two words swapped, moved, left out, repeated, put in, inflected otherwise or
-exchanged.
+`UnlabelledRows` draws single sentences and pairs, tokenised, without end; `batches.DrawnBatches` makes batches of them.
+`Corruption` puts faults into sentences.
 """
 
-import argparse
-import csv
 import itertools
-import os
 import random
 import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from glue_tasks import TASKS
-from sklearn.feature_extraction.text import TfidfVectorizer
-from text_blocks import KINDS, add_source_arguments, check_source_arguments, kind_of, sources
 from transformers import PreTrainedTokenizerBase
+
+from .text_blocks import read_documents
 
 # Words of a group take each other's place; any of them is put in.
 FUNCTION_WORDS = (
@@ -77,48 +59,6 @@ AUXILIARIES = frozenset(
 NEGATIONS = ("not", "never")
 DENIALS = ("it is not true that".split(), "nobody says that".split())
 NEGATION_WORDS = {*NEGATIONS, *itertools.chain.from_iterable(DENIALS)}
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_source_arguments(parser)
-    parser.add_argument("--source_shares", type=float, nargs="+", help="share of each --train_file (default: the same)")
-    parser.add_argument("--max_sentences", type=int, default=100_000, help="sentences of the text (default: 100,000)")
-    parser.add_argument("--validation_sentences", type=int, default=1000, help="so many of them for dev.tsv")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output_dir", type=Path, required=True, help="the folder CoLA is written to it")
-    args = parser.parse_args()
-    check_source_arguments(parser, args)
-    count = len(args.train_file or [args.dataset_name])
-    args.source_shares = args.source_shares or [1 / count] * count
-    if len(args.source_shares) != count or min(args.source_shares) <= 0 or abs(sum(args.source_shares) - 1) > 1e-6:
-        parser.error(f"--source_shares must be {count} positive numbers that add up to 1, got {args.source_shares}")
-    if not 1 <= args.validation_sentences < args.max_sentences:
-        parser.error(
-            f"--validation_sentences must be >= 1 and fewer than --max_sentences, got {args.validation_sentences} of "
-            f"{args.max_sentences}"
-        )
-    return args
-
-
-def main() -> None:
-    args = parse_args()
-    rng = random.Random(args.seed)
-    sentences = []
-    for stream, share in zip(sources(args, PIECE_CHARACTERS), args.source_shares, strict=True):
-        sentences += draw_sentences(stream, int(args.max_sentences * share), rng)
-    if len(sentences) <= args.validation_sentences:
-        raise SystemExit(
-            f"the text has {len(sentences)} sentences of {MIN_WORDS} to {MAX_WORDS} words: too few for "
-            f"{args.validation_sentences} (--validation_sentences) and training"
-        )
-    corrupt = Corruption(itertools.chain.from_iterable(sentences))
-    rng.shuffle(sentences)
-    rows = [row for words in sentences for row in ((1, words), (0, corrupt(words, rng)))]
-    held_out = 2 * args.validation_sentences
-    write_rows(args.output_dir / TASKS["cola"].folder / "dev.tsv", rows[:held_out])
-    write_rows(args.output_dir / TASKS["cola"].folder / "train.tsv", rows[held_out:])
-    print(f"{len(rows) - held_out} rows to train on and {held_out} for dev in {args.output_dir}")
 
 
 def draw_sentences(documents: Iterable[str], count: int, rng: random.Random) -> list[list[str]]:
@@ -240,17 +180,6 @@ def forms_of(words: Iterable[str]) -> dict[str, list[str]]:
     return {word: sorted(others) for word, others in forms.items()}
 
 
-def check_unlabelled_files(parser: argparse.ArgumentParser, files: Sequence[str] | None, sentences: int) -> None:
-    """End the program with a clear message if the flags `--unlabelled_file` and `--unlabelled_sentences` are wrong."""
-    for file in files or []:
-        if not Path(file).is_file():
-            parser.error(f"--unlabelled_file: there is no file {file}")
-        if kind_of(Path(file)) is None:
-            parser.error(f"--unlabelled_file must be one of {', '.join(KINDS)}, may be packed as .xz; got {file}")
-    if sentences < 1:
-        parser.error(f"--unlabelled_sentences must be >= 1, got {sentences}")
-
-
 def read_passages(files: Sequence[str], sentences: int, seed: int = 0) -> list[list[str]]:
     """Passages of consecutive sentences, about `sentences` in all, the same number from each file.
 
@@ -260,10 +189,9 @@ def read_passages(files: Sequence[str], sentences: int, seed: int = 0) -> list[l
         ValueError: if a file has no sentences.
     """
     rng = random.Random(seed)
-    args = argparse.Namespace(train_file=list(files), dataset_name=None, text_column="text")
     passages = []
     wanted = -(-sentences // len(files))
-    for file, documents in zip(files, sources(args, PASSAGE_CHARACTERS), strict=True):
+    for file, documents in zip(files, read_documents(files, piece_characters=PASSAGE_CHARACTERS), strict=True):
         pool: list[list[str]] = []
         found = 0
         for document in documents:
@@ -302,6 +230,9 @@ def nearest_by_tfidf(texts: Sequence[str], count: int) -> list[list[int]]:
     Of more than a thousand texts the words that stand in more than a fiftieth are not looked at, unless all do: such
     words say little and cost the most.
     """
+    import numpy as np
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
     settings = {"sublinear_tf": True, "token_pattern": r"\w+", "dtype": np.float32}
     counts = Counter(word for text in texts for word in set(re.findall(r"\w+", text.lower())))
     frequent = len(texts) if len(texts) <= 1000 or min(counts.values()) > len(texts) // 50 else len(texts) // 50
@@ -524,73 +455,3 @@ def negation(words: list[str], rng: random.Random) -> list[str]:
         if word in AUXILIARIES:
             return [*words[: place + 1], rng.choice(NEGATIONS), *words[place + 1 :]]
     return [*rng.choice(DENIALS), *words]
-
-
-class WordReplacement:
-    """Replaces tokens by neighbours in a BERT's word embeddings.
-
-    A few thousand labelled rows are too few to teach what a teacher does on other ones, but a teacher can label any
-    input. As in Jiao et al., "TinyBERT", 2020, whose neighbours are GloVe's where a word is one token.
-
-    Args:
-        embeddings (`[vocab_size, hidden]`): the word embeddings.
-        tokenizer: whose special and unused tokens neither are replaced nor replace others.
-        max_share: in each row a share of the tokens is replaced that is drawn from between 0 and this.
-        neighbours: a token is replaced by one of its so many nearest, by cosine.
-
-    Raises:
-        ValueError: if an argument is outside its range.
-    """
-
-    def __init__(
-        self,
-        embeddings: torch.Tensor,
-        tokenizer: PreTrainedTokenizerBase,
-        max_share: float = 0.4,
-        neighbours: int = 15,
-    ) -> None:
-        vocabulary = tokenizer.get_vocab()
-        excluded = {index for word, index in vocabulary.items() if word.startswith("[unused")}
-        excluded |= set(tokenizer.all_special_ids)
-        if not 0 < max_share <= 1:
-            raise ValueError(f"`max_share` must lie in (0, 1], got {max_share}")
-        words = len(embeddings) - len(excluded)
-        if not 1 <= neighbours < words:
-            raise ValueError(f"`neighbours` must be >= 1 and fewer than the {words} words, got {neighbours}")
-        self.max_share, self.neighbours = max_share, neighbours
-        self.directions = torch.nn.functional.normalize(embeddings.detach().float(), dim=-1)
-        self.replaceable = torch.ones(len(embeddings), dtype=torch.bool, device=embeddings.device)
-        self.replaceable[list(excluded)] = False
-        # Filled as tokens come up; most of a vocabulary never does.
-        self.nearest = torch.full((len(embeddings), neighbours), -1, device=embeddings.device)
-
-    def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """A variant of `input_ids`, `[batch, seq_len]`; draws from torch's random numbers."""
-        share = self.max_share * torch.rand(len(input_ids), 1, device=input_ids.device)
-        chosen = (torch.rand(input_ids.shape, device=input_ids.device) < share) & self.replaceable[input_ids]
-        tokens = input_ids[chosen]
-        self._find_nearest(tokens.unique())
-        pick = torch.randint(self.neighbours, tokens.shape, device=tokens.device)
-        return input_ids.masked_scatter(chosen, self.nearest[tokens, pick])
-
-    def _find_nearest(self, tokens: torch.Tensor) -> None:
-        new = tokens[self.nearest[tokens, 0] < 0]
-        if not len(new):
-            return
-        similarity = (self.directions[new] @ self.directions.T).masked_fill(~self.replaceable, -torch.inf)
-        similarity.scatter_(1, new[:, None], -torch.inf)
-        self.nearest[new] = similarity.topk(self.neighbours).indices
-
-
-def write_rows(path: Path, rows: Iterable[tuple[int, list[str]]]) -> None:
-    """Write labels and sentences in CoLA's columns: source, label, mark of a fault, sentence. Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    with open(partial, "w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, delimiter="\t", quoting=csv.QUOTE_NONE, quotechar=None, lineterminator="\n")
-        writer.writerows(("text", label, "" if label else "*", " ".join(words)) for label, words in rows)
-    os.replace(partial, path)
-
-
-if __name__ == "__main__":
-    main()

@@ -5,19 +5,22 @@ ids beside the run. What a training step sees follows from the seed and the step
 with the very data that it would have seen.
 """
 
-import argparse
+import csv
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from datasets import load_dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
+
+from .atomic_writes import written_whole
 
 COMPRESSIONS = (".xz", ".gz", ".bz2", ".zst")
 KINDS = {".txt": "text", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -28,63 +31,74 @@ DOCUMENTS_AT_ONCE = 64
 MIN_SEQ_LENGTH = 8
 
 
-def add_source_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """The flags that say which text to use, in a group that is returned."""
-    group = parser.add_argument_group("text")
-    group.add_argument("--train_file", nargs="+", help=".txt (a document a line), .csv, .tsv, .json, .parquet; or .xz")
-    group.add_argument("--dataset_name", help="a dataset on the Hub, read as a stream")
-    group.add_argument("--dataset_config_name", help="its configuration")
-    group.add_argument("--text_column", default="text", help="name of the column of texts (default: text)")
-    return group
+@dataclass
+class TextArguments:
+    """Which text to use, and how to cut it into blocks; `HfArgumentParser` makes flags of it."""
 
-
-def add_text_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that say which text to use, and how to cut it."""
-    group = add_source_arguments(parser)
-    group.add_argument("--max_seq_length", type=int, default=128, help="tokens in a block, with [CLS] and [SEP]")
-    group.add_argument("--max_text_tokens", type=int, help="stop reading after so many tokens (default: all)")
-    group.add_argument("--validation_blocks", type=int, default=64, help="blocks that are held out (default: 64)")
-    group.add_argument(
-        "--pair_probability",
-        type=float,
-        default=0.0,
-        help="share of the blocks that are cut into a pair of segments, as tasks on pairs of sentences have them",
+    train_file: list[str] | None = field(
+        default=None, metadata={"help": ".txt (a document a line), .csv, .tsv, .json, .parquet; or packed as .xz, .gz"}
     )
-    group.add_argument(
-        "--short_probability",
-        type=float,
-        default=0.0,
-        help="share of the batches whose blocks are cut to a shorter length, the same for the batch and drawn anew for "
-        "each, so that short inputs are seen as well",
+    dataset_name: str | None = field(default=None, metadata={"help": "a dataset on the Hub, read as a stream"})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "its configuration"})
+    text_column: str = field(default="text", metadata={"help": "name of the column of texts"})
+    max_seq_length: int = field(default=128, metadata={"help": "tokens in a block, with [CLS] and [SEP]"})
+    max_text_tokens: int | None = field(default=None, metadata={"help": "stop reading after so many (default: all)"})
+    validation_blocks: int = field(default=64, metadata={"help": "blocks that are held out"})
+    pair_probability: float = field(
+        default=0.0, metadata={"help": "share of the blocks that are cut into a pair of segments"}
     )
-    group.add_argument("--calibration_tokens", type=int, default=10_000, help="to convert a BERT (default: 10,000)")
+    short_probability: float = field(
+        default=0.0,
+        metadata={"help": "share of the batches whose blocks are cut to one shorter length, drawn anew for each"},
+    )
+    calibration_tokens: int = field(default=10_000, metadata={"help": "to convert a BERT"})
+
+    def __post_init__(self) -> None:
+        if bool(self.train_file) == bool(self.dataset_name):
+            raise ValueError("give either --train_file or --dataset_name")
+        check_text_files("--train_file", self.train_file or [])
+        least = dict.fromkeys(("validation_blocks", "calibration_tokens", "max_text_tokens"), 1)
+        for name, minimum in {"max_seq_length": MIN_SEQ_LENGTH, **least}.items():
+            value = getattr(self, name)
+            if value is not None and value < minimum:
+                raise ValueError(f"--{name} must be >= {minimum}, got {value}")
+        for name in ("pair_probability", "short_probability"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"--{name} must lie in [0, 1], got {getattr(self, name)}")
+
+    def documents(self) -> list[Iterator[str]]:
+        """A stream of documents for each file, or one for the dataset."""
+        if self.dataset_name is None:
+            return read_documents(self.train_file or [], self.text_column)
+        from datasets import load_dataset
+
+        data = load_dataset(self.dataset_name, self.dataset_config_name, split="train", streaming=True)
+        return [_pieces(data, self.dataset_name, self.text_column, PIECE_CHARACTERS)]
+
+    def blocks(self, tokenizer: PreTrainedTokenizerBase, folder: Path, seed: int) -> "TextBlocks":
+        """The text as blocks of tokens, which are kept in `folder`.
+
+        Raises:
+            ValueError: if the text has no tokens, or too few to hold out `validation_blocks`.
+        """
+        return TextBlocks(
+            token_file(self, tokenizer, folder),
+            tokenizer,
+            self.max_seq_length,
+            validation_blocks=self.validation_blocks,
+            pair_probability=self.pair_probability,
+            short_probability=self.short_probability,
+            seed=seed,
+        )
 
 
-def check_source_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End the program with a clear message if the flags of `add_source_arguments` cannot be used."""
-    if bool(args.train_file) == bool(args.dataset_name):
-        parser.error("give either --train_file or --dataset_name")
-    for file in args.train_file or []:
+def check_text_files(name: str, files: Sequence[str]) -> None:
+    """Raise a `ValueError` about the flag `name` if one of its files is missing or of no kind that can be read."""
+    for file in files:
         if not Path(file).is_file():
-            parser.error(f"--train_file: there is no file {file}")
+            raise ValueError(f"{name}: there is no file {file}")
         if kind_of(Path(file)) is None:
-            parser.error(f"--train_file must be one of {', '.join(KINDS)}, may be packed as .xz or .gz; got {file}")
-
-
-def check_text_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End the program with a clear message if the flags of `add_text_arguments` cannot be used."""
-    check_source_arguments(parser, args)
-    if args.max_seq_length < MIN_SEQ_LENGTH:
-        parser.error(f"--max_seq_length must be >= {MIN_SEQ_LENGTH}, got {args.max_seq_length}")
-    if args.max_text_tokens is not None and args.max_text_tokens < 1:
-        parser.error(f"--max_text_tokens must be >= 1, got {args.max_text_tokens}")
-    if args.validation_blocks < 1:
-        parser.error(f"--validation_blocks must be >= 1, got {args.validation_blocks}")
-    if args.calibration_tokens < 1:
-        parser.error(f"--calibration_tokens must be >= 1, got {args.calibration_tokens}")
-    for name in ("pair_probability", "short_probability"):
-        if not 0 <= getattr(args, name) <= 1:
-            parser.error(f"--{name} must lie in [0, 1], got {getattr(args, name)}")
+            raise ValueError(f"{name} must be one of {', '.join(KINDS)}, may be packed as .xz or .gz; got {file}")
 
 
 def kind_of(path: Path) -> str | None:
@@ -93,27 +107,29 @@ def kind_of(path: Path) -> str | None:
     return KINDS.get(name.suffix)
 
 
-def sources(args: argparse.Namespace, piece_characters: int = PIECE_CHARACTERS) -> list[Iterator[str]]:
-    """A stream of documents for each file, or one for the dataset; in pieces of at most that many characters.
+def read_documents(
+    files: Sequence[str], text_column: str = "text", piece_characters: int = PIECE_CHARACTERS
+) -> list[Iterator[str]]:
+    """A stream of documents for each file, in pieces of at most that many characters.
 
     Raises:
         ValueError: while it is read, if a text column is missing.
     """
-    if args.dataset_name:
-        data = load_dataset(args.dataset_name, args.dataset_config_name, split="train", streaming=True)
-        return [_documents(data, args.dataset_name, args.text_column, piece_characters)]
+    from datasets import load_dataset
+
     streams = []
-    for file in args.train_file:
+    for file in files:
         kind = kind_of(Path(file))
-        assert kind is not None  # checked with the arguments
-        options = {"delimiter": "\t", "quoting": 3} if ".tsv" in Path(file).suffixes else {}
+        assert kind is not None, "files are checked by `check_text_files`"
+        is_tsv = ".tsv" in Path(file).suffixes
+        options: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if is_tsv else {}
         data = load_dataset(kind, data_files=str(Path(file).resolve()), split="train", streaming=True, **options)
-        column = "text" if kind == "text" else args.text_column
-        streams.append(_documents(data, file, column, piece_characters))
+        column = "text" if kind == "text" else text_column
+        streams.append(_pieces(data, file, column, piece_characters))
     return streams
 
 
-def _documents(rows, name: str, column: str, piece_characters: int) -> Iterator[str]:
+def _pieces(rows: Iterable[dict], name: str, column: str, piece_characters: int) -> Iterator[str]:
     for row in rows:
         if column not in row:
             raise ValueError(f"{name} has no column {column!r}, only {sorted(row)}: choose with --text_column")
@@ -145,7 +161,7 @@ def tokenize_sources(
             yield ids
 
 
-def token_file(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:
+def token_file(args: TextArguments, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:
     """The file of token ids (int32) of this text with this tokenizer, in `folder`; made if it is not there yet.
 
     Raises:
@@ -160,17 +176,13 @@ def token_file(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, fol
     if path.exists():
         return path
     folder.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".partial-{os.getpid()}")
-    try:
+    with written_whole(path) as partial:
         with open(partial, "wb") as file, tqdm(desc="tokenize the text", unit=" tokens", unit_scale=True) as progress:
-            for ids in tokenize_sources(sources(args), tokenizer, args.max_text_tokens):
+            for ids in tokenize_sources(args.documents(), tokenizer, args.max_text_tokens):
                 file.write(np.asarray(ids, dtype=np.int32).tobytes())
                 progress.update(len(ids))
         if not partial.stat().st_size:
             raise ValueError(f"there is no text in {files or args.dataset_name}")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
     return path
 
 
@@ -215,19 +227,6 @@ class TextBlocks:
         order = np.random.default_rng(0).permutation(count)
         self.held_out, self.training = order[:validation_blocks], order[validation_blocks:]
 
-    @classmethod
-    def from_arguments(cls, args: argparse.Namespace, path: Path, tokenizer: PreTrainedTokenizerBase) -> "TextBlocks":
-        """The blocks that the flags of `add_text_arguments` and `--seed` ask for."""
-        return cls(
-            path,
-            tokenizer,
-            args.max_seq_length,
-            validation_blocks=args.validation_blocks,
-            pair_probability=args.pair_probability,
-            short_probability=args.short_probability,
-            seed=args.seed,
-        )
-
     def batch(self, step: int, batch_size: int, part: int = 0, parts: int = 1) -> dict[str, torch.Tensor]:
         """The `part`-th of `parts` batches of step `step`, each of `batch_size` blocks; every epoch has a new order."""
         first = (step * parts + part) * batch_size
@@ -249,6 +248,12 @@ class TextBlocks:
                 indices = self.held_out[start : start + batch_size]
                 yield self._assemble(indices, np.random.default_rng([0, number]), self.blocks.shape[1] + 2)
 
+    def calibration(self, tokens: int) -> list[dict[str, torch.Tensor]]:
+        """Training blocks of about that many tokens in all for `convert_bert`; the same ones in every process."""
+        length = self.blocks.shape[1] + 2
+        batch_size = max(1, 1024 // length)
+        return [self.batch(number, batch_size) for number in range(max(1, tokens // (batch_size * length)))]
+
     def _epoch_order(self, epoch: int) -> np.ndarray:
         if getattr(self, "_order", (None, None))[0] != epoch:
             self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.training))
@@ -265,10 +270,3 @@ class TextBlocks:
             ids[row, cut] = self.sep_id
             types[row, cut + 1 :] = 1
         return {"input_ids": torch.from_numpy(ids).long(), "token_type_ids": torch.from_numpy(types).long()}
-
-
-def calibration_batches(args: argparse.Namespace, blocks: TextBlocks) -> list[dict[str, torch.Tensor]]:
-    """Training blocks of `--calibration_tokens` tokens for `convert_bert`; the same ones in every process."""
-    batch_size = max(1, 1024 // args.max_seq_length)
-    count = max(1, args.calibration_tokens // (batch_size * args.max_seq_length))
-    return [blocks.batch(number, batch_size) for number in range(count)]

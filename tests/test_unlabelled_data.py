@@ -1,22 +1,16 @@
-"""Unlabelled rows made of text and of tasks, and the script that labels sentences and corrupted copies of them."""
+"""Unlabelled rows made of text and of tasks."""
 
-import itertools
 import random
 from collections import Counter
 
 import numpy as np
 import pytest
-import torch
-from accelerate_loop import DrawnBatches
-from example_scripts import refused, run_script
-from glue_tasks import load_task
-from transformers import DataCollatorWithPadding
-from unlabelled_data import (
+
+from modeling_snn_bert.unlabelled_data import (
     ALL_FUNCTION_WORDS,
     GROUP_OF,
     Corruption,
     UnlabelledRows,
-    WordReplacement,
     forms_of,
     nearest_by_tfidf,
     negation,
@@ -112,81 +106,6 @@ def test_usable_sentences():
         "he said : it is late !",
         "what was it then ?",
     ]
-
-
-def test_script(tmp_path):
-    for name in ("a", "b"):
-        (tmp_path / f"{name}.txt").write_text(make_text(60), encoding="utf-8")
-    arguments = ["--train_file", tmp_path / "a.txt", tmp_path / "b.txt", "--max_sentences", 40]
-    arguments += ["--validation_sentences", 8]
-    for seed, output in ((0, "one"), (0, "again"), (1, "other")):
-        run_script("unlabelled_data", *arguments, "--seed", seed, "--output_dir", tmp_path / output)
-    files = {output: (tmp_path / output / "CoLA" / "train.tsv").read_bytes() for output in ("one", "again", "other")}
-    assert files["one"] == files["again"] != files["other"]
-
-    _, data = load_task(task_name="cola", data_dir=str(tmp_path / "one"))
-    assert len(data["train"]) == 64 and len(data["validation"]) == 16
-    for rows in data.values():
-        assert rows["label"] == [1, 0] * (len(rows) // 2)
-        assert all(good != bad for good, bad in zip(rows["sentence"][::2], rows["sentence"][1::2], strict=True))
-    assert not list((tmp_path / "one").rglob("*.partial"))
-
-
-def test_shares_of_the_files(tmp_path):
-    (tmp_path / "a.txt").write_text(make_text(300), encoding="utf-8")
-    (tmp_path / "b.txt").write_text(make_text(300).replace("The", "Every"), encoding="utf-8")
-    arguments = ["--train_file", tmp_path / "a.txt", tmp_path / "b.txt", "--source_shares", 0.9, 0.1]
-    arguments += ["--max_sentences", 200, "--validation_sentences", 5]
-    run_script("unlabelled_data", *arguments, "--output_dir", tmp_path / "out")
-    _, data = load_task(task_name="cola", data_dir=str(tmp_path / "out"))
-    good = [text for rows in data.values() for text in rows["sentence"][::2]]
-    assert len(good) == 200 and 0 < sum(text.startswith("every") for text in good) <= 20
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        pytest.param([], "--train_file", id="no-text"),
-        pytest.param(["--train_file", "missing.txt"], "there is no file missing.txt", id="missing"),
-        pytest.param(["--train_file", "{text}", "--source_shares", 0.5, 0.5], "must be 1 positive", id="shares"),
-        pytest.param(["--train_file", "{text}", "--source_shares", 0.9], "add up to 1", id="sum"),
-        pytest.param(["--train_file", "{text}", "--max_sentences", 5], "--validation_sentences", id="held-out"),
-        pytest.param(["--train_file", "{text}", "--validation_sentences", 0], ">= 1", id="none-held-out"),
-        pytest.param(["--train_file", "{text}", "--max_sentences", 5000], "too few", id="too-few"),
-    ],
-)
-def test_refuses(tmp_path, capsys, arguments, message):
-    text = tmp_path / "text.txt"
-    text.write_text(make_text(10), encoding="utf-8")
-    arguments = [text if x == "{text}" else x for x in arguments]
-    assert message in refused(capsys, "unlabelled_data", *arguments, "--output_dir", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_words_are_replaced_by_their_neighbours(tokenizer):
-    torch.manual_seed(0)
-    words = torch.randn(len(tokenizer), 16)
-    replace = WordReplacement(words, tokenizer, max_share=0.5, neighbours=2)
-    ids = tokenizer(["the old clock", "the quick fox"] * 50, return_tensors="pt", padding="max_length", max_length=12)
-    ids = ids["input_ids"]
-    variant = replace(ids)
-    special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids))
-    changed = variant != ids
-    assert 0.1 < changed[~special].float().mean() < 0.4 and not changed[special].any()
-    cosine = torch.nn.functional.cosine_similarity(words[:, None], words[None], dim=-1)
-    cosine.fill_diagonal_(-2)[:, tokenizer.all_special_ids] = -2
-    for before, after in zip(ids[changed].tolist(), variant[changed].tolist(), strict=True):
-        assert after in cosine[before].topk(2).indices.tolist()
-    torch.manual_seed(1)
-    again = replace(ids)
-    torch.manual_seed(1)
-    assert torch.equal(replace(ids), again) and not torch.equal(again, variant)
-
-
-@pytest.mark.parametrize(("argument", "value"), [("max_share", 0), ("max_share", 1.5), ("neighbours", 10**6)])
-def test_word_replacement_refuses(tokenizer, argument, value):
-    with pytest.raises(ValueError, match=f"`{argument}` must"):
-        WordReplacement(torch.randn(len(tokenizer), 16), tokenizer, **{argument: value})
 
 
 def test_more_edits_change_more(corruption):
@@ -355,25 +274,3 @@ def test_rows_refuse(tokenizer, data, settings, message):
     settings = {"max_seq_length": 32, "single_share": 1.0, **settings}
     with pytest.raises(ValueError, match=message):
         UnlabelledRows(*data, tokenizer, **settings)
-
-
-def test_batches_follow_from_seed_and_step(rows, tokenizer):
-    """In any order, by processes of their own; a window of batches is cut out of sorted rows."""
-
-    def batches(seed=0, part=0):
-        return DrawnBatches(rows, DataCollatorWithPadding(tokenizer), 4, seed, part)
-
-    one, again = batches(), batches()
-    forwards = [one.batch(number) for number in range(40)]
-    for number in (39, 0, 17, 16, 3):
-        assert all(torch.equal(x, forwards[number][name]) for name, x in again.batch(number).items())
-    for other in (batches(seed=1), batches(part=1)):
-        assert any(
-            other.batch(number)["input_ids"].tolist() != forwards[number]["input_ids"].tolist() for number in (0, 1)
-        )
-    lengths = [batch["attention_mask"].sum(1) for batch in forwards[:16]]
-    ordered = sorted(lengths, key=lambda rows: int(rows.sum()))
-    assert all(a.max() <= b.min() for a, b in itertools.pairwise(ordered))
-    assert [int(x.max()) for x in lengths] != [int(x.max()) for x in ordered]
-    pairs = torch.cat([batch["token_type_ids"].any(1) for batch in forwards])
-    assert len(pairs) == 160 and 0.5 < pairs.float().mean() < 0.9

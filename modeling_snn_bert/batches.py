@@ -1,0 +1,129 @@
+"""Batches that follow from the seed and their number alone: a run that is resumed sees what it would have seen.
+
+`RowBatches` and `DrawnBatches` make them, each process its own. `Batches` is what a run goes through:
+`DistillationTrainer` takes it as its `train_dataset`.
+"""
+
+import math
+import random
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+Batch = dict[str, torch.Tensor]
+Row = Mapping[str, Any]
+Collate = Callable[[list[Row]], Mapping[str, torch.Tensor]]
+
+
+class Batches(Dataset):
+    """The batches of a whole run in their order, ready for the model.
+
+    Args:
+        batch_of: makes this process' batch of a number.
+        count: how many there are, from 0 on.
+    """
+
+    def __init__(self, batch_of: Callable[[int], Batch], count: int) -> None:
+        self.batch_of, self.count = batch_of, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, number: int) -> Batch:
+        return self.batch_of(number)
+
+
+class RowBatches:
+    """Batches of tokenised rows, in another order in each epoch.
+
+    Rows of like length go together, which saves padding; the last batch of an epoch may be smaller.
+
+    Args:
+        rows: rows with `input_ids`.
+        collate: makes a batch of a list of rows.
+        batch_size: rows that a process takes at a time.
+        seed: seed of the order.
+        part, parts: which of how many processes this is.
+    """
+
+    # Rows are sorted by length among so many batches.
+    WINDOW = 20
+
+    def __init__(
+        self, rows: Iterable[Row], collate: Collate, batch_size: int, seed: int, part: int = 0, parts: int = 1
+    ) -> None:
+        self.rows, self.collate, self.seed, self.part, self.parts = list(rows), collate, seed, part, parts
+        self.global_batch_size = batch_size * parts
+        self.per_epoch = math.ceil(len(self.rows) / self.global_batch_size)
+        self._epoch = -1
+
+    def __call__(self, number: int) -> Batch:
+        """This process' batch number `number`, counted from the first epoch on."""
+        epoch, place = divmod(number, self.per_epoch)
+        if self._epoch != epoch:
+            self._epoch, self._batches = epoch, self._order(epoch)
+        indices = self._batches[place]
+        # A last batch that the processes cannot share evenly is filled up with its own rows.
+        indices = [indices[i % len(indices)] for i in range(math.ceil(len(indices) / self.parts) * self.parts)]
+        return dict(self.collate([self.rows[i] for i in indices[self.part :: self.parts]]))
+
+    def _order(self, epoch: int) -> list[list[int]]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        order = torch.randperm(len(self.rows), generator=generator).tolist()
+        size, window = self.global_batch_size, self.WINDOW * self.global_batch_size
+        groups = [
+            sorted(order[i : i + window], key=lambda row: len(self.rows[row]["input_ids"]))
+            for i in range(0, len(order), window)
+        ]
+        batches = [group[i : i + size] for group in groups for i in range(0, len(group), size)]
+        return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+class DrawnBatches:
+    """Batches of rows that are drawn one by one and without end.
+
+    So many rows as fill `WINDOW` batches are drawn at a time, sorted by length and cut into batches, which saves
+    padding; the batches come in a random order.
+
+    Args:
+        draw: draws a row with `input_ids`; all that is random in it comes from its argument.
+        collate: makes a batch of a list of rows.
+        batch_size: rows of a batch.
+        seed: seed of the draws.
+        part: number of this process; each draws rows of its own.
+    """
+
+    WINDOW = 16
+
+    def __init__(
+        self, draw: Callable[[random.Random], Row], collate: Collate, batch_size: int, seed: int, part: int = 0
+    ) -> None:
+        self.draw, self.collate, self.batch_size, self.seed, self.part = draw, collate, batch_size, seed, part
+        self._window = -1
+
+    def __call__(self, number: int) -> Batch:
+        """This process' batch number `number`, counted over the whole run."""
+        window, place = divmod(number, self.WINDOW)
+        if self._window != window:
+            self._window, self._batches = window, self._draw_window(window)
+        return dict(self.collate(self._batches[place]))
+
+    def _draw_window(self, window: int) -> list[list[Row]]:
+        rng = random.Random(f"{self.seed}, {self.part}, {window}")
+        rows = [self.draw(rng) for _ in range(self.WINDOW * self.batch_size)]
+        rows.sort(key=lambda row: len(row["input_ids"]))
+        batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
+        rng.shuffle(batches)
+        return batches
+
+
+def alternating(labelled: Callable[[int], Batch], drawn: Callable[[int], Batch], share: int) -> Callable[[int], Batch]:
+    """A batch of `labelled`, then `share` of `drawn`, and so on."""
+
+    def batch_of(number: int) -> Batch:
+        before, place = divmod(number, share + 1)
+        return labelled(before) if place == 0 else drawn(number - before - 1)
+
+    return batch_of

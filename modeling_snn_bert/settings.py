@@ -1,0 +1,38 @@
+"""Settings of `SNNBertConfig` as users write them on a command line: `spike_type=ternary,decay=0.1`."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from .configuration_snn_bert import SNNBertConfig
+
+# A comma within a value, as in a list, is followed by no name.
+BETWEEN_SETTINGS = re.compile(r",(?=\w+=)")
+
+
+def parse_settings(words: str | Sequence[str] | None) -> dict[str, Any]:
+    """`"spike_type=ternary,decay=0.1"`, or several such words, as a dictionary of settings of `SNNBertConfig`.
+
+    A value is JSON, or else the word itself. Whether it fits its setting is checked where a configuration is made.
+
+    Raises:
+        ValueError: for a word without `=`, and for a name that is no setting.
+    """
+    known = {field.name for field in dataclasses.fields(SNNBertConfig)}
+    own = sorted(known & set(SNNBertConfig.__annotations__))
+    settings: dict[str, Any] = {}
+    for word in [words] if isinstance(words, str) else words or ():
+        for part in BETWEEN_SETTINGS.split(word):
+            name, separator, text = part.partition("=")
+            if not separator:
+                raise ValueError(f"must have the form NAME=VALUE, got {part!r}")
+            if name not in known:
+                raise ValueError(f"{name!r} is none of the settings {', '.join(own)}")
+            try:
+                settings[name] = json.loads(text)
+            except json.JSONDecodeError:
+                # A word is itself; Python's spelling of the constants is taken too.
+                settings[name] = {"True": True, "False": False, "None": None}.get(text, text)
+    return settings

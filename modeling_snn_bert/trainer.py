@@ -1,0 +1,270 @@
+"""transformers' Trainer for an SNN-BERT: the neurons' own learning rate, and a BERT as the teacher."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, Trainer, TrainerControl, TrainingArguments
+from transformers.utils import ModelOutput
+
+from .batches import Batch, Batches
+from .distillation import (
+    attention_loss,
+    embedding_loss,
+    hidden_state_loss,
+    label_and_logit_loss,
+    logit_loss,
+    parameter_groups,
+)
+from .seeds import environment
+from .sparsity import add_penalty
+
+
+@dataclass
+class DistillationTrainingArguments(TrainingArguments):
+    """TrainingArguments with the neurons' learning rate, the weights of the losses, and defaults that suit an SNN-BERT.
+
+    A script trains and evaluates by default; `--no_do_train` evaluates the model as it is.
+    """
+
+    do_train: bool = field(default=True, metadata={"help": "train"})
+    do_eval: bool = field(default=True, metadata={"help": "evaluate at the end"})
+    learning_rate: float = field(default=1e-4, metadata={"help": "of all but the neurons"})
+    neuron_learning_rate: float | None = field(
+        default=None, metadata={"help": "of thresholds, decays and resets (default: 10 times --learning_rate)"}
+    )
+    weight_decay: float = field(default=0.01, metadata={"help": "of the weights of Linears and embeddings"})
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "rows of a batch"})
+    per_device_eval_batch_size: int = field(default=32, metadata={"help": "rows of a batch in evaluation"})
+    logging_steps: float = field(default=10, metadata={"help": "log every so many steps"})
+    seed: int = field(default=0, metadata={"help": "of everything that is random"})
+    include_num_input_tokens_seen: str = field(
+        default="non_padding", metadata={"help": "tokens to count: non_padding, all or no"}
+    )
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "leave out of the log what is not finite"})
+    logit_weight: float = field(
+        default=0.5, metadata={"help": "share of the teacher's logits in the loss, the labels having the rest"}
+    )
+    temperature: float = field(default=2.0, metadata={"help": "temperature of the logits' loss"})
+    hidden_weight: float = field(default=0.0, metadata={"help": "weight of the loss on the teacher's hidden states"})
+    attention_weight: float = field(
+        default=0.0, metadata={"help": "weight of the loss on the teacher's attention weights"}
+    )
+    embedding_weight: float = field(
+        default=0.0, metadata={"help": "weight of the loss on the mean of the teacher's last hidden states"}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("hidden_weight", "attention_weight", "embedding_weight"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"`{name}` must be >= 0, got {getattr(self, name)}")
+        if not 0 <= self.logit_weight <= 1:
+            raise ValueError(f"`logit_weight` must lie in [0, 1], got {self.logit_weight}")
+        if not self.temperature > 0:
+            raise ValueError(f"`temperature` must be positive, got {self.temperature}")
+
+
+class DistillationTrainer(Trainer):
+    """Trainer that teaches a model what a fine-tuned BERT does, beside its labels or in place of them.
+
+    The loss is the sum of
+
+    - the labels' loss and the loss on the teacher's logits, mixed by `logit_weight`; without labels in a batch, or
+      without a head that takes them, it is the part that there is;
+    - the losses on hidden states, attention weights and mean embeddings, each with its weight;
+    - the penalty of `firing_rate_target`, if the student's configuration has one.
+
+    The means of the parts since the last log are logged beside the loss. Without a teacher it is Trainer with
+    `parameter_groups`.
+
+    Args:
+        model: the student.
+        args: the arguments.
+        teacher: a BERT with the student's vocabulary, and its shape if more than logits is taught; for attention
+            weights both are loaded with `attn_implementation="eager"`. It goes to the student's device, and stays as
+            it is.
+        figures_of: evaluates in place of Trainer: the figures of the model, which is in evaluation mode, by name.
+        kwargs: those of Trainer. `train_dataset` may be a `batches.Batches`, which is gone through in its order; the
+            arguments need `max_steps` then.
+
+    Raises:
+        ValueError: if a weight asks for a teacher and there is none.
+    """
+
+    args: DistillationTrainingArguments
+    optimizer: torch.optim.Optimizer | None
+    control: TrainerControl
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: DistillationTrainingArguments,
+        *,
+        teacher: PreTrainedModel | None = None,
+        figures_of: Callable[[PreTrainedModel], dict[str, float]] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        for name in ("hidden_weight", "attention_weight", "embedding_weight"):
+            if getattr(args, name) and teacher is None:
+                raise ValueError(f"`{name}` needs a teacher")
+        if figures_of is not None:
+            kwargs.setdefault("eval_dataset", [])  # Trainer asks for one
+        super().__init__(model, args, **kwargs)
+        self.teacher, self.figures_of = teacher, figures_of
+        if teacher is not None:
+            teacher.to(args.device).eval().requires_grad_(False)
+        # Each loss is a mean over its batch, which Trainer is to divide by the accumulated batches; a BERT's classifier
+        # says otherwise of itself.
+        self.model_accepts_loss_kwargs = False
+        self._parts: dict[str, list[torch.Tensor]] = {}
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As they are, the batches of a `Batches`; else Trainer's."""
+        if not isinstance(self.train_dataset, Batches):
+            return super().get_train_dataloader()
+        # Each process has batches of its own already, so that there is nothing to share out.
+        return DataLoader(
+            self.train_dataset,
+            batch_size=1,
+            collate_fn=_the_one,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """The optimiser of the arguments, with `parameter_groups`."""
+        if self.optimizer is None:
+            groups = parameter_groups(
+                self.model,
+                self.args.learning_rate,
+                neuron_learning_rate=self.args.neuron_learning_rate,
+                weight_decay=self.args.weight_decay,
+            )
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = optimizer_class(groups, **{k: v for k, v in options.items() if k != "lr"})
+        return self.optimizer
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        """The losses of a training batch; an evaluation has the labels' loss."""
+        if self.teacher is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+        extras = {
+            "output_hidden_states": self.args.hidden_weight > 0,
+            "output_attentions": self.args.attention_weight > 0,
+        }
+        with torch.no_grad():
+            wanted = self.ask_teacher({name: x for name, x in inputs.items() if name != "labels"}, **extras)
+        outputs = model(**self.inputs_of_student(inputs), **extras)
+        loss = self.add_losses(outputs, wanted, inputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def ask_teacher(self, inputs: Batch, **extras: bool) -> ModelOutput:
+        """What the teacher makes of a batch without its labels; a subclass may have it read something else."""
+        assert self.teacher is not None
+        return self.teacher(**self.inputs_of_student(inputs), **extras)
+
+    def inputs_of_student(self, inputs: Batch) -> Batch:
+        """What of a batch the model reads: all, unless a subclass has more in its batches."""
+        return inputs
+
+    def logit_part(self, outputs: ModelOutput, wanted: ModelOutput, inputs: Batch) -> torch.Tensor:
+        """The loss on labels and logits, with the penalty on firing rates."""
+        weight = self.firing_rate_weight
+        if "labels" in inputs:
+            return label_and_logit_loss(
+                outputs,
+                wanted.logits,
+                self.args.logit_weight,
+                firing_rate_weight=weight,
+                temperature=self.args.temperature,
+            )
+        return add_penalty(logit_loss(outputs.logits, wanted.logits, self.args.temperature), outputs, weight)
+
+    @property
+    def firing_rate_weight(self) -> float:
+        """That of the student's configuration; a BERT has no firing rates."""
+        return getattr(self.model.config, "firing_rate_weight", 0.0)
+
+    def add_losses(self, outputs: ModelOutput, wanted: ModelOutput, inputs: Batch) -> torch.Tensor:
+        """The sum of all losses; their parts are kept for the log."""
+        mask = inputs.get("attention_mask")
+        if "logits" in outputs:
+            loss = self.add_part("logit_loss", self.logit_part(outputs, wanted, inputs))
+        else:
+            loss = add_penalty(torch.zeros((), device=self.args.device), outputs, self.firing_rate_weight)
+        if self.args.hidden_weight:
+            part = hidden_state_loss(outputs.hidden_states, wanted.hidden_states, mask)
+            loss = loss + self.args.hidden_weight * self.add_part("hidden_state_loss", part)
+        if self.args.attention_weight:
+            part = attention_loss(outputs.attentions, wanted.attentions, mask)
+            loss = loss + self.args.attention_weight * self.add_part("attention_loss", part)
+        if self.args.embedding_weight:
+            if mask is None:
+                mask = torch.ones_like(inputs["input_ids"])
+            part = embedding_loss(outputs.last_hidden_state, wanted.last_hidden_state, mask)
+            loss = loss + self.args.embedding_weight * self.add_part("embedding_loss", part)
+        if getattr(outputs, "firing_rate_penalty", None) is not None:
+            self.add_part("firing_rate_penalty", outputs.firing_rate_penalty)
+        return loss
+
+    def add_part(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """Keep a part of the loss for the log, and return it."""
+        self._parts.setdefault(name, []).append(value.detach().float())
+        return value
+
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        """Trainer's figures, or those of `figures_of`, with the prefix in front of their names."""
+        if self.figures_of is None:
+            return super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        was_training = self.model.training
+        self.model.eval()
+        with torch.no_grad(), self.compute_loss_context_manager():
+            figures = self.figures_of(self.model)
+        self.model.train(was_training)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def results(self) -> dict[str, Any]:
+        """What a file of results says of every run: figures at the last step, log, flags, versions and machine.
+
+        All processes must call it: it evaluates, unless that was done at the last step.
+        """
+        done = [entry for entry in self.state.log_history if any(name.startswith("eval_") for name in entry)]
+        last = done[-1] if done and done[-1]["step"] == self.state.global_step else self.evaluate()
+        flags = self.args.to_sanitized_dict()
+        return {
+            "parameters": self.model.num_parameters(),
+            "steps": self.state.global_step,
+            "training_tokens": self.state.num_input_tokens_seen,
+            "evaluation": {name: x for name, x in last.items() if name.startswith("eval_")},
+            "training_arguments": {name: flags[name] for name in sorted(flags)},
+            "environment": environment(self.args.device),
+            "log": self.state.log_history,
+        }
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log, with the means of the loss's parts since the last log where the loss is logged.
+
+        Raises:
+            RuntimeError: if the loss is no longer finite.
+        """
+        if "loss" in logs and self._parts:
+            means = {name: torch.stack(values).mean() for name, values in self._parts.items()}
+            logs |= {name: self.accelerator.reduce(x, reduction="mean").item() for name, x in means.items()}
+            self._parts = {}
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise RuntimeError(
+                f"training has diverged at step {self.state.global_step}: {logs}; try a lower learning rate"
+            )
+        super().log(logs, *args, **kwargs)
+
+
+def _the_one(batches: list[Batch]) -> Batch:
+    [batch] = batches
+    return batch

@@ -1,0 +1,96 @@
+"""Batches that follow from seed and number."""
+
+import itertools
+import random
+
+import pytest
+import torch
+from transformers import DataCollatorWithPadding
+
+from modeling_snn_bert.batches import Batches, DrawnBatches, RowBatches, alternating
+from modeling_snn_bert.unlabelled_data import UnlabelledRows
+
+SENTENCES = [
+    "the old fox is here .",
+    "the fox is old .",
+    "it rained all night .",
+    "fox",
+    "nobody knew why it stopped .",
+]
+
+
+@pytest.fixture
+def rows(tokenizer):
+    pairs = list(itertools.pairwise(SENTENCES))
+    return UnlabelledRows([SENTENCES], SENTENCES, pairs, tokenizer, 48, single_share=0.3)
+
+
+@pytest.fixture
+def labelled(tokenizer):
+    generator = random.Random(0)
+    texts = [" ".join(generator.choices("the old fox is here".split(), k=1 + i % 9)) for i in range(170)]
+    return [{**tokenizer(text), "labels": i} for i, text in enumerate(texts)]
+
+
+def test_every_row_once_an_epoch(labelled, tokenizer):
+    """In an order of its own, and from the number alone; rows of like length go together."""
+    batches = RowBatches(labelled, DataCollatorWithPadding(tokenizer), 8, seed=3)
+    assert batches.per_epoch == 22
+    found = [batches(number) for number in range(44)]
+    epochs = [torch.cat([batch["labels"] for batch in found[i : i + 22]]) for i in (0, 22)]
+    assert not torch.equal(*epochs)
+    assert all(torch.equal(epoch.sort().values, torch.arange(170)) for epoch in epochs)
+    assert sorted(len(batch["labels"]) for batch in found[:22]) == [2, *[8] * 21]
+    again = RowBatches(labelled, DataCollatorWithPadding(tokenizer), 8, seed=3)
+    for number in (43, 0, 22):
+        assert all(torch.equal(x, found[number][name]) for name, x in again(number).items())
+    other = RowBatches(labelled, DataCollatorWithPadding(tokenizer), 8, seed=4)
+    assert not torch.equal(torch.cat([other(number)["labels"] for number in range(22)]), epochs[0])
+    padding = sum(int((batch["attention_mask"] == 0).sum()) for batch in found[:22])
+    assert padding < 0.2 * sum(batch["attention_mask"].numel() for batch in found[:22])
+
+
+def test_processes_share_a_batch(labelled, tokenizer):
+    """Together they have the rows of one process with batches as large; the last one is filled up."""
+    collate = DataCollatorWithPadding(tokenizer)
+    whole = RowBatches(labelled[:169], collate, 8, seed=3)
+    parts = [RowBatches(labelled[:169], collate, 4, seed=3, part=part, parts=2) for part in range(2)]
+    for number in range(whole.per_epoch):
+        rows = torch.cat([batches(number)["labels"] for batches in parts])
+        assert set(rows.tolist()) == set(whole(number)["labels"].tolist()) and len(rows) % 2 == 0
+
+
+def test_batches_take_turns():
+    batch_of = alternating(lambda number: {"labelled": number}, lambda number: {"drawn": number}, 2)
+    batches = Batches(batch_of, 7)
+    assert len(batches) == 7
+    found = [batches[number] for number in range(7)]
+    assert found == [
+        {"labelled": 0},
+        {"drawn": 0},
+        {"drawn": 1},
+        {"labelled": 1},
+        {"drawn": 2},
+        {"drawn": 3},
+        {"labelled": 2},
+    ]
+
+
+def test_batches_follow_from_seed_and_step(rows, tokenizer):
+    """In any order, by processes of their own; a window of batches is cut out of sorted rows."""
+
+    def batches(seed=0, part=0):
+        return DrawnBatches(rows, DataCollatorWithPadding(tokenizer), 4, seed, part)
+
+    one, again = batches(), batches()
+    forwards = [one(number) for number in range(40)]
+    for number in (39, 0, 17, 16, 3):
+        assert all(torch.equal(x, forwards[number][name]) for name, x in again(number).items())
+    for other in (batches(seed=1), batches(part=1)):
+        assert any(other(number)["input_ids"].tolist() != forwards[number]["input_ids"].tolist() for number in (0, 1))
+    lengths = [batch["attention_mask"].sum(1) for batch in forwards[:16]]
+    ordered = sorted(lengths, key=lambda rows: int(rows.sum()))
+    assert all(a.max() <= b.min() for a, b in itertools.pairwise(ordered))
+    assert [int(x.max()) for x in lengths] != [int(x.max()) for x in ordered]
+    pairs = torch.cat([batch["token_type_ids"].any(1) for batch in forwards])
+    assert len(pairs) == 160 and 0.5 < pairs.float().mean() < 0.9

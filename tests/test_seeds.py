@@ -1,0 +1,61 @@
+"""Runs of several seeds: folders, what is done already, mean and spread."""
+
+import json
+
+import pytest
+import torch
+
+from modeling_snn_bert.seeds import checkpoint_of, environment, run_seeds, summarize, summary_line, write_runs
+
+
+def test_runs_are_written_and_kept(tmp_path):
+    """An interrupted call goes on with the seeds that are left, if the flags are the same."""
+    done = []
+
+    def train_one(seed, folder):
+        assert folder == tmp_path / f"seed_{seed}"
+        if seed == 3 and 3 not in done:
+            done.append(3)
+            raise KeyboardInterrupt
+        done.append(seed)
+        return {"seed": seed, "metrics": {"accuracy": seed / 10}}
+
+    flags = {"rate": 1e-3, "seeds": [1, 3], "resume_from_checkpoint": None}
+    with pytest.raises(KeyboardInterrupt):
+        run_seeds([1, 3], tmp_path, train_one, flags)
+    runs = run_seeds([1, 3], tmp_path, train_one, {**flags, "resume_from_checkpoint": "true"}, resume=True)
+    assert done == [1, 3, 3] and [run["seed"] for run in runs] == [1, 3]
+    assert json.loads((tmp_path / "seed_3" / "results.json").read_text())["arguments"]["rate"] == 1e-3
+    with pytest.raises(ValueError, match=r"other flags \(rate\)"):
+        run_seeds([1], tmp_path, train_one, {**flags, "rate": 1e-4}, resume=True)
+    with pytest.raises(ValueError, match="--seeds must differ from each other"):
+        run_seeds([1, 1], tmp_path, train_one, flags)
+
+
+def test_summary(tmp_path, capsys):
+    runs = [{"seed": seed, "metrics": {"f1": value}} for seed, value in ((0, 0.5), (1, 0.7))]
+    summary = summarize(runs)
+    assert summary["mean"]["f1"] == pytest.approx(0.6) and summary["seeds"] == [0, 1]
+    assert summary["standard_deviation"]["f1"] == pytest.approx(0.02**0.5)
+    assert summary_line("mrpc", summary) == "mrpc: f1 60.0 +- 14.1 (last step, 2 seeds)"
+    assert summary_line("mrpc", summarize(runs[:1])) == "mrpc: f1 50.0 (last step, 1 seed)"
+    write_runs(tmp_path, "mrpc", runs, {"rate": 1}, torch.device("cpu"), rows={"train": 3})
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["rows"] == {"train": 3} and results["environment"]["torch"] == torch.__version__
+    assert "mrpc: f1 60.0" in capsys.readouterr().out and environment(torch.device("cpu"))["device"] == "cpu"
+
+
+def test_checkpoints(tmp_path):
+    for seed, steps in ((0, (2, 10)), (1, (4,))):
+        for step in steps:
+            folder = tmp_path / f"seed_{seed}" / f"checkpoint-{step}"
+            folder.mkdir(parents=True)
+            (folder / "trainer_state.json").write_text("{}")
+    zero, one = (tmp_path / f"seed_{seed}" for seed in (0, 1))
+    assert checkpoint_of(zero, None) is None and checkpoint_of(tmp_path / "seed_2", "true") is None
+    assert checkpoint_of(zero, "true") == str(zero / "checkpoint-10")
+    other = str(one / "checkpoint-4")
+    assert checkpoint_of(zero, other) == other and checkpoint_of(zero, other, only_own=True) is None
+    assert checkpoint_of(one, other, only_own=True) == other
+    with pytest.raises(ValueError, match="is not a checkpoint"):
+        checkpoint_of(zero, str(zero))
