@@ -11,6 +11,7 @@ makes of it for its attention. What users give as `attention_mask` becomes a `to
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 # transformers 5.4 copies from a folder only the modules that this file names, and not those that they name in turn: so
 # those stand here too.
 from .atomic_writes import written_whole  # noqa: F401
+from .attention import eager_attention_forward, packed_attention, spiking_attention
 from .bpsn import BACKENDS  # noqa: F401
 from .bpsn_in_place import PIECE  # noqa: F401
 from .bpsn_triton import MAX_TOKENS  # noqa: F401
@@ -52,7 +54,7 @@ from .outputs import (
     firing_rate,
     recorded,
 )
-from .packed_spikes import SpikingLinear, attention_on_spikes, keep_packed, packed_form
+from .packed_spikes import SpikingLinear, affine, can_keep_packed, keep_packed
 from .packed_spikes_triton import takes_packed  # noqa: F401
 from .sparsity import FiringRateRecorder, add_penalty, firing_rate_penalty, share_of_labels, warn_unless_counted
 from .spike_observer import named_neurons
@@ -119,51 +121,6 @@ class SNNBertEmbeddings(nn.Module):
         return self.dropout(self.LayerNorm(embeddings))
 
 
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Unpack[TransformersKwargs],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax attention written out; `query`, `key`, `value` are `[batch, heads, seq_len, head_size]`."""
-    scores = query @ key.transpose(2, 3) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = nn.functional.dropout(scores.softmax(dim=-1), p=dropout, training=module.training)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
-
-
-def spiking_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    token_mask: torch.Tensor | None,
-    scaling: float,
-    output_weights: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Softmax-free attention, `q (k^T v) * scaling / (number of valid tokens)`; linear in the length.
-
-    Spikes are 0 at masked tokens, so the mask only enters the count. The division keeps the result, like a softmax's,
-    independent of the length. With `output_weights` the `[batch, heads, seq_len, seq_len]` weights `q k^T` are
-    formed, at quadratic cost, and returned.
-    """
-    # Not `float(length)`, which an exported graph would take for a constant.
-    tokens: int | torch.Tensor = key.shape[2]
-    if token_mask is not None:
-        tokens = token_mask.sum(-1).clamp(min=1).to(query.dtype)[:, None, None, None]
-    if output_weights:
-        weights = query @ key.transpose(2, 3) * scaling / tokens
-        context = weights @ value
-    else:
-        weights = None
-        context = query @ (key.transpose(2, 3) @ value) * scaling / tokens
-    return context.transpose(1, 2).contiguous(), weights
-
-
 @part_of_layer
 class SNNBertSelfAttention(nn.Module):
     """Multi-head attention between spikes.
@@ -200,69 +157,35 @@ class SNNBertSelfAttention(nn.Module):
         token_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        input_shape = hidden_states.shape[:-1]
         spikes = self.neuron(hidden_states, token_mask)
         query = self.query_neuron(self.query(spikes), token_mask)
         key = self.key_neuron(self.key(spikes), token_mask)
         value = self.value_neuron(self.value(spikes), token_mask)
-        spikes = (query, key, value)
-        gain, offset = self.query_gain.to(query.dtype), self.query_offset.to(query.dtype)
-        dropout = self.dropout.p if self.training else 0.0
-        packs = self._packs(spikes)
-        if packs and self._has_no_fused_attention(query, dropout):
-            heads = self.config.num_attention_heads
-            context = attention_on_spikes(*spikes, gain, offset, attention_mask, heads, self.scaling, dropout)
-            weights = None
-        else:
-            with keep_packed(*spikes) if packs else nullcontext():
-                query = query * gain + offset
-                context, weights = self._attend(query, key, value, attention_mask, token_mask, dropout, **kwargs)
-        return context.reshape(*input_shape, -1).contiguous(), weights
+        # A checkpointed layer keeps nothing inside it.
+        packs = not self.gradient_checkpointing and can_keep_packed(query, key, value)
+        with keep_packed(query, key, value) if packs else nullcontext() as kept_affine:
+            gain, offset = self.query_gain.to(query.dtype), self.query_offset.to(query.dtype)
+            query = (kept_affine or affine)(query, gain, offset)
+            context, weights = self._attention_function(query, token_mask, packs)(
+                self,
+                *(x.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for x in (query, key, value)),
+                attention_mask,
+                dropout=self.dropout.p if self.training else 0.0,
+                scaling=self.scaling,
+                **kwargs,
+            )
+        return context.flatten(2).contiguous(), weights
 
-    def _has_no_fused_attention(self, query: torch.Tensor, dropout: float) -> bool:
-        """Whether sdpa would fall back on keeping three numbers for each pair of tokens: on the CPU with dropout."""
-        return (
-            0 < dropout < 1
-            and query.device.type == "cpu"
-            and self.config.attention_type == "softmax"
-            and self.config._attn_implementation == "sdpa"
-        )
-
-    def _packs(self, spikes: tuple[torch.Tensor, ...]) -> bool:
-        """Whether the backward pass is to keep these spikes packed. A checkpointed layer keeps nothing inside it."""
-        return (
-            torch.is_grad_enabled()
-            and not self.gradient_checkpointing
-            and not torch.compiler.is_compiling()
-            and all(packed_form(x) is not None for x in spikes)
-        )
-
-    def _attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        token_mask: torch.Tensor | None,
-        dropout: float,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The attention proper, on `[batch, seq_len, channels]` each; `[batch, seq_len, heads, head_size]` out."""
-        query, key, value = (x.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for x in (query, key, value))
-        implementation = self.config._attn_implementation
+    def _attention_function(self, query: torch.Tensor, token_mask: torch.Tensor | None, packs: bool) -> Callable:
+        """One of the functions of `attention`, or transformers' own, which all have the same interface."""
         if self.config.attention_type == "spiking":
-            return spiking_attention(query, key, value, token_mask, self.scaling, implementation == "eager")
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-        return attention_interface(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=dropout,
-            scaling=self.scaling,
-            **kwargs,
-        )
+            return partial(spiking_attention, token_mask=token_mask)
+        implementation = self.config._attn_implementation
+        # There sdpa would fall back on keeping three numbers for each pair of tokens.
+        drops_on_cpu = self.training and 0 < self.dropout.p < 1 and query.device.type == "cpu"
+        if packs and drops_on_cpu and implementation == "sdpa":
+            return packed_attention
+        return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
 
 
 @part_of_layer

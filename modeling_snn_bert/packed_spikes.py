@@ -4,6 +4,11 @@ A neuron hands its spikes on as floats, since that is what a matrix product take
 `SpikingLinear` and `keep_packed` save that form for the backward pass, where a plain Linear or attention would keep the
 floats. A tensor with no packed form attached goes the plain way, so nothing depends on where a spike came from.
 
+The invariant: `packed_form(x)` is `None` or the bits of the numbers that `x` holds now. The form is an attribute of the
+tensor object that `attach_packed` sets, which views, copies and casts do not have, and it counts no more once `x` has
+been written to. Attention functions see views only: there `keep_packed` knows spikes by the address of their memory,
+which is theirs alone as long as it holds them, and to which an attention function does not write.
+
 In float32 on the CPU, where the compiled kernels are at hand and few inputs fire, `SpikingLinear` also computes by
 events: its output is a sum over the weights of the inputs that fire, and the gradient to its weights a sum over the
 tokens at which they do. Only the gradient to the spikes is a dense product.
@@ -14,6 +19,7 @@ sign; ternary ones have a second plane with the spikes of -1.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +36,6 @@ from .event_kernels import (
     list_packed_columns,
     list_packed_spikes,
 )
-from .leaky_integration import widen
 from .packed_spikes_triton import takes_packed, unpack_triton
 
 # Byte `i` of eight, each 0 or 1, times 2^(56 - 7 i) lands on bit 56 + i, and nothing else reaches the highest byte.
@@ -41,8 +46,6 @@ _OWN_BIT = -0x7FBFDFEFF7FBFDFF
 _ATTRIBUTE = "_packed_spikes"
 # The firing rate below which a product of a training step runs by events.
 EVENTS_BELOW = 0.3
-# So many attention weights are computed at a time.
-ATTENTION_PIECE = 2**18
 
 
 def pack(spikes: torch.Tensor, ternary: bool) -> torch.Tensor:
@@ -167,157 +170,56 @@ class SpikingLinear(nn.Linear):
         return super().extra_repr() if self.runner is None else f"{super().extra_repr()}, {self.runner}"
 
 
-class _AttentionOnSpikes(torch.autograd.Function):
-    """Softmax attention with dropout between spikes, for the CPU; see `attention_on_spikes`."""
-
-    @staticmethod
-    def forward(
-        ctx,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        gain: torch.Tensor,
-        offset: torch.Tensor,
-        packed: tuple[torch.Tensor, ...],
-        mask: torch.Tensor | None,
-        heads: int,
-        scaling: float,
-        dropout: float,
-    ) -> torch.Tensor:
-        ctx.heads, ctx.scaling, ctx.form = heads, scaling, (query.shape[-1], query.dtype)
-        keep = KeepBits(dropout)
-        contexts, kept = [], []
-        with torch.autocast("cpu", enabled=False):
-            for rows in _pieces(query, heads):
-                q, k, v = _heads((query[rows] * gain + offset, key[rows], value[rows]), heads)
-                weights = _attention_weights(q, k, mask, rows, scaling)
-                kept.append(keep.draw(weights.shape))
-                contexts.append(_join(keep.apply(weights, kept[-1]).to(v.dtype) @ v))
-        ctx.keep = keep
-        ctx.save_for_backward(*packed, gain, offset, mask, *kept)
-        return torch.cat(contexts)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_context: torch.Tensor):
-        *packed, gain, offset, mask = ctx.saved_tensors[:6]
-        kept = ctx.saved_tensors[6:]
-        heads, scaling = ctx.heads, ctx.scaling
-        query, key, value = (unpack(x, *ctx.form) for x in packed)
-        grads: list[tuple[torch.Tensor, ...]] = []
-        for rows, bits in zip(_pieces(query, heads), kept, strict=True):
-            affine = query[rows] * gain + offset
-            q, k, v, grad = _heads((affine, key[rows], value[rows], grad_context[rows].to(value.dtype)), heads)
-            weights = _attention_weights(q, k, mask, rows, scaling)
-            grad_v = ctx.keep.apply(weights, bits).to(v.dtype).transpose(2, 3) @ grad
-            grad_weights = ctx.keep.apply((grad @ v.transpose(2, 3)).to(weights.dtype), bits)
-            inner = (grad_weights * weights).sum(-1, keepdim=True)
-            grad_scores = grad_weights.sub_(inner).mul_(weights).mul_(scaling).to(q.dtype)
-            grads.append((_join(grad_scores @ k), _join(grad_scores.transpose(2, 3) @ q), _join(grad_v)))
-        grad_affine, grad_key, grad_value = (torch.cat(pieces) for pieces in zip(*grads, strict=True))
-        grad_gain = widen(grad_affine * query).sum((0, 1)).to(gain.dtype)
-        grad_offset = widen(grad_affine).sum((0, 1)).to(offset.dtype)
-        return grad_affine.mul_(gain), grad_key, grad_value, grad_gain, grad_offset, *[None] * 5
+def affine(spikes: torch.Tensor, gain: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+    """`spikes * gain + offset`, with a gain and an offset per channel, `[channels]`."""
+    return spikes * gain + offset
 
 
-class KeepBits:
-    """Dropout whose mask is one bit a number, drawn 16 bits at a time.
-
-    Numbers are dropped with the probability `dropout`, rounded to a 65,536th, and what is kept is scaled up by the
-    probability that it really is kept with.
-    """
-
-    def __init__(self, dropout: float) -> None:
-        self.dropped = round(dropout * 65536)
-        self.scale = 65536 / (65536 - self.dropped)
-
-    def draw(self, shape: torch.Size) -> torch.Tensor:
-        """A packed mask for a tensor of that shape."""
-        numbers = shape.numel()
-        bits = torch.empty((numbers + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-        return pack(bits.view(torch.int16)[:numbers] >= self.dropped - 32768, ternary=False)
-
-    def apply(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """`x` with zeros where the mask has none, and scaled up elsewhere."""
-        return unpack(mask, x.numel(), x.dtype)[: x.numel()].view(x.shape).mul_(self.scale).mul_(x)
-
-
-def _pieces(x: torch.Tensor, heads: int) -> Iterator[slice]:
-    """Slices of the batch of `x`, `[batch, seq_len, channels]`, whose attention weights stay in the cache."""
-    batch, length, _ = x.shape
-    size = max(1, ATTENTION_PIECE // (heads * length**2))
-    for first in range(0, batch, size):
-        yield slice(first, first + size)
-
-
-def _heads(tensors: tuple[torch.Tensor, ...], heads: int) -> Iterator[torch.Tensor]:
-    """Each of `[batch, seq_len, channels]` as `[batch, heads, seq_len, head_size]`."""
-    return (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in tensors)
-
-
-def _join(x: torch.Tensor) -> torch.Tensor:
-    """The inverse of `_heads`."""
-    return x.transpose(1, 2).flatten(2)
-
-
-def _attention_weights(
-    q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, rows: slice, scaling: float
-) -> torch.Tensor:
-    """The softmax of the scores, at least in float32. A query that may see no key at all sees every key."""
-    scores = q @ k.transpose(2, 3)
-    scores = widen(scores).mul_(scaling)
-    if mask is not None:
-        of_rows = mask if len(mask) == 1 else mask[rows]
-        scores.masked_fill_(~of_rows, torch.finfo(scores.dtype).min)
-    return scores.softmax(-1)
-
-
-def attention_on_spikes(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    gain: torch.Tensor,
-    offset: torch.Tensor,
-    mask: torch.Tensor | None,
-    heads: int,
-    scaling: float,
-    dropout: float,
-) -> torch.Tensor:
-    """Softmax attention of `query * gain + offset`, for training on the CPU, where there is no fused one with dropout.
-
-    It keeps one bit of each spike and of each number of the dropout's mask for the backward pass, and none of the
-    attention weights, which are computed again there.
-
-    Args:
-        query, key, value (`[batch, seq_len, channels]`): spikes with a packed form attached.
-        gain, offset (`[channels]`): of the queries.
-        mask (`[batch or 1, 1 or heads, 1 or seq_len, seq_len]`, bool): True where a query may see a key.
-        heads: divides `channels`.
-        scaling: of the scores.
-        dropout: in (0, 1).
-
-    Returns:
-        `[batch, seq_len, channels]` in the dtype of the spikes, or of autocast.
-    """
-    packed = tuple(packed_form(x) for x in (query, key, value))
-    if torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
-        query, key, value, gain, offset = (x.to(dtype) for x in (query, key, value, gain, offset))
-    return _AttentionOnSpikes.apply(query, key, value, gain, offset, packed, mask, heads, scaling, dropout)
+def can_keep_packed(*spikes: torch.Tensor) -> bool:
+    """Whether autograd is at work and there is a packed form of each of `spikes`."""
+    return (
+        torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and all(packed_form(x) is not None for x in spikes)
+    )
 
 
 @contextmanager
-def keep_packed(*spikes: torch.Tensor) -> Iterator[None]:
-    """Within it, autograd keeps the packed forms of `spikes`, and of their views, in place of the floats."""
-    forms = {x.untyped_storage().data_ptr(): (packed_form(x), x.shape[-1], x.dtype) for x in spikes}
+def keep_packed(*spikes: torch.Tensor) -> Iterator[Callable[..., torch.Tensor]]:
+    """Within it, autograd keeps the packed forms of `spikes`, and of their views, in place of the floats.
+
+    Gives a function that is `affine` for one of `spikes`. On the CPU its result is kept as packed spikes too; on a GPU
+    it is kept as it is, which spares the backward pass some launches.
+    """
+    restorers: dict[int, Callable[[], torch.Tensor]] = {
+        _address(x): partial(unpack, packed, x.shape[-1], x.dtype)
+        for x in spikes
+        if (packed := packed_form(x)) is not None
+    }
+    # So that nothing else comes to lie at its address.
+    held: list[torch.Tensor] = []
+
+    def affine_of_spikes(x: torch.Tensor, gain: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+        result = affine(x, gain, offset)
+        if result.device.type == "cpu":
+            restore_spikes, parameters = restorers[_address(x)], (gain.detach(), offset.detach())
+            restorers[_address(result)] = lambda: affine(restore_spikes(), *parameters)
+            held.append(result)
+        return result
 
     def keep(tensor: torch.Tensor) -> tuple:
-        form = forms.get(tensor.untyped_storage().data_ptr())
-        return (tensor, None) if form is None else (form, (tensor.shape, tensor.stride(), tensor.storage_offset()))
+        restorer = restorers.get(_address(tensor))
+        if restorer is None:
+            return tensor, None
+        return restorer, (tensor.shape, tensor.stride(), tensor.storage_offset())
 
     def restore(kept: tuple) -> torch.Tensor:
         value, view = kept
-        return value if view is None else unpack(*value).contiguous().as_strided(*view)
+        return value if view is None else value().contiguous().as_strided(*view)
 
     with torch.autograd.graph.saved_tensors_hooks(keep, restore):
-        yield
+        yield affine_of_spikes
+
+
+def _address(x: torch.Tensor) -> int:
+    return x.untyped_storage().data_ptr()

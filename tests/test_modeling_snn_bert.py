@@ -422,22 +422,6 @@ class TestAttention:
         assert not linear(**sentences, output_attentions=True).attentions
         assert quadratic(**sentences, output_attentions=True).attentions[0].abs().max() > 0
 
-    def test_spiking_attention_by_its_definition(self):
-        query, key, value = (torch.randint(0, 2, (2, 3, 5, 4)).double() for _ in range(3))
-        mask = torch.tensor([[1, 1, 1, 1, 1], [0, 1, 1, 1, 0]])
-        key, value = key * mask[:, None, :, None], value * mask[:, None, :, None]
-        expected = torch.zeros(2, 5, 3, 4).double()
-        for row in range(2):
-            for head in range(3):
-                for t in range(5):
-                    for j in range(5):
-                        weight = (query[row, head, t] * key[row, head, j]).sum() * 0.5 / mask[row].sum()
-                        expected[row, t, head] += weight * value[row, head, j]
-        for output_weights in (True, False):
-            found, weights = implementation.spiking_attention(query, key, value, mask, 0.5, output_weights)
-            close(found, expected)
-            assert (weights is not None) == output_weights
-
     def test_attention_weights_of_padding_are_zero_and_add_up_to_one(self, make_model, sentences):
         attentions = make_model()(**sentences, output_attentions=True).attentions
         padding = sentences["attention_mask"] == 0

@@ -7,12 +7,10 @@ import torch
 from torch import nn
 
 import modeling_snn_bert as snn
-from modeling_snn_bert import cpu_kernels, packed_spikes, spiking_neurons
+from modeling_snn_bert import attention, cpu_kernels, packed_spikes, spiking_neurons
 from modeling_snn_bert.packed_spikes import (
-    KeepBits,
     SpikingLinear,
     attach_packed,
-    attention_on_spikes,
     keep_packed,
     pack,
     packed_form,
@@ -190,76 +188,6 @@ class TestByEvents:
         assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))
 
 
-class TestAttention:
-    """Attention with dropout that keeps bits, against its formula under autograd with the same dropout."""
-
-    @pytest.mark.parametrize("ternary", [False, True])
-    @pytest.mark.parametrize("masked", [False, True])
-    @pytest.mark.parametrize("shape, heads", [((1, 1, 8), 1), ((3, 7, 16), 2), ((5, 40, 24), 3)], ids=str)
-    def test_is_its_formula(self, monkeypatch, shape, heads, masked, ternary):
-        # Several pieces, the last one smaller.
-        monkeypatch.setattr(packed_spikes, "ATTENTION_PIECE", 2 * heads * shape[1] ** 2)
-        batch, length, channels = shape
-        spikes = [random_spikes(*shape, ternary=ternary, dtype=torch.float64).requires_grad_() for _ in range(3)]
-        affine = [torch.rand(channels, dtype=torch.float64, requires_grad=True) for _ in range(2)]
-        mask = torch.ones(batch, 1, 1, length, dtype=torch.bool)
-        mask[0, ..., 2 * length // 3 + 1 :] = False
-        grad = torch.randn(shape, dtype=torch.float64)
-
-        def formula(query, key, value, gain, offset):
-            keep, contexts = KeepBits(0.2), []
-            for first in range(0, batch, 2):
-                q, k, v = (
-                    x[first : first + 2].unflatten(-1, (heads, -1)).transpose(1, 2)
-                    for x in (query * gain + offset, key, value)
-                )
-                scores = (q @ k.transpose(2, 3)) * 0.7
-                if masked:
-                    scores = scores.masked_fill(~mask[first : first + 2], float("-inf"))
-                weights = scores.softmax(-1)
-                bits = unpack(keep.draw(weights.shape), weights.numel(), torch.float64)[: weights.numel()]
-                contexts.append((weights * bits.view_as(weights) / (1 - 13107 / 65536)) @ v)
-            return torch.cat(contexts).transpose(1, 2).flatten(2)
-
-        def packed(query, key, value, gain, offset):
-            for x in (query, key, value):
-                attach_packed(x, pack(x.detach(), ternary))
-            return attention_on_spikes(query, key, value, gain, offset, mask if masked else None, heads, 0.7, 0.2)
-
-        results = []
-        for function in (formula, packed):
-            torch.manual_seed(3)
-            results.append(gradients(function, [*spikes, *affine], grad))
-        (wanted, wanted_grads), (got, got_grads) = results
-        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
-        for a, b in zip(got_grads, wanted_grads, strict=True):
-            torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
-
-    @pytest.mark.parametrize("dropout", [0.0001, 0.1, 0.5, 0.99])
-    def test_dropout(self, dropout):
-        keep, ones = KeepBits(dropout), torch.ones(40, 50, 101)
-        dropped = keep.apply(ones, keep.draw(ones.shape))
-        assert set(dropped.unique().tolist()) <= {0.0, torch.tensor(keep.scale).item()}
-        deviation = (dropout * (1 - dropout) / ones.numel()) ** 0.5
-        assert abs((dropped == 0).float().mean().item() - dropout) < 5 * deviation + 1e-5
-        # Neighbours, also those of one draw, are independent.
-        kept = (dropped != 0).float().flatten()
-        for lag in (1, 2, 3, 4):
-            both = (kept[lag:] * kept[:-lag]).mean().item()
-            assert abs(both - kept.mean().item() ** 2) < 6 * deviation
-
-    def test_model_uses_it(self, make, monkeypatch):
-        model, batch = make(torch.float32, **DROPOUT_SDPA)
-        calls = []
-        function = packed_spikes._AttentionOnSpikes.forward
-        monkeypatch.setattr(packed_spikes._AttentionOnSpikes, "forward", lambda *a: calls.append(a) or function(*a))
-        step(model, batch)
-        assert len(calls) == 2
-        with torch.no_grad():
-            model.eval()(**batch)
-        assert len(calls) == 2
-
-
 @pytest.fixture
 def plain(monkeypatch):
     """A function that switches the packing off, so that floats are kept."""
@@ -298,6 +226,18 @@ def same(got, wanted, tolerance):
         scale = max(grad.abs().max().item(), 1.0)
         difference = (got[1][name] - grad).abs().max().item() / scale
         assert difference <= tolerance, f"the gradient of {name} is off by {difference}"
+
+
+def test_model_uses_packed_attention(make, monkeypatch):
+    model, batch = make(torch.float32, **DROPOUT_SDPA)
+    calls = []
+    function = attention._PackedAttention.forward
+    monkeypatch.setattr(attention._PackedAttention, "forward", lambda *a: calls.append(a) or function(*a))
+    step(model, batch)
+    assert len(calls) == 2
+    with torch.no_grad():
+        model.eval()(**batch)
+    assert len(calls) == 2
 
 
 class TestTraining:
