@@ -12,15 +12,15 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .bpsn_in_place import spikes_in_place
+from .bpsn_segments_triton import bpsn_backward as segments_backward
+from .bpsn_segments_triton import bpsn_forward as segments_forward
 from .bpsn_triton import MAX_TOKENS, bpsn_tile_backward, bpsn_tile_forward
 from .cpu_kernels import SURROGATE_INDEX, bpsn_backward, bpsn_forward
 from .cpu_kernels import available as kernels_available
 from .leaky_integration import divide_by_group, leaky_mean, silence, total_weight, wide_dtype, widen
-from .leaky_integration_triton import bpsn_backward as triton_backward
-from .leaky_integration_triton import bpsn_forward as triton_forward
-from .leaky_integration_triton import takes as triton_takes
 from .neuron_settings import BPSNParameters, BPSNSettings
 from .surrogate_gradients import fire
+from .triton_tiles import takes as triton_takes
 
 # Spikes, and their packed form where it comes at no cost.
 Spikes = tuple[torch.Tensor, torch.Tensor | None]
@@ -96,7 +96,7 @@ class _Operators(NamedTuple):
 
 _OPERATORS = {
     "triton": _Operators(bpsn_tile_forward, bpsn_tile_backward, trained=True),
-    "triton_segments": _Operators(triton_forward, triton_backward),
+    "triton_segments": _Operators(segments_forward, segments_backward),
     "cpu": _Operators(bpsn_forward, bpsn_backward, wide=True),
 }
 

@@ -8,22 +8,36 @@ same again and goes on to the gradients. It keeps the current, and nothing else,
 gradients are sums over rows, which a second small kernel adds up: without atomic additions, so that a run can be
 repeated bit for bit.
 
-How a sum over tokens is split among threads: the sequence is cut into chunks of `CHUNK` tokens, and a *tile* is a tuple
-of `CHUNK` tensors `[chunks, channels]`, of which the `k`-th holds the `k`-th token of every chunk. Inside the chunks a
-sum is a step per token, for all chunks at once; from chunk to chunk it is an associative scan of a `CHUNK`-th of the
-numbers (`_carry`). All arithmetic is in float32. A block that lies in one group needs its decays, its mask and its `n`
-once and not per channel: those tensors then have one column, and broadcast.
+How a sum over tokens is split among threads: the sequence is a tile (see `triton_tiles`). Inside the chunks a sum is a
+step per token, for all chunks at once; from chunk to chunk it is an associative scan of a `CHUNK`-th of the numbers
+(`_carry`). A block that lies in one group needs its decays, its mask and its `n` once and not per channel.
 
-Longer sequences are for `leaky_integration_triton`, which cuts them into segments.
+Longer sequences are for `bpsn_segments_triton`.
 """
 
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from .cpu_kernels import NAMESPACE, packed_shape
-from .leaky_integration_triton import _derivative, jit, on_device_of
+from .cpu_kernels import packed_shape
+from .triton_tiles import (
+    fire,
+    fire_backward,
+    jit,
+    kernel_in_operator,
+    leaky_sums,
+    leaky_sums_backward,
+    load_rows,
+    on_device_of,
+    register_fake,
+    reset_by,
+    scale,
+    silence,
+    store_rows,
+    store_spikes,
+    sums_before,
+    triton_operator,
+)
 
 try:
     import triton
@@ -34,7 +48,6 @@ except ImportError:
 
 # The longest sequence that a program can hold.
 MAX_TOKENS = 512
-# Tokens of a chunk: a multiple of four, and a power of two.
 CHUNK = 8
 # Channels of a program and its warps, by the number of tokens rounded up to a power of two; the first row that is not
 # below it. A kernel is compiled once for each row, so a new length needs none. A thread has 32 numbers forward.
@@ -42,16 +55,6 @@ FORWARD_TILES = {32: (32, 1), 64: (32, 2), 128: (32, 4), 256: (32, 8), 512: (16,
 BACKWARD_TILES = {32: (32, 1), 64: (32, 2), 128: (32, 4), 256: (32, 8), 512: (16, 8)}
 # Rows and channels that the sum over rows takes at a time.
 SUM_ROWS, SUM_CHANNELS = 64, 32
-
-
-@jit
-def _load_rows(rows, first, tokens, stride, inside, CHUNK: constexpr):
-    """A tile of `rows`, `stride` apart, in float32; 0 from the end of the sequence on. `first` are its first tokens."""
-    tile = ()
-    for k in tl.static_range(CHUNK):
-        there = inside & (first + k < tokens)
-        tile = tile + (tl.load(rows + (first + k) * stride, mask=there, other=0).to(tl.float32),)
-    return tile
 
 
 @jit
@@ -64,23 +67,6 @@ def _valid_tokens(mask, first, tokens, CHUNK: constexpr):
             valid = valid & (tl.load(mask + first + k, mask=valid, other=0) != 0)
         tile = tile + (tl.where(valid, 1.0, 0.0),)
     return tile
-
-
-@jit
-def _silence(tile, valid, CHUNK: constexpr):
-    """A tile with zeros at tokens that are not valid, whatever stood there."""
-    silent = ()
-    for k in tl.static_range(CHUNK):
-        silent = silent + (tl.where(valid[k] > 0, tile[k], 0),)
-    return silent
-
-
-@jit
-def _scale(tile, factors, CHUNK: constexpr):
-    scaled = ()
-    for k in tl.static_range(CHUNK):
-        scaled = scaled + (tile[k] * factors[k],)
-    return scaled
 
 
 @jit
@@ -125,31 +111,9 @@ def _carry_later(tile, decay, CHUNK: constexpr):
 
 
 @jit
-def _sums_before(tile, carry, decay, REVERSE: constexpr, CHUNK: constexpr):
-    """The leaky sum at the token before each (after it, if `REVERSE`), in the order of the tokens, from the carry."""
-    sums = ()
-    for k in tl.static_range(CHUNK):
-        sums = ((carry,) + sums) if REVERSE else (sums + (carry,))
-        carry = decay * carry + tile[CHUNK - 1 - k if REVERSE else k]
-    return sums
-
-
-@jit
-def _leaky_sums(tile, earlier, later, forward, backward, WITH_SELF: constexpr, CHUNK: constexpr):
-    """`sum_j a[t, j] x[j]`, over all `j` or over `j != t`, from the carries."""
-    laters = _sums_before(tile, later, backward, True, CHUNK)
-    sums = ()
-    for k in tl.static_range(CHUNK):
-        before = forward * earlier
-        earlier = before + tile[k]
-        sums = sums + ((earlier if WITH_SELF else before) + backward * laters[k],)
-    return sums
-
-
-@jit
 def _inverse_weights(valid, earlier, later, forward, backward, CHUNK: constexpr):
     """`1 / n` at valid tokens and 0 at others, from the carries of `valid`."""
-    weights = _leaky_sums(valid, earlier, later, forward, backward, True, CHUNK)
+    weights, _, _ = leaky_sums(valid, earlier, later, forward, backward, True, CHUNK)
     inverse = ()
     for k in tl.static_range(CHUNK):
         inverse = inverse + (tl.where(valid[k] > 0, 1 / tl.where(valid[k] > 0, weights[k], 1), 0),)
@@ -162,51 +126,13 @@ def _slopes(valid, carry, decay, REVERSE: constexpr, CHUNK: constexpr):
 
     `y[t] = decay * y[t - 1] + m[t]` gives `y'[t] = decay * y'[t - 1] + y[t - 1]`: the leaky sum of the sum before.
     """
-    before = _sums_before(valid, carry, decay, REVERSE, CHUNK)
+    before, _ = sums_before(valid, carry, decay, REVERSE, CHUNK)
     slope = _carry_later(before, decay, CHUNK) if REVERSE else _carry_earlier(before, decay, CHUNK)
     slopes = ()
     for k in tl.static_range(CHUNK):
         slope = decay * slope + before[CHUNK - 1 - k if REVERSE else k]
         slopes = ((slope,) + slopes) if REVERSE else (slopes + (slope,))
     return slopes
-
-
-@jit
-def _fire(potentials, valid, threshold, TERNARY: constexpr, CHUNK: constexpr):
-    """Spikes as floats, 0 at tokens that are not valid."""
-    spikes = ()
-    for k in tl.static_range(CHUNK):
-        fired = tl.where((potentials[k] >= threshold) & (valid[k] > 0), 1.0, 0.0)
-        if TERNARY:
-            fired = fired - tl.where((potentials[k] <= -threshold) & (valid[k] > 0), 1.0, 0.0)
-        spikes = spikes + (fired,)
-    return spikes
-
-
-@jit
-def _reset_by(potentials, received, reset, CHUNK: constexpr):
-    """`v - reset * r`."""
-    margins = ()
-    for k in tl.static_range(CHUNK):
-        margins = margins + (potentials[k] - reset * received[k],)
-    return margins
-
-
-@jit
-def _store_bits(spikes, packed, first, tokens, width, start, NEGATIVE: constexpr, CHUNK: constexpr, BLOCK: constexpr):
-    """Store a bit for each channel that fires with the sign wanted; the bytes of four tokens are summed as one word."""
-    byte = (start // 8 + tl.arange(0, BLOCK // 8))[None, :]
-    bit = (tl.full([BLOCK], 1, tl.int32) << (tl.arange(0, BLOCK) % 8))[None, :]
-    for four in tl.static_range(CHUNK // 4):
-        word = tl.zeros_like(spikes[0]).to(tl.int32)
-        for j in tl.static_range(4):
-            spike = spikes[4 * four + j]
-            word = word | tl.where((spike < 0) if NEGATIVE else (spike > 0), bit << (8 * j), 0)
-        words = tl.sum(tl.reshape(word, [word.shape[0], BLOCK // 8, 8]), 2)
-        for j in tl.static_range(4):
-            token = first + 4 * four + j
-            there = (byte < width) & (token < tokens)
-            tl.store(packed + token * width + byte, (words >> (8 * j)).to(tl.uint8), mask=there)
 
 
 @jit
@@ -233,93 +159,72 @@ def _decays(decay_forward_logit, decay_backward_logit, group):
 
 
 @jit
+def _leaky_means(tile, earlier, later, inverse, forward, backward, WITH_SELF: constexpr, CHUNK: constexpr):
+    """`sum_j a[t, j] x[j] / n[t]`, over all `j` or over `j != t`, from the carries."""
+    sums, _, _ = leaky_sums(tile, earlier, later, forward, backward, WITH_SELF, CHUNK)
+    return scale(sums, inverse, CHUNK)
+
+
+@jit
 def _received(fired, inverse, forward, backward, CHUNK: constexpr):
     """The reset received, `sum_{j != t} a[t, j] s[j] / n[t]`."""
     earlier, later = _carry_earlier(fired, forward, CHUNK), _carry_later(fired, backward, CHUNK)
-    return _scale(_leaky_sums(fired, earlier, later, forward, backward, False, CHUNK), inverse, CHUNK)
+    return _leaky_means(fired, earlier, later, inverse, forward, backward, False, CHUNK)
+
+
+@jit
+def _load_currents(current, mask, valid, first, tokens, channels, inside, CHUNK: constexpr):
+    """A tile of currents, with zeros in the padding; `current` are those of the first tokens of the chunks."""
+    x = load_rows(current, first, tokens, channels, inside, CHUNK)
+    if mask is not None:
+        x = silence(x, valid, CHUNK)
+    return x
 
 
 @jit
 def _bpsn_forward(
-    current,
-    mask,
-    v_threshold,
-    decay_forward_logit,
-    decay_backward_logit,
-    reset_strength,
-    spikes,
-    packed,
+    current, mask, v_threshold, decay_forward_logit, decay_backward_logit, reset_strength, spikes, packed,
     packed_plane,
-    tokens,
-    channels,
-    group_size,
-    sweeps,
-    NORMALIZE: constexpr,
-    TERNARY: constexpr,
-    CHUNK: constexpr,
-    CHUNKS: constexpr,
-    BLOCK: constexpr,
+    tokens, channels, group_size, sweeps,
+    NORMALIZE: constexpr, TERNARY: constexpr, CHUNK: constexpr, CHUNKS: constexpr, BLOCK: constexpr,
     ONE_GROUP: constexpr,
-):
+):  # fmt: skip
     """Currents to spikes. `packed_plane` is the number of bytes of a sign's plane."""
     row, start, channel, inside, group, first = _place(channels, group_size, CHUNK, CHUNKS, BLOCK, ONE_GROUP)
     forward, backward = _decays(decay_forward_logit, decay_backward_logit, group)
     # What lies beyond the last channel never fires: its bits share a byte with those of real channels.
     threshold = tl.load(v_threshold + channel, mask=inside, other=float("inf")).to(tl.float32)
-    offset = row * tokens * channels + channel
+    offset = row * tokens * channels + first * channels + channel
     if mask is not None:
         mask += row * tokens
     valid = _valid_tokens(mask, first, tokens, CHUNK)
-    x = _load_rows(current + offset, first, tokens, channels, inside, CHUNK)
-    if mask is not None:
-        x = _silence(x, valid, CHUNK)
+    x = _load_currents(current + offset, mask, valid, first, tokens, channels, inside, CHUNK)
     inverse = valid
     if NORMALIZE:
         earlier, later = _carry_earlier(valid, forward, CHUNK), _carry_later(valid, backward, CHUNK)
         inverse = _inverse_weights(valid, earlier, later, forward, backward, CHUNK)
     earlier, later = _carry_earlier(x, forward, CHUNK), _carry_later(x, backward, CHUNK)
-    potentials = _scale(_leaky_sums(x, earlier, later, forward, backward, True, CHUNK), inverse, CHUNK)
-    fired = _fire(potentials, valid, threshold, TERNARY, CHUNK)
+    potentials = _leaky_means(x, earlier, later, inverse, forward, backward, True, CHUNK)
+    fired = fire(potentials, valid, threshold, TERNARY, CHUNK)
     if reset_strength is not None:
         reset = tl.abs(tl.load(reset_strength + group).to(tl.float32))
         for _ in range(sweeps):
             received = _received(fired, inverse, forward, backward, CHUNK)
-            fired = _fire(_reset_by(potentials, received, reset, CHUNK), valid, threshold, TERNARY, CHUNK)
-    for k in tl.static_range(CHUNK):
-        to = spikes + offset + (first + k) * channels
-        tl.store(to, fired[k].to(spikes.dtype.element_ty), mask=inside & (first + k < tokens))
-    width = tl.cdiv(channels, 8)
-    packed += row * tokens * width
-    _store_bits(fired, packed, first, tokens, width, start, False, CHUNK, BLOCK)
-    if TERNARY:
-        _store_bits(fired, packed + packed_plane, first, tokens, width, start, True, CHUNK, BLOCK)
+            fired = fire(reset_by(potentials, received, reset, CHUNK), valid, threshold, TERNARY, CHUNK)
+    packed += row * tokens * tl.cdiv(channels, 8)
+    store_spikes(
+        fired, spikes + offset, packed, packed_plane, first, tokens, channels, start, inside, TERNARY, CHUNK, BLOCK
+    )
 
 
 @jit
 def _bpsn_backward(
-    grad_spikes,
-    current,
-    mask,
-    v_threshold,
-    decay_forward_logit,
-    decay_backward_logit,
-    reset_strength,
-    grad_current,
+    grad_spikes, current, mask, v_threshold, decay_forward_logit, decay_backward_logit, reset_strength, grad_current,
     partial,
-    tokens,
-    channels,
-    group_size,
-    sweeps,
-    batch,
-    alpha,
-    NORMALIZE: constexpr,
-    TERNARY: constexpr,
-    SURROGATE: constexpr,
-    CHUNK: constexpr,
-    CHUNKS: constexpr,
-    BLOCK: constexpr,
-    ONE_GROUP: constexpr,
-):
+    tokens, channels, group_size, sweeps, batch, alpha,
+    NORMALIZE: constexpr, TERNARY: constexpr, SURROGATE: constexpr, CHUNK: constexpr, CHUNKS: constexpr,
+    BLOCK: constexpr, ONE_GROUP: constexpr,
+):  # fmt: skip
     """The gradient to the current, and each row's part of the gradients to threshold, decays and reset into `partial`.
 
     `partial` is `[4, batch, channels]`.
@@ -327,27 +232,25 @@ def _bpsn_backward(
     row, _, channel, inside, group, first = _place(channels, group_size, CHUNK, CHUNKS, BLOCK, ONE_GROUP)
     forward, backward = _decays(decay_forward_logit, decay_backward_logit, group)
     threshold = tl.load(v_threshold + channel, mask=inside, other=float("inf")).to(tl.float32)
-    offset = row * tokens * channels + channel
+    offset = row * tokens * channels + first * channels + channel
     if mask is not None:
         mask += row * tokens
     valid = _valid_tokens(mask, first, tokens, CHUNK)
-    x = _load_rows(current + offset, first, tokens, channels, inside, CHUNK)
-    if mask is not None:
-        x = _silence(x, valid, CHUNK)
+    x = _load_currents(current + offset, mask, valid, first, tokens, channels, inside, CHUNK)
     inverse = valid
     valid_earlier, valid_later = _carry_earlier(valid, forward, CHUNK), _carry_later(valid, backward, CHUNK)
     if NORMALIZE:
         inverse = _inverse_weights(valid, valid_earlier, valid_later, forward, backward, CHUNK)
     earlier, later = _carry_earlier(x, forward, CHUNK), _carry_later(x, backward, CHUNK)
-    potentials = _scale(_leaky_sums(x, earlier, later, forward, backward, True, CHUNK), inverse, CHUNK)
+    potentials = _leaky_means(x, earlier, later, inverse, forward, backward, True, CHUNK)
     margins = potentials
     received = potentials
     if reset_strength is not None:
         reset = tl.abs(tl.load(reset_strength + group).to(tl.float32))
         for _ in range(sweeps):
-            fired = _fire(margins, valid, threshold, TERNARY, CHUNK)
+            fired = fire(margins, valid, threshold, TERNARY, CHUNK)
             received = _received(fired, inverse, forward, backward, CHUNK)
-            margins = _reset_by(potentials, received, reset, CHUNK)
+            margins = reset_by(potentials, received, reset, CHUNK)
 
     if NORMALIZE:
         slopes_forward = _slopes(valid, valid_earlier, forward, False, CHUNK)
@@ -356,47 +259,29 @@ def _bpsn_backward(
     grad_forward = tl.zeros([CHUNKS, BLOCK], tl.float32)
     grad_backward = tl.zeros([CHUNKS, BLOCK], tl.float32)
     grad_reset = tl.zeros([CHUNKS, BLOCK], tl.float32)
+    incoming = silence(load_rows(grad_spikes + offset, first, tokens, channels, inside, CHUNK), valid, CHUNK)
+    grads, grad_threshold = fire_backward(
+        incoming, margins, threshold, alpha, grad_threshold, TERNARY, SURROGATE, CHUNK
+    )
+    if reset_strength is not None:
+        for k in tl.static_range(CHUNK):
+            grad_reset -= received[k] * grads[k]
     # The gradient to the leaky sum.
-    g = ()
-    for k in tl.static_range(CHUNK):
-        there = inside & (first + k < tokens)
-        incoming = tl.load(grad_spikes + offset + (first + k) * channels, mask=there, other=0).to(tl.float32)
-        incoming = tl.where(valid[k] > 0, incoming, 0)
-        grad = incoming * _derivative(margins[k] - threshold, alpha, SURROGATE)
-        grad_threshold -= grad
-        if TERNARY:
-            mirrored = incoming * _derivative(-margins[k] - threshold, alpha, SURROGATE)
-            grad_threshold += mirrored
-            grad += mirrored
-        if reset_strength is not None:
-            grad_reset -= received[k] * grad
-        grad *= inverse[k]
-        if NORMALIZE:
+    g = scale(grads, inverse, CHUNK)
+    if NORMALIZE:
+        for k in tl.static_range(CHUNK):
             # v = sum / n, so d loss / d n = - grad v / n.
-            grad_forward -= potentials[k] * grad * slopes_forward[k]
-            grad_backward -= potentials[k] * grad * slopes_backward[k]
-        g = g + (grad,)
+            grad_forward -= potentials[k] * g[k] * slopes_forward[k]
+            grad_backward -= potentials[k] * g[k] * slopes_backward[k]
 
-    # The transpose of a sum over earlier tokens is a sum over later ones, and the reverse.
     to_later, to_earlier = _carry_earlier(g, backward, CHUNK), _carry_later(g, forward, CHUNK)
-    to_earliers = _sums_before(g, to_earlier, forward, True, CHUNK)
     # Read again, from the cache: to hold it through all of the above would take more registers than there are.
     tl.debug_barrier()
-    x = _load_rows(current + offset, first, tokens, channels, inside, CHUNK)
-    if mask is not None:
-        x = _silence(x, valid, CHUNK)
-    laters = _sums_before(x, later, backward, True, CHUNK)
-    for k in tl.static_range(CHUNK):
-        from_earlier = backward * to_later
-        to_later = from_earlier + g[k]
-        from_later = forward * to_earliers[k]
-        # With `h` the transposed sum, y[t] = x[t] + f y[t - 1] gives d loss / d f = sum_t h[t] y[t - 1].
-        grad_forward += (from_later + g[k]) * earlier
-        grad_backward += to_later * laters[k]
-        earlier = forward * earlier + x[k]
-        total = tl.where(valid[k] > 0, from_earlier + g[k] + from_later, 0)
-        to = grad_current + offset + (first + k) * channels
-        tl.store(to, total.to(grad_current.dtype.element_ty), mask=inside & (first + k < tokens))
+    x = _load_currents(current + offset, mask, valid, first, tokens, channels, inside, CHUNK)
+    grads, grad_forward, grad_backward, _, _ = leaky_sums_backward(
+        g, x, earlier, later, to_earlier, to_later, forward, backward, grad_forward, grad_backward, CHUNK
+    )
+    store_rows(silence(grads, valid, CHUNK), grad_current + offset, first, tokens, channels, inside, CHUNK)
 
     partial += row * channels + channel
     plane = batch.to(tl.int64) * channels
@@ -408,20 +293,10 @@ def _bpsn_backward(
 
 @jit
 def _sum_rows(
-    partial,
-    decay_forward_logit,
-    decay_backward_logit,
-    reset_strength,
-    grad_threshold,
-    grad_forward,
-    grad_backward,
-    grad_reset,
-    batch,
-    channels,
-    group_size,
-    ROWS: constexpr,
-    CHANNELS: constexpr,
-):
+    partial, decay_forward_logit, decay_backward_logit, reset_strength, grad_threshold, grad_forward, grad_backward,
+    grad_reset, batch, channels, group_size,
+    ROWS: constexpr, CHANNELS: constexpr,
+):  # fmt: skip
     """Sums of `partial` (see `_bpsn_backward`) over rows and groups, and from decays and reset on to their parameters.
 
     A program for each group and each of the four gradients.
@@ -457,11 +332,6 @@ def _sum_rows(
             tl.store(grad_reset + group, tl.where(negative, -total, total).to(grad_reset.dtype.element_ty))
 
 
-# Triton runs kernels in its interpreter if `TRITON_INTERPRET=1` was set before the import. The tracer of torch, which
-# would show them to a compiler, cannot follow them there.
-INTERPRETED = triton is not None and not isinstance(_bpsn_forward, triton.runtime.JITFunction)
-
-
 def _tile(tiles: dict[int, tuple[int, int]], tokens: int, channels: int, groups: int) -> dict[str, Any]:
     """The arguments of a kernel that say how large its programs are."""
     padded = next(length for length in tiles if length >= tokens)
@@ -478,23 +348,6 @@ def _tile(tiles: dict[int, tuple[int, int]], tokens: int, channels: int, groups:
 
 def _contiguous(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
     return [None if x is None else x.contiguous() for x in tensors]
-
-
-def triton_operator(name: str):
-    """Register the torch operator `name`, whose kernels `torch.compile` sees where Triton compiles them."""
-    register = torch.library.custom_op if triton is None or INTERPRETED else torch.library.triton_op
-    return register(f"{NAMESPACE}::{name}", mutates_args=())
-
-
-def register_fake(operator, fake) -> None:
-    """What an operator returns while it is traced, where its own code, which then launches nothing, does not say so."""
-    if triton is None or INTERPRETED:
-        operator.register_fake(fake)
-
-
-def kernel_in_operator(function):
-    """A kernel to launch inside an operator of `triton_operator`."""
-    return function if INTERPRETED else torch.library.wrap_triton(function)
 
 
 @triton_operator("bpsn_tile_forward")
@@ -626,38 +479,3 @@ def _new_gradients(
 
 register_fake(bpsn_tile_forward, lambda current, *arguments: _new_spikes(current, arguments[-1]))
 register_fake(bpsn_tile_backward, lambda grad_spikes, current, mask, *others: _new_gradients(current, *others[:4]))
-
-
-class BPSNByTile(torch.autograd.Function):
-    """A `BPSN` from currents to spikes, as floats and packed, by the operators above."""
-
-    @staticmethod
-    def forward(
-        ctx,
-        current: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        v_threshold: torch.Tensor,
-        decay_forward_logit: torch.Tensor,
-        decay_backward_logit: torch.Tensor | None,
-        reset_strength: torch.Tensor | None,
-        normalize: bool,
-        reset_iterations: int,
-        ternary: bool,
-        surrogate: str,
-        alpha: float,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        tensors = current, attention_mask, v_threshold, decay_forward_logit, decay_backward_logit, reset_strength
-        spikes, packed = bpsn_tile_forward(*tensors, normalize, reset_iterations, ternary)
-        ctx.save_for_backward(*tensors)
-        ctx.settings = normalize, reset_iterations, ternary, surrogate, alpha
-        ctx.mark_non_differentiable(packed)
-        return spikes, packed
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_spikes: torch.Tensor, grad_packed: None):
-        tensors = ctx.saved_tensors
-        grads = bpsn_tile_backward(grad_spikes.to(tensors[0].dtype), *tensors, *ctx.settings)
-        grad_current, *of_parameters = grads
-        of_parameters = [None if x is None else g for x, g in zip(tensors[2:], of_parameters, strict=True)]
-        return grad_current, None, *of_parameters, *[None] * len(ctx.settings)

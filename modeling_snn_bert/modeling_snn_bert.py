@@ -32,6 +32,7 @@ from .atomic_writes import written_whole  # noqa: F401
 from .attention import eager_attention_forward, packed_attention, spiking_attention
 from .bpsn import BACKENDS  # noqa: F401
 from .bpsn_in_place import PIECE  # noqa: F401
+from .bpsn_segments_triton import SEGMENT  # noqa: F401
 from .bpsn_triton import MAX_TOKENS  # noqa: F401
 from .checksums import VerifiedWeights
 from .configuration_snn_bert import SNNBertConfig
@@ -42,7 +43,6 @@ from .initial_currents import InitialCurrents
 from .input_checks import check_inputs, check_labels, check_sequence_labels, values_can_be_read
 from .layer_places import PLACES  # noqa: F401
 from .leaky_integration import IMPLEMENTATIONS  # noqa: F401
-from .leaky_integration_triton import takes  # noqa: F401
 from .neuron_settings import SPIKE_TYPES  # noqa: F401
 from .outputs import (
     SNNBertMaskedLMOutput,
@@ -60,6 +60,7 @@ from .sparsity import FiringRateRecorder, add_penalty, firing_rate_penalty, shar
 from .spike_observer import named_neurons
 from .spiking_neurons import BPSN, LIF, PSN, SpikingNeuron
 from .surrogate_gradients import SURROGATES  # noqa: F401
+from .triton_tiles import takes  # noqa: F401
 
 
 def build_neuron(config: SNNBertConfig, num_channels: int, v_threshold: float) -> SpikingNeuron:

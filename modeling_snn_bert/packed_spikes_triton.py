@@ -2,8 +2,7 @@
 
 import torch
 
-from .bpsn_triton import kernel_in_operator, register_fake, triton_operator
-from .leaky_integration_triton import jit, on_device_of, takes
+from .triton_tiles import jit, kernel_in_operator, on_device_of, register_fake, takes, triton_operator
 
 try:
     import triton

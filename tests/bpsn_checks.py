@@ -6,17 +6,16 @@ import os
 import pytest
 import torch
 
-from modeling_snn_bert import BPSN
-from modeling_snn_bert import leaky_integration_triton as kernels
+from modeling_snn_bert import BPSN, triton_tiles
 from modeling_snn_bert.packed_spikes import pack, packed_form, unpack
 from modeling_snn_bert.surrogate_gradients import SURROGATES
 
 ON_GPU = torch.cuda.is_available()
 interpreted = pytest.mark.skipif(
-    ON_GPU or not kernels._AVAILABLE or os.environ.get("TRITON_INTERPRET") != "1",
+    ON_GPU or not triton_tiles._AVAILABLE or os.environ.get("TRITON_INTERPRET") != "1",
     reason="Triton's interpreter is for machines with triton, without a GPU, and with TRITON_INTERPRET=1",
 )
-needs_gpu = pytest.mark.skipif(not (ON_GPU and kernels._AVAILABLE), reason="no CUDA device, or no triton")
+needs_gpu = pytest.mark.skipif(not (ON_GPU and triton_tiles._AVAILABLE), reason="no CUDA device, or no triton")
 
 
 def make_neuron(channels, groups, **settings):
@@ -60,7 +59,7 @@ def reference_of(neuron):
 
 def check(neuron, current, mask=None):
     """The kernels against the definition. The seeds leave no potential within a rounding error of its threshold."""
-    assert kernels.takes(current)
+    assert triton_tiles.takes(current)
     weight = torch.randn(current.shape).to(current.dtype)
     spikes, packed, gradients = run(neuron, current, mask, weight)
     # In the reference, nothing may come from what stands in the padding.

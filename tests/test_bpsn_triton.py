@@ -20,7 +20,7 @@ from bpsn_checks import (
     run,
 )
 
-from modeling_snn_bert import SNNBertForSequenceClassification, SNNBertModel, bpsn, leaky_integration_triton
+from modeling_snn_bert import SNNBertForSequenceClassification, SNNBertModel, bpsn, triton_tiles
 from modeling_snn_bert import bpsn_triton as kernels
 from modeling_snn_bert.surrogate_gradients import SURROGATES
 
@@ -28,7 +28,7 @@ from modeling_snn_bert.surrogate_gradients import SURROGATES
 @pytest.fixture
 def launches(monkeypatch):
     """Neurons take these kernels on a CPU, with small programs; the names of the kernels as they are launched."""
-    monkeypatch.setattr(leaky_integration_triton, "_DEVICE_TYPES", ("cpu",))
+    monkeypatch.setattr(triton_tiles, "_DEVICE_TYPES", ("cpu",))
     monkeypatch.setattr(kernels, "CHUNK", 4)
     for name in ("FORWARD_TILES", "BACKWARD_TILES"):
         monkeypatch.setattr(kernels, name, {8: (16, 1), 16: (8, 1), 32: (8, 1)})
@@ -166,7 +166,7 @@ class TestInterpreted:
             return outputs.last_hidden_state.detach(), gradients
 
         by_triton = step()
-        monkeypatch.setattr(leaky_integration_triton, "_DEVICE_TYPES", ())
+        monkeypatch.setattr(triton_tiles, "_DEVICE_TYPES", ())
         assert launches.count("_bpsn_forward") == 7 == launches.count("_sum_rows")
         assert_spikes_flow(model, **inputs)
         wanted = step()
@@ -217,7 +217,7 @@ for kernel, tiles in ((kernels._bpsn_forward, kernels.FORWARD_TILES), (kernels._
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not leaky_integration_triton._AVAILABLE, reason="triton is not installed")
+@pytest.mark.skipif(not triton_tiles._AVAILABLE, reason="triton is not installed")
 @pytest.mark.parametrize("tokens", [128, 512])
 def test_compiles_for_a_gpu_without_spills(tokens, tmp_path):
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
@@ -247,9 +247,9 @@ from torch._dynamo.backends.common import aot_autograd
 from triton.backends.compiler import GPUTarget
 import modeling_snn_bert as snn
 from functorch.compile import make_boxed_func
-from modeling_snn_bert import bpsn_triton, leaky_integration_triton, packed_spikes_triton
+from modeling_snn_bert import bpsn_triton, packed_spikes_triton, triton_tiles
 
-leaky_integration_triton._DEVICE_TYPES = ("meta",)
+triton_tiles._DEVICE_TYPES = ("meta",)
 # transformers looks for padding once a step, unless it sees that a stream is captured; autocast knows no meta device.
 transformers.masking_utils.is_tracing = lambda tensor=None: True
 enabled = torch.is_autocast_enabled
@@ -302,13 +302,13 @@ def compiled():
     torch.compile(model, backend=aot_autograd(fw_compiler=compiler), fullgraph=True)(**batch).loss.backward()
     return counts
 
-assert not bpsn_triton.INTERPRETED
+assert not triton_tiles.INTERPRETED
 print(json.dumps(eager() if sys.argv[1] == "eager" else compiled()))
 """
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not leaky_integration_triton._AVAILABLE, reason="triton is not installed")
+@pytest.mark.skipif(not triton_tiles._AVAILABLE, reason="triton is not installed")
 @pytest.mark.parametrize("way", ["eager", "compiled"])
 def test_a_training_step_reads_no_value_and_is_one_graph(way):
     environment = {**os.environ, "TRITON_INTERPRET": "0"}

@@ -1,6 +1,5 @@
-"""The compiled kernels for the CPU, what runs in their place, both against float64; and how they are loaded."""
+"""The compiled kernels for the CPU against float64, and how they are loaded."""
 
-import copy
 import ctypes
 import importlib.machinery
 import importlib.util
@@ -13,171 +12,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from float64_checks import compare, make_neuron, random_mask
 
 import modeling_snn_bert
-from modeling_snn_bert import bpsn, bpsn_in_place, cpu_kernels
+from modeling_snn_bert import cpu_kernels
 from modeling_snn_bert.event_driven import event_driven
-from modeling_snn_bert.leaky_integration import divide_by_group, leaky_sum, silence, total_weight
 from modeling_snn_bert.packed_spikes import packed_form, unpack
-from modeling_snn_bert.spiking_neurons import BPSN
 from modeling_snn_bert.surrogate_gradients import SURROGATES
 
 needs_kernels = pytest.mark.skipif(
     not cpu_kernels.available(), reason="no compiled kernels: installed without a C compiler, or switched off"
 )
 PACKAGE = Path(cpu_kernels.__file__).parent
-
-
-def make_neuron(channels, groups, seed=0, **settings):
-    """A neuron with its own value for each group and channel, as it would be after training."""
-    generator = torch.Generator().manual_seed(seed)
-    neuron = BPSN(channels, groups, **settings)
-    with torch.no_grad():
-        for name, parameter in neuron.named_parameters():
-            noise = torch.rand(parameter.shape, generator=generator)
-            low, high = {"v_threshold": (0.1, 0.7), "reset_strength": (-0.6, 1.2)}.get(name, (-2.5, 1.5))
-            parameter.copy_(low + (high - low) * noise)
-    return neuron
-
-
-def random_mask(kind, batch, length):
-    t, row = torch.arange(length).expand(batch, -1), torch.arange(batch)[:, None]
-    return {
-        "none": None,
-        "right": (t < max(1, length // 2) + row).long(),
-        "left": (t >= length // 3).float(),
-        "holes": (3 * t + row) % 4 != 0,
-        "all_masked": torch.zeros(batch, length, dtype=torch.bool),
-    }[kind]
-
-
-@torch.no_grad()
-def decided(neuron, x, mask, margin=1e-4):
-    """Whether each channel of each row is away from its threshold at all tokens and in all sweeps, `[batch, channels]`.
-
-    Elsewhere float32 and float64 may rightly disagree on a spike, and by the reset on its neighbours.
-    """
-    f, b = neuron.decay_forward, neuron.decay_backward
-    n = total_weight(x, f, b, mask, "chunked") if neuron.normalize else torch.ones(1, 1, f.shape[0], dtype=x.dtype)
-    potential = divide_by_group(leaky_sum(silence(x, mask), f, b, "chunked"), n)
-    reset = neuron.per_channel(neuron.soft_reset)
-    near, now = torch.zeros_like(x, dtype=torch.bool), potential
-    for _ in range(neuron.reset_iterations + 1):
-        near |= ((now - neuron.v_threshold).abs() < margin) | ((now + neuron.v_threshold).abs() < margin)
-        spikes = silence(neuron.fire(now, neuron.v_threshold), mask)
-        received = divide_by_group(leaky_sum(spikes, f, b, "chunked") - spikes, n)
-        now = potential - reset * received
-    return ~silence(near, mask).any(1)
-
-
-def compare(neuron, shape, mask, min_clear=0.5):
-    """Spikes and gradients of the float32 kernel against torch's operations in float64.
-
-    `min_clear` is the share of channels that must be away from their thresholds for this to say something.
-    """
-    batch, length, channels = shape
-    generator = torch.Generator().manual_seed(length)
-    current = torch.randn(batch, length, channels, generator=generator) + 0.2
-    exact = copy.deepcopy(neuron).double()
-    exact.implementation = "chunked"
-    clear = decided(exact, current.double(), mask)
-    assert clear.float().mean() > min_clear
-    grad = torch.randn(shape, generator=generator) * clear[:, None]
-    x, x64 = current.clone().requires_grad_(), current.double().requires_grad_()
-    spikes, wanted = neuron(x, mask), exact(x64, mask)
-    agree = (spikes == wanted) | ~clear[:, None]
-    assert agree.all()
-    names, parameters = zip(*neuron.named_parameters(), strict=True)
-    got = torch.autograd.grad(spikes, [x, *parameters], grad)
-    expected = torch.autograd.grad(wanted, [x64, *exact.parameters()], grad.double())
-    for name, a, e in zip(["current", *names], got, expected, strict=True):
-        # A parameter's gradient is a sum over all tokens in which much cancels.
-        tolerance = 2e-4
-        if name == "current":
-            a, e, tolerance = a * clear[:, None], e * clear[:, None], 2e-5
-        scale = max(e.abs().max().item(), 1e-3)
-        error = (a.double() - e).abs().max().item() / scale
-        assert error < tolerance, f"the gradient of {name} is off by {error}"
-    return spikes
-
-
-class TestWithoutKernels:
-    """The same of the neuron as it runs where there are no kernels: by torch's operations, here also in float32."""
-
-    DECAYS = {"as-trained": (0.02, 0.11), "wide": (0.3, 0.6), "wider-than-a-stencil": (0.9, 0.97)}
-
-    @pytest.fixture(autouse=True)
-    def no_kernels(self, monkeypatch):
-        monkeypatch.setattr(bpsn, "kernels_available", lambda: False)
-
-    def make(self, decays, channels, groups, **settings):
-        neuron = make_neuron(channels, groups, **settings)
-        low, high = self.DECAYS[decays]
-        with torch.no_grad():
-            for name, parameter in neuron.named_parameters():
-                if name.startswith("decay"):
-                    values = torch.linspace(low, high, groups)
-                    parameter.copy_((values if name == "decay_forward_logit" else values.flip(0)).logit())
-        return neuron
-
-    @pytest.mark.parametrize("mask", ["none", "right", "left", "holes"])
-    @pytest.mark.parametrize(
-        "spike_type, reset_iterations", [("binary", 0), ("binary", 1), ("ternary", 1), ("binary", 3)]
-    )
-    @pytest.mark.parametrize("decays", DECAYS)
-    @pytest.mark.parametrize(
-        "shape, groups", [((1, 1, 8), 1), ((3, 7, 16), 2), ((5, 40, 36), 4), ((4, 130, 96), 12)], ids=str
-    )
-    def test_is_the_neuron(self, shape, groups, decays, spike_type, reset_iterations, mask, monkeypatch):
-        # One row a piece, but two in the shape of five: the last piece is short.
-        monkeypatch.setattr(bpsn_in_place, "PIECE", 2 * 40 * 36)
-        neuron = self.make(decays, shape[-1], groups, reset_iterations=reset_iterations, spike_type=spike_type)
-        spikes = compare(neuron, shape, random_mask(mask, *shape[:2]), min_clear=0.2)
-        if shape[1] > 1:
-            assert 0 < spikes.abs().mean() < 1
-
-    @pytest.mark.parametrize("normalize", [True, False])
-    @pytest.mark.parametrize("bidirectional", [True, False])
-    @pytest.mark.parametrize("surrogate", list(SURROGATES))
-    def test_settings(self, normalize, bidirectional, surrogate):
-        settings = {"normalize": normalize, "bidirectional": bidirectional, "surrogate": surrogate}
-        neuron = self.make("as-trained", 32, 2, **settings)
-        assert 0 < compare(neuron, (2, 60, 32), random_mask("left", 2, 60)).mean() < 1
-
-    def test_a_long_sequence(self):
-        neuron = self.make("as-trained", 24, 3)
-        assert 0 < compare(neuron, (2, 3000, 24), random_mask("holes", 2, 3000), min_clear=0.05).mean() < 1
-
-    def test_nothing_at_all_is_valid(self):
-        neuron = self.make("as-trained", 16, 2)
-        current = torch.randn(2, 9, 16, requires_grad=True)
-        spikes = neuron(current, random_mask("all_masked", 2, 9))
-        spikes.sum().backward()
-        assert not spikes.any() and not current.grad.any()
-
-    @pytest.mark.parametrize("decays", DECAYS)
-    def test_pieces_change_nothing(self, decays, monkeypatch):
-        neuron, mask = self.make(decays, 48, 3), random_mask("right", 5, 50)
-        current = torch.randn(5, 50, 48, generator=torch.Generator().manual_seed(0), requires_grad=True)
-        results = []
-        for piece in (1, 2 * 50 * 48, 2**18):
-            monkeypatch.setattr(bpsn_in_place, "PIECE", piece)
-            spikes = neuron(current, mask)
-            weight = torch.linspace(-1, 1, spikes.numel()).view_as(spikes)
-            results.append((spikes, *torch.autograd.grad((spikes * weight).sum(), [current, *neuron.parameters()])))
-        assert 0 < results[0][0].mean() < 1
-        for other in results[1:]:
-            assert torch.equal(other[0], results[0][0]) and torch.equal(other[1], results[0][1])
-            torch.testing.assert_close(other[2:], results[0][2:], rtol=1e-4, atol=1e-4)
-
-    def test_under_autocast(self):
-        neuron = self.make("as-trained", 48, 3)
-        current = torch.randn(2, 40, 48, generator=torch.Generator().manual_seed(0)).bfloat16()
-        expected = neuron(current.float())
-        with torch.autocast("cpu", torch.bfloat16):
-            narrow, wide = neuron(current), neuron(current.float())
-        assert narrow.dtype == torch.bfloat16 and 0 < expected.mean() < 1
-        assert torch.equal(narrow.float(), expected) and torch.equal(wide, expected)
 
 
 @needs_kernels

@@ -8,7 +8,7 @@ import pytest
 import torch
 from bpsn_checks import interpreted, needs_gpu
 
-from modeling_snn_bert import leaky_integration_triton as kernels
+from modeling_snn_bert import triton_tiles
 from modeling_snn_bert.packed_spikes import pack, unpack
 from modeling_snn_bert.packed_spikes_triton import takes_packed, unpack_triton
 
@@ -31,7 +31,7 @@ def test_interpreted(monkeypatch, shape, dtype, ternary):
     wanted = unpack(packed, shape[-1], dtype)
     # More than one program.
     monkeypatch.setattr("modeling_snn_bert.packed_spikes_triton.BYTES", 8)
-    monkeypatch.setattr(kernels, "_DEVICE_TYPES", ("cpu",))
+    monkeypatch.setattr(triton_tiles, "_DEVICE_TYPES", ("cpu",))
     assert takes_packed(packed, dtype) and not takes_packed(packed, torch.float64)
     for form in (packed, packed.repeat_interleave(2, -1)[..., ::2]):
         got = unpack(form, shape[-1], dtype)
@@ -64,7 +64,7 @@ assert compiled.metadata.shared <= 4 * BYTES, compiled.metadata.shared
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not kernels._AVAILABLE, reason="triton is not installed")
+@pytest.mark.skipif(not triton_tiles._AVAILABLE, reason="triton is not installed")
 def test_compiles_to_wide_stores(tmp_path):
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     result = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment)

@@ -21,8 +21,8 @@ from bpsn_checks import (
 )
 from torch.utils.checkpoint import checkpoint
 
-from modeling_snn_bert import bpsn
-from modeling_snn_bert import leaky_integration_triton as kernels
+from modeling_snn_bert import bpsn, triton_tiles
+from modeling_snn_bert import bpsn_segments_triton as kernels
 from modeling_snn_bert.surrogate_gradients import SURROGATES
 
 
@@ -30,7 +30,7 @@ from modeling_snn_bert.surrogate_gradients import SURROGATES
 def on_cpu(monkeypatch):
     """Neurons take these kernels on a CPU, with chunks and segments so short that few tokens have several of them."""
     monkeypatch.setattr("modeling_snn_bert.bpsn.MAX_TOKENS", 0)
-    monkeypatch.setattr(kernels, "_DEVICE_TYPES", ("cpu",))
+    monkeypatch.setattr(triton_tiles, "_DEVICE_TYPES", ("cpu",))
     monkeypatch.setattr(kernels, "CHUNK", 4)
     monkeypatch.setattr(kernels, "SEGMENT", 8)
     monkeypatch.setattr(kernels, "WEIGHT_TILE", 8)
@@ -150,45 +150,12 @@ class TestInterpreted:
             make_neuron(16, 2)(current)
 
 
-@pytest.mark.parametrize(
-    ("environment", "triton", "message"),
-    [
-        ({"SNN_BERT_TRITON_KERNELS": "0"}, kernels.triton, "switched off by SNN_BERT_TRITON_KERNELS=0"),
-        ({}, None, "triton is not installed"),
-        ({}, type("triton", (), {"__version__": "3.1.0"}), "triton 3.1.0 is older than 3.3"),
-    ],
-    ids=["switched-off", "missing", "old"],
-)
-def test_why_there_are_no_kernels_is_logged(environment, triton, message, monkeypatch):
-    messages = []
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(kernels, "triton", triton)
-    monkeypatch.setattr(kernels.logger, "info", messages.append)
-    assert kernels._load() is False
-    assert len(messages) == 1 and message in messages[0]
-
-
-@pytest.mark.slow
-def test_the_package_works_without_triton():
-    code = (
-        "import sys; sys.modules['triton'] = None\n"
-        "import torch\n"
-        "from modeling_snn_bert import BPSN, leaky_integration_triton as kernels\n"
-        "assert kernels.triton is None and not kernels.takes(torch.zeros(1))\n"
-        "rate = BPSN(16, 2, v_threshold=0.2)(torch.randn(2, 9, 16)).mean()\n"
-        "assert 0 < rate < 1\n"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-
-
 # Compiles for three generations of GPUs. It needs none, but finds what the interpreter lets pass.
 COMPILE = """
 import inspect, sys
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from modeling_snn_bert import leaky_integration_triton as kernels
+from modeling_snn_bert import bpsn_segments_triton as kernels
 
 arch, stage, dtype = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 numbers = "tokens channels group_size batch weight_row weight_stride weight_step".split()
@@ -201,21 +168,22 @@ else:
     pointers += "received_before slope_forward slope_backward grad_parameters".split()
 types = {**dict.fromkeys(numbers, "i32"), **dict.fromkeys(pointers, "*fp32"), **dict.fromkeys(halves, f"*{dtype}")}
 types |= {"alpha": "fp32", **({"packed": "*u8"} if stage == "spikes" else {})}
-constants = {"STAGE": stage, "RESET": True, "TERNARY": True, "SURROGATE": "atan", "PADDED": True, "ONE_GROUP": False}
+constants = {"RESET": True, "TERNARY": True, "SURROGATE": "atan", "PADDED": True, "ONE_GROUP": False}
 constants |= {"CHUNK": 4, "SEGMENT": 256, "BLOCK": 64}
-names = list(inspect.signature(kernels._bpsn.fn).parameters)
+kernel = {"spikes": kernels._spikes, "gradient": kernels._gradient}[stage]
+names = list(inspect.signature(kernel.fn).parameters)
 signature = {name: types.get(name, "constexpr") for name in names}
 constexprs = {(i,): constants.get(name) for i, name in enumerate(names) if signature[name] == "constexpr"}
-compiled = compile(ASTSource(kernels._bpsn, signature, constexprs), target=GPUTarget("cuda", arch, 32))
+compiled = compile(ASTSource(kernel, signature, constexprs), target=GPUTarget("cuda", arch, 32))
 assert compiled.asm["cubin"]
 # A batch of 1, or a length that is a multiple of 16, must not become a constant of a kernel of its own.
-free = {parameter.name for parameter in kernels._bpsn.params if parameter.do_not_specialize}
+free = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
 assert free == set(numbers) - {"channels", "group_size"}, free
 """
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not kernels._AVAILABLE, reason="triton is not installed")
+@pytest.mark.skipif(not triton_tiles._AVAILABLE, reason="triton is not installed")
 @pytest.mark.parametrize(("arch", "stage", "dtype"), [(80, "spikes", "fp16"), (90, "gradient", "bf16")])
 def test_compiles_for_a_gpu(arch, stage, dtype, tmp_path):
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}

@@ -1,0 +1,924 @@
+"""The BPSN on a GPU for long sequences: Triton kernels from currents to spikes and back, as torch operators.
+
+A program owns `BLOCK` channels of one row, in one warp, and walks over the tokens in chunks of `CHUNK` that it keeps in
+registers: tiles (see `triton_tiles`) of one row. What one chunk hands to the next (the *carries*, a number per channel
+and chunk) wait in buffers of an eighth of the tokens, so the second direction of a chunk can be computed without
+keeping anything per token. The walks over a sequence, with what they touch per token and channel:
+
+1. from the last token to the first: the carries of the currents' sum over later tokens. Reads the current.
+2. from the first to the last: the sum over earlier tokens, the potential, the provisional spikes and their carries.
+   Reads the current again.
+3. from the last to the first: potential, reset received, spikes. Reads the current again, writes spikes and bits.
+
+Of the three reads of a current only the first has to come from memory: up to `SEGMENT` tokens the block is 32 KB in
+bfloat16, and those of all programs that run at a time can stay in the caches. So the memory sees each current once and
+each spike once, and at worst the carries, 1.5 bytes a current forward. The backward pass (which keeps the current and
+nothing else) does 1 and 2 again, then
+
+3. the gradient `g` of the leaky sum in place of the spikes. Reads current and gradient, writes `g`.
+4. both sums over `g`, which are the gradient to the current, and the gradients to the decays. Reads `g` twice and the
+   current, writes the result over `g`. In float16 and bfloat16 `g` is rounded to that type before it is summed.
+
+Longer sequences are cut into segments with a program each, so that few rows fill a GPU too. A segment needs what the
+others send it before it can go on, so each thing that is summed over tokens (the currents, the spikes of each sweep,
+`g`) ends a launch: with one sweep of the reset the currents come from memory three times forward and four times
+backward, and `g` twice.
+Every further sweep of the reset is a launch of its own at any length, and keeps the reset received in a float32 buffer
+`[batch, seq_len, channels]` in the meantime. Time and memory are linear in the length.
+"""
+
+from typing import Any
+
+import torch
+
+from .cpu_kernels import (
+    BACKWARD_SCHEMA,
+    FORWARD_SCHEMA,
+    NAMESPACE,
+    fake_bpsn_backward,
+    fake_bpsn_forward,
+    packed_shape,
+)
+from .triton_tiles import (
+    fire,
+    fire_backward,
+    jit,
+    leaky_sums,
+    leaky_sums_backward,
+    load_rows,
+    on_device_of,
+    reset_by,
+    scale,
+    silence,
+    store_rows,
+    store_spikes,
+    sums_before,
+)
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.language import constexpr
+except ImportError:
+    triton = constexpr = None
+
+CHUNK = 8
+# Powers of two, and the segment a multiple of the chunk.
+SEGMENT = 256
+BLOCK = 64
+# Tokens of one step of the kernel that sums the mask.
+WEIGHT_TILE = 1024
+
+
+@jit
+def _affine(decay, total, next_decay, next_total):
+    """Compose `y -> decay * y + total` with the next such step."""
+    return decay * next_decay, next_decay * total + next_total
+
+
+@jit
+def _affine_and_slope(decay, slope_of_decay, total, slope, next_decay, next_slope_of_decay, next_total, next_slope):
+    """The same, with the derivatives of both numbers with respect to the decay of a single step."""
+    return (
+        decay * next_decay,
+        slope_of_decay * next_decay + decay * next_slope_of_decay,
+        next_decay * total + next_total,
+        next_slope_of_decay * total + next_decay * slope + next_slope,
+    )
+
+
+@jit
+def _weigh_direction(mask, decay, tile, tokens, total, slope, TILE: constexpr, REVERSE: constexpr, SLOPES: constexpr):
+    """One tile of the mask's leaky sum: token numbers, mask, sums, their derivatives, and the last sum and derivative.
+
+    A reversed scan takes the tokens in reversed order, so that the scan itself always runs forward.
+    """
+    offset = tile * TILE + tl.arange(0, TILE)
+    token = tokens - 1 - offset if REVERSE else offset
+    inside = offset < tokens
+    valid = inside.to(tl.float32)
+    if mask is not None:
+        valid = tl.load(mask + token, mask=inside, other=0).to(tl.float32)
+    decays = tl.zeros([TILE], tl.float32) + decay
+    if SLOPES:
+        power, slope_of_power, sums, slopes = tl.associative_scan(
+            (decays, decays * 0 + 1, valid, decays * 0), 0, _affine_and_slope
+        )
+        slopes += slope_of_power * total + power * slope
+    else:
+        power, sums = tl.associative_scan((decays, valid), 0, _affine)
+        slopes = sums
+    sums += power * total
+    last = tl.arange(0, TILE) == TILE - 1
+    return token, inside, valid, sums, slopes, tl.sum(tl.where(last, sums, 0), 0), tl.sum(tl.where(last, slopes, 0), 0)
+
+
+@jit
+def _weigh(
+    mask, decay_forward, decay_backward, later_sums, weight, slope_forward, slope_backward,
+    tokens, groups,
+    TILE: constexpr, SLOPES: constexpr,
+):  # fmt: skip
+    """`1 / n` at valid tokens and 0 at others, and with `SLOPES` the derivatives of `n`; a program per row and group.
+
+    `mask` is `[rows, tokens]`, uint8, or `None` for one row without padding; the outputs are `[rows, tokens, groups]`.
+    """
+    row = (tl.program_id(0) // groups).to(tl.int64)
+    group = tl.program_id(0) % groups
+    forward = tl.load(decay_forward + group)
+    backward = tl.load(decay_backward + group)
+    start = row * tokens * groups + group
+    if mask is not None:
+        mask += row * tokens
+    total = 0.0
+    slope = 0.0
+    for tile in range(0, tl.cdiv(tokens, TILE)):
+        token, inside, valid, sums, slopes, total, slope = _weigh_direction(
+            mask, backward, tile, tokens, total, slope, TILE, True, SLOPES
+        )
+        tl.store(later_sums + start + token.to(tl.int64) * groups, sums - valid, mask=inside)
+        if SLOPES:
+            tl.store(slope_backward + start + token.to(tl.int64) * groups, slopes, mask=inside)
+    tl.debug_barrier()
+    total = 0.0
+    slope = 0.0
+    for tile in range(0, tl.cdiv(tokens, TILE)):
+        token, inside, valid, sums, slopes, total, slope = _weigh_direction(
+            mask, forward, tile, tokens, total, slope, TILE, False, SLOPES
+        )
+        later = tl.load(later_sums + start + token.to(tl.int64) * groups, mask=inside, other=0)
+        inverse = tl.where(valid > 0, 1 / tl.where(valid > 0, sums + later, 1), 0)
+        tl.store(weight + start + token.to(tl.int64) * groups, inverse, mask=inside)
+        if SLOPES:
+            tl.store(slope_forward + start + token.to(tl.int64) * groups, slopes, mask=inside)
+
+
+@jit
+def _place(tokens, channels, group_size, SEGMENT: constexpr, BLOCK: constexpr, ONE_GROUP: constexpr):
+    """Where this program works.
+
+    Row, first token and the one after the last, first channel, channels, which of them there are, their group, and
+    the place of its numbers in `[batch, segments, channels]`. The functions below take a part of that as a tuple,
+    `walk`: first token and the one after the last, channels in all, stride of the weights, which channels there are.
+    """
+    blocks = tl.cdiv(channels, BLOCK)
+    segments = tl.cdiv(tokens, SEGMENT)
+    block = tl.program_id(0) % blocks
+    item = tl.program_id(0) // blocks
+    row = (item // segments).to(tl.int64)
+    start = item % segments * SEGMENT
+    channel = (block * BLOCK + tl.arange(0, BLOCK))[None, :]
+    # A block that lies in one group reads one number where another block reads one per channel.
+    group = (block * BLOCK) // group_size if ONE_GROUP else tl.minimum(channel, channels - 1) // group_size
+    end = tl.minimum(start + SEGMENT, tokens)
+    return row, start, end, block * BLOCK, channel, channel < channels, group, item.to(tl.int64) * channels + channel
+
+
+@jit
+def _weights(weight, token, end, stride, CHUNK: constexpr):
+    """`1 / n` of a chunk, 0 at tokens that are not valid."""
+    chunk = ()
+    for k in tl.static_range(CHUNK):
+        if weight is None:
+            chunk = chunk + (tl.where(token + k < end, 1.0, 0.0),)
+        else:
+            chunk = chunk + (tl.load(weight + (token + k) * stride, mask=token + k < end, other=0),)
+    return chunk
+
+
+@jit
+def _load_chunk(rows, token, walk, CHUNK: constexpr):
+    _start, end, channels, _stride, inside = walk
+    return load_rows(rows + token.to(tl.int64) * channels, token, end, channels, inside, CHUNK)
+
+
+@jit
+def _load_currents(current, weight, token, walk, PADDED: constexpr, CHUNK: constexpr):
+    """A chunk of the currents, silenced, and its weights."""
+    _start, end, _channels, weight_stride, _inside = walk
+    weights = _weights(weight, token, end, weight_stride, CHUNK)
+    x = _load_chunk(current, token, walk, CHUNK)
+    if PADDED:
+        x = silence(x, weights, CHUNK)
+    return x, weights
+
+
+@jit
+def _from_others(sums, at, inside, BLOCK: constexpr):
+    """The sum that the other segments send to this one; 0 where there is one segment only."""
+    if sums is None:
+        return tl.zeros([1, BLOCK], tl.float32)
+    else:
+        return tl.load(sums + at, mask=inside, other=0)
+
+
+@jit
+def _walk_later(rows, weight, walk, later, decay, carries, PADDED: constexpr, CHUNK: constexpr):
+    """Walk 1: store, for each chunk, the sum of `rows` over the tokens after it."""
+    start, end, channels, _stride, inside = walk
+    chunks = tl.cdiv(end - start, CHUNK)
+    for i in range(0, chunks):
+        token = start + (chunks - 1 - i) * CHUNK
+        tl.store(carries + (token // CHUNK) * channels, later, mask=inside)
+        x, _ = _load_currents(rows, weight, token, walk, PADDED, CHUNK)
+        _, later = sums_before(x, later, decay, True, CHUNK)
+    tl.debug_barrier()
+
+
+@jit
+def _add_to_sums(x, near, far, power, near_decay, far_decay, REVERSE: constexpr, CHUNK: constexpr):
+    """Go on with a segment's two sums: `near` at the token reached, `far` at the segment's other end."""
+    for k in tl.static_range(CHUNK):
+        near = near_decay * near + x[CHUNK - 1 - k if REVERSE else k]
+        far = far + power * x[CHUNK - 1 - k if REVERSE else k]
+        power = power * far_decay
+    return near, far, power
+
+
+@jit
+def _sum_currents(
+    current, weight, decay_forward, decay_backward, sums_earlier, sums_later,
+    tokens, channels, group_size, weight_row, weight_stride, weight_step,
+    PADDED: constexpr, CHUNK: constexpr, SEGMENT: constexpr, BLOCK: constexpr, ONE_GROUP: constexpr,
+):  # fmt: skip
+    """Both leaky sums of the currents over each segment alone, `[batch, segments, channels]`."""
+    row, start, end, _first, channel, inside, group, item = _place(
+        tokens, channels, group_size, SEGMENT, BLOCK, ONE_GROUP
+    )
+    current += row * tokens * channels + channel
+    if weight is not None:
+        weight += row * weight_row + group * weight_step
+    forward = tl.load(decay_forward + group)
+    backward = tl.load(decay_backward + group)
+    earlier = tl.zeros([1, BLOCK], tl.float32)
+    later = tl.zeros([1, BLOCK], tl.float32)
+    power = tl.zeros([1, BLOCK], tl.float32) + 1
+    walk = (start, end, channels, weight_stride, inside)
+    for chunk in range(0, tl.cdiv(end - start, CHUNK)):
+        x, _ = _load_currents(current, weight, start + chunk * CHUNK, walk, PADDED, CHUNK)
+        earlier, later, power = _add_to_sums(x, earlier, later, power, forward, backward, False, CHUNK)
+    tl.store(sums_earlier + item, earlier, mask=inside)
+    tl.store(sums_later + item, later, mask=inside)
+
+
+@jit
+def _exchange(
+    sums_earlier, sums_later, decay_earlier, decay_later, segments, channels, group_size,
+    DOUBLINGS: constexpr, BLOCK: constexpr,
+):  # fmt: skip
+    """From each segment's own sums, `[batch, segments, channels]`, to what it gets from all others, in place.
+
+    A segment has `2 ** DOUBLINGS` tokens.
+    """
+    blocks = tl.cdiv(channels, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    channel = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    inside = channel < channels
+    group = tl.minimum(channel, channels - 1) // group_size
+    forward = tl.load(decay_earlier + group)
+    backward = tl.load(decay_later + group)
+    for _ in tl.static_range(DOUBLINGS):
+        forward = forward * forward
+        backward = backward * backward
+    earlier = tl.zeros([BLOCK], tl.float32)
+    later = tl.zeros([BLOCK], tl.float32)
+    for i in range(0, segments):
+        at = (row * segments + i) * channels + channel
+        own = tl.load(sums_earlier + at, mask=inside, other=0)
+        tl.store(sums_earlier + at, earlier, mask=inside)
+        earlier = forward * earlier + own
+        at = (row * segments + segments - 1 - i) * channels + channel
+        own = tl.load(sums_later + at, mask=inside, other=0)
+        tl.store(sums_later + at, later, mask=inside)
+        later = backward * later + own
+
+
+@jit
+def _values(v_threshold, decay_forward, decay_backward, reset, channel, inside, group):
+    """Threshold, decays and reset of this program."""
+    # What lies beyond the last channel never fires: its bits share a byte with those of real channels.
+    threshold = tl.load(v_threshold + channel, mask=inside, other=float("inf"))
+    return threshold, tl.load(decay_forward + group), tl.load(decay_backward + group), tl.load(reset + group)
+
+
+@jit
+def _fire_chunk(
+    current, weight, received_before, token, walk, earlier, later, values,
+    TERNARY: constexpr, PADDED: constexpr, CHUNK: constexpr,
+):  # fmt: skip
+    """A chunk before a sweep: weights, potentials, spikes, and the currents' sums at its last and first token."""
+    threshold, forward, backward, reset = values
+    x, weights = _load_currents(current, weight, token, walk, PADDED, CHUNK)
+    sums, earlier, later = leaky_sums(x, earlier, later, forward, backward, True, CHUNK)
+    potentials = scale(sums, weights, CHUNK)
+    margins = potentials
+    if received_before is not None:
+        margins = reset_by(potentials, _load_chunk(received_before, token, walk, CHUNK), reset, CHUNK)
+    return weights, potentials, fire(margins, weights, threshold, TERNARY, CHUNK), earlier, later
+
+
+@jit
+def _walk_earlier(
+    current, weight, received_before, walk, earlier, sent, values, carries, plane,
+    RESET: constexpr, TERNARY: constexpr, PADDED: constexpr, CHUNK: constexpr,
+):  # fmt: skip
+    """Walk 2: store, for each chunk, the sum of the currents over the tokens before it, and that of the spikes."""
+    start, end, channels, _stride, inside = walk
+    for i in range(0, tl.cdiv(end - start, CHUNK)):
+        token = start + i * CHUNK
+        at = carries + (token // CHUNK) * channels
+        later = tl.load(at, mask=inside, other=0)
+        tl.store(at + plane, earlier, mask=inside)
+        _, _, fired, earlier, _ = _fire_chunk(
+            current, weight, received_before, token, walk, earlier, later, values, TERNARY, PADDED, CHUNK
+        )
+        if RESET:
+            tl.store(at + 2 * plane, sent, mask=inside)
+            _, sent = sums_before(fired, sent, values[1], False, CHUNK)
+    tl.debug_barrier()
+
+
+@jit
+def _sweep_chunk(
+    current, weight, received_before, token, walk, later, sent, values, carries, plane,
+    RESET: constexpr, TERNARY: constexpr, PADDED: constexpr, CHUNK: constexpr,
+):  # fmt: skip
+    """A chunk of walk 3, after the sweep.
+
+    Weights, potentials, the reset received, margins, and the sums of currents and spikes at its first token.
+    """
+    _threshold, forward, backward, reset = values
+    _start, _end, channels, _stride, inside = walk
+    at = carries + (token // CHUNK) * channels
+    earlier = tl.load(at + plane, mask=inside, other=0)
+    weights, potentials, fired, _, later = _fire_chunk(
+        current, weight, received_before, token, walk, earlier, later, values, TERNARY, PADDED, CHUNK
+    )
+    received = potentials
+    margins = potentials
+    if RESET:
+        earlier = tl.load(at + 2 * plane, mask=inside, other=0)
+        sums, _, sent = leaky_sums(fired, earlier, sent, forward, backward, False, CHUNK)
+        received = scale(sums, weights, CHUNK)
+        margins = reset_by(potentials, received, reset, CHUNK)
+    return weights, potentials, received, margins, later, sent
+
+
+@jit
+def _integrate_gradient(
+    current, weight, grad, walk, earlier, to_later, to_earlier, values, carries, plane,
+    PADDED: constexpr, CHUNK: constexpr,
+):  # fmt: skip
+    """Walks 4: from `g` to the gradient to the current, in its place. Returns the gradients to both decays.
+
+    `carries` has the currents' sums over later tokens, from walk 1.
+    """
+    _threshold, forward, backward, _reset = values
+    start, end, channels, _stride, inside = walk
+    _walk_later(grad, None, walk, to_earlier, forward, carries + 3 * plane, False, CHUNK)
+    grad_forward = tl.zeros_like(earlier)
+    grad_backward = tl.zeros_like(earlier)
+    for chunk in range(0, tl.cdiv(end - start, CHUNK)):
+        token = start + chunk * CHUNK
+        x, weights = _load_currents(current, weight, token, walk, PADDED, CHUNK)
+        g = _load_chunk(grad, token, walk, CHUNK)
+        at = carries + (token // CHUNK) * channels
+        later = tl.load(at, mask=inside, other=0)
+        to_earlier = tl.load(at + 3 * plane, mask=inside, other=0)
+        grads, grad_forward, grad_backward, earlier, to_later = leaky_sums_backward(
+            g, x, earlier, later, to_earlier, to_later, forward, backward, grad_forward, grad_backward, CHUNK
+        )
+        # All of the chunk has been read before any of it is overwritten.
+        tl.debug_barrier()
+        rows = grad + token.to(tl.int64) * channels
+        store_rows(silence(grads, weights, CHUNK), rows, token, end, channels, inside, CHUNK)
+    return grad_forward, grad_backward
+
+
+@jit
+def _provisional(
+    current, weight, v_threshold, decay_forward, decay_backward, reset, carries, current_earlier, current_later,
+    next_earlier, next_later,
+    tokens, channels, group_size, batch, weight_row, weight_stride, weight_step,
+    TERNARY: constexpr, PADDED: constexpr, CHUNK: constexpr, SEGMENT: constexpr, BLOCK: constexpr,
+    ONE_GROUP: constexpr,
+):  # fmt: skip
+    """Walks 1 and 2 of several segments: the sums of the first provisional spikes over each segment, into `next_*`."""
+    row, start, end, _first, channel, inside, group, item = _place(
+        tokens, channels, group_size, SEGMENT, BLOCK, ONE_GROUP
+    )
+    values = _values(v_threshold, decay_forward, decay_backward, reset, channel, inside, group)
+    walk = (start, end, channels, weight_stride, inside)
+    offset = row * tokens * channels + channel
+    current += offset
+    if weight is not None:
+        weight += row * weight_row + group * weight_step
+    chunks = tl.cdiv(tokens, CHUNK)
+    carries += row * chunks * channels + channel
+    later = _from_others(current_later, item, inside, BLOCK)
+    _walk_later(current, weight, walk, later, values[2], carries, PADDED, CHUNK)
+    earlier = _from_others(current_earlier, item, inside, BLOCK)
+    near = tl.zeros([1, BLOCK], tl.float32)
+    far = tl.zeros([1, BLOCK], tl.float32)
+    power = tl.zeros([1, BLOCK], tl.float32) + 1
+    for i in range(0, tl.cdiv(end - start, CHUNK)):
+        token = start + i * CHUNK
+        later = tl.load(carries + (token // CHUNK) * channels, mask=inside, other=0)
+        _, _, fired, earlier, _ = _fire_chunk(
+            current, weight, None, token, walk, earlier, later, values, TERNARY, PADDED, CHUNK
+        )
+        near, far, power = _add_to_sums(fired, near, far, power, values[1], values[2], False, CHUNK)
+    tl.store(next_earlier + item, near, mask=inside)
+    tl.store(next_later + item, far, mask=inside)
+
+
+@jit
+def _sweep(
+    current, weight, v_threshold, decay_forward, decay_backward, reset, carries, current_earlier, current_later,
+    spikes_earlier, spikes_later, received_before, received_after, next_earlier, next_later,
+    tokens, channels, group_size, batch, weight_row, weight_stride, weight_step,
+    TERNARY: constexpr, PADDED: constexpr, CHUNK: constexpr, SEGMENT: constexpr, BLOCK: constexpr,
+    ONE_GROUP: constexpr,
+):  # fmt: skip
+    """Walks 1 to 3 for a sweep of the reset that is not the last one.
+
+    What is received in it goes into `received_after`, which may be `received_before`; with several segments the sums of
+    the spikes after it go into `next_*`.
+    """
+    row, start, end, _first, channel, inside, group, item = _place(
+        tokens, channels, group_size, SEGMENT, BLOCK, ONE_GROUP
+    )
+    values = _values(v_threshold, decay_forward, decay_backward, reset, channel, inside, group)
+    walk = (start, end, channels, weight_stride, inside)
+    offset = row * tokens * channels + channel
+    current += offset
+    if weight is not None:
+        weight += row * weight_row + group * weight_step
+    if received_before is not None:
+        received_before += offset
+    chunks = tl.cdiv(tokens, CHUNK)
+    plane = batch.to(tl.int64) * chunks * channels
+    carries += row * chunks * channels + channel
+    later = _from_others(current_later, item, inside, BLOCK)
+    _walk_later(current, weight, walk, later, values[2], carries, PADDED, CHUNK)
+    earlier = _from_others(current_earlier, item, inside, BLOCK)
+    sent = _from_others(spikes_earlier, item, inside, BLOCK)
+    _walk_earlier(
+        current, weight, received_before, walk, earlier, sent, values, carries, plane, True, TERNARY, PADDED, CHUNK
+    )
+    sent = _from_others(spikes_later, item, inside, BLOCK)
+    near = tl.zeros([1, BLOCK], tl.float32)
+    far = tl.zeros([1, BLOCK], tl.float32)
+    power = tl.zeros([1, BLOCK], tl.float32) + 1
+    count = tl.cdiv(end - start, CHUNK)
+    for i in range(0, count):
+        token = start + (count - 1 - i) * CHUNK
+        weights, _, received, margins, later, sent = _sweep_chunk(
+            current, weight, received_before, token, walk, later, sent, values, carries, plane, True, TERNARY,
+            PADDED, CHUNK,
+        )  # fmt: skip
+        # What was received before has been read by all threads, if it is to be overwritten.
+        tl.debug_barrier()
+        rows = received_after + offset + token.to(tl.int64) * channels
+        store_rows(received, rows, token, end, channels, inside, CHUNK)
+        if next_earlier is not None:
+            fired = fire(margins, weights, values[0], TERNARY, CHUNK)
+            near, far, power = _add_to_sums(fired, near, far, power, values[2], values[1], True, CHUNK)
+    if next_earlier is not None:
+        tl.store(next_earlier + item, far, mask=inside)
+        tl.store(next_later + item, near, mask=inside)
+
+
+@jit
+def _spikes(
+    current, weight, v_threshold, decay_forward, decay_backward, reset, carries, current_earlier, current_later,
+    spikes_earlier, spikes_later, received_before, spikes, packed,
+    tokens, channels, group_size, batch, weight_row, weight_stride, weight_step,
+    RESET: constexpr, TERNARY: constexpr, PADDED: constexpr, CHUNK: constexpr, SEGMENT: constexpr, BLOCK: constexpr,
+    ONE_GROUP: constexpr,
+):  # fmt: skip
+    """Walks 1 to 3 with the last sweep, or with `RESET` false walks 1 and 2: the spikes."""
+    row, start, end, first_channel, channel, inside, group, item = _place(
+        tokens, channels, group_size, SEGMENT, BLOCK, ONE_GROUP
+    )
+    values = _values(v_threshold, decay_forward, decay_backward, reset, channel, inside, group)
+    walk = (start, end, channels, weight_stride, inside)
+    offset = row * tokens * channels + channel
+    current += offset
+    if weight is not None:
+        weight += row * weight_row + group * weight_step
+    if received_before is not None:
+        received_before += offset
+    chunks = tl.cdiv(tokens, CHUNK)
+    plane = batch.to(tl.int64) * chunks * channels
+    carries += row * chunks * channels + channel
+    spikes += offset
+    packed += row * tokens * tl.cdiv(channels, 8)
+    packed_plane = batch.to(tl.int64) * tokens * tl.cdiv(channels, 8)
+    later = _from_others(current_later, item, inside, BLOCK)
+    _walk_later(current, weight, walk, later, values[2], carries, PADDED, CHUNK)
+    earlier = _from_others(current_earlier, item, inside, BLOCK)
+    sent = _from_others(spikes_earlier, item, inside, BLOCK)
+    count = tl.cdiv(end - start, CHUNK)
+    if RESET:
+        _walk_earlier(
+            current, weight, received_before, walk, earlier, sent, values, carries, plane, True, TERNARY, PADDED, CHUNK
+        )
+        sent = _from_others(spikes_later, item, inside, BLOCK)
+        for i in range(0, count):
+            token = start + (count - 1 - i) * CHUNK
+            weights, _, _, margins, later, sent = _sweep_chunk(
+                current, weight, received_before, token, walk, later, sent, values, carries, plane, True, TERNARY,
+                PADDED, CHUNK,
+            )  # fmt: skip
+            fired = fire(margins, weights, values[0], TERNARY, CHUNK)
+            rows = spikes + token.to(tl.int64) * channels
+            store_spikes(
+                fired, rows, packed, packed_plane, token, end, channels, first_channel, inside, TERNARY, CHUNK, BLOCK
+            )
+    else:
+        for i in range(0, count):
+            token = start + i * CHUNK
+            later = tl.load(carries + (token // CHUNK) * channels, mask=inside, other=0)
+            _, _, fired, earlier, _ = _fire_chunk(
+                current, weight, None, token, walk, earlier, later, values, TERNARY, PADDED, CHUNK
+            )
+            rows = spikes + token.to(tl.int64) * channels
+            store_spikes(
+                fired, rows, packed, packed_plane, token, end, channels, first_channel, inside, TERNARY, CHUNK, BLOCK
+            )
+
+
+@jit
+def _gradient(
+    current, weight, v_threshold, decay_forward, decay_backward, reset, carries, current_earlier, current_later,
+    spikes_earlier, spikes_later, received_before, grad_spikes, slope_forward, slope_backward, grad_sum,
+    grad_parameters,
+    tokens, channels, group_size, batch, weight_row, weight_stride, weight_step, alpha,
+    SURROGATE: constexpr, RESET: constexpr, TERNARY: constexpr, PADDED: constexpr, CHUNK: constexpr,
+    SEGMENT: constexpr, BLOCK: constexpr, ONE_GROUP: constexpr,
+):  # fmt: skip
+    """Walks 1 to 3 with the last sweep: `g` into `grad_sum`, and with one segment what follows from it (walks 4).
+
+    `grad_parameters` is `[6, batch, segments, channels]`: threshold, reset, both decays through `n`, both decays
+    through the sums.
+    """
+    row, start, end, _first, channel, inside, group, item = _place(
+        tokens, channels, group_size, SEGMENT, BLOCK, ONE_GROUP
+    )
+    values = _values(v_threshold, decay_forward, decay_backward, reset, channel, inside, group)
+    walk = (start, end, channels, weight_stride, inside)
+    offset = row * tokens * channels + channel
+    current += offset
+    if weight is not None:
+        weight += row * weight_row + group * weight_step
+    if received_before is not None:
+        received_before += offset
+    chunks = tl.cdiv(tokens, CHUNK)
+    plane = batch.to(tl.int64) * chunks * channels
+    carries += row * chunks * channels + channel
+    grad_spikes += offset
+    grad_sum += offset
+    if slope_forward is not None:
+        slope_forward += row * weight_row + group
+        slope_backward += row * weight_row + group
+    later = _from_others(current_later, item, inside, BLOCK)
+    _walk_later(current, weight, walk, later, values[2], carries, PADDED, CHUNK)
+    earlier = _from_others(current_earlier, item, inside, BLOCK)
+    sent = _from_others(spikes_earlier, item, inside, BLOCK)
+    _walk_earlier(
+        current, weight, received_before, walk, earlier, sent, values, carries, plane, RESET, TERNARY, PADDED, CHUNK
+    )
+    sent = _from_others(spikes_later, item, inside, BLOCK)
+    grad_threshold = tl.zeros([1, BLOCK], tl.float32)
+    grad_reset = tl.zeros([1, BLOCK], tl.float32)
+    grad_forward = tl.zeros([1, BLOCK], tl.float32)
+    grad_backward = tl.zeros([1, BLOCK], tl.float32)
+    count = tl.cdiv(end - start, CHUNK)
+    for i in range(0, count):
+        token = start + (count - 1 - i) * CHUNK
+        weights, potentials, received, margins, later, sent = _sweep_chunk(
+            current, weight, received_before, token, walk, later, sent, values, carries, plane, RESET, TERNARY,
+            PADDED, CHUNK,
+        )  # fmt: skip
+        incoming = silence(_load_chunk(grad_spikes, token, walk, CHUNK), weights, CHUNK)
+        grads, grad_threshold = fire_backward(
+            incoming, margins, values[0], alpha, grad_threshold, TERNARY, SURROGATE, CHUNK
+        )
+        if RESET:
+            for k in tl.static_range(CHUNK):
+                grad_reset -= received[k] * grads[k]
+        g = scale(grads, weights, CHUNK)
+        if slope_forward is not None:
+            for k in tl.static_range(CHUNK):
+                # v = sum / n, so d loss / d n = - grad v / n.
+                at = (token + k) * weight_stride
+                grad_weight = -potentials[k] * g[k]
+                grad_forward += grad_weight * tl.load(slope_forward + at, mask=token + k < end, other=0)
+                grad_backward += grad_weight * tl.load(slope_backward + at, mask=token + k < end, other=0)
+        store_rows(g, grad_sum + token.to(tl.int64) * channels, token, end, channels, inside, CHUNK)
+    parameter_plane = batch.to(tl.int64) * tl.cdiv(tokens, SEGMENT) * channels
+    grad_parameters += item
+    tl.store(grad_parameters, grad_threshold, mask=inside)
+    tl.store(grad_parameters + parameter_plane, grad_reset, mask=inside)
+    tl.store(grad_parameters + 2 * parameter_plane, grad_forward, mask=inside)
+    tl.store(grad_parameters + 3 * parameter_plane, grad_backward, mask=inside)
+    if current_earlier is None:
+        tl.debug_barrier()
+        nothing = tl.zeros([1, BLOCK], tl.float32)
+        grad_forward, grad_backward = _integrate_gradient(
+            current, weight, grad_sum, walk, nothing, nothing, nothing, values, carries, plane, PADDED, CHUNK
+        )
+        tl.store(grad_parameters + 4 * parameter_plane, grad_forward, mask=inside)
+        tl.store(grad_parameters + 5 * parameter_plane, grad_backward, mask=inside)
+
+
+@jit
+def _finish_gradient(
+    current, weight, v_threshold, decay_forward, decay_backward, reset, carries, current_earlier, grad_earlier,
+    grad_later, grad_sum, grad_parameters,
+    tokens, channels, group_size, batch, weight_row, weight_stride, weight_step,
+    PADDED: constexpr, CHUNK: constexpr, SEGMENT: constexpr, BLOCK: constexpr, ONE_GROUP: constexpr,
+):  # fmt: skip
+    """Walks 4 of several segments, after `_gradient`; `carries` are from there."""
+    row, start, end, _first, channel, inside, group, item = _place(
+        tokens, channels, group_size, SEGMENT, BLOCK, ONE_GROUP
+    )
+    values = _values(v_threshold, decay_forward, decay_backward, reset, channel, inside, group)
+    walk = (start, end, channels, weight_stride, inside)
+    offset = row * tokens * channels + channel
+    current += offset
+    if weight is not None:
+        weight += row * weight_row + group * weight_step
+    chunks = tl.cdiv(tokens, CHUNK)
+    plane = batch.to(tl.int64) * chunks * channels
+    carries += row * chunks * channels + channel
+    grad_forward, grad_backward = _integrate_gradient(
+        current,
+        weight,
+        grad_sum + offset,
+        walk,
+        tl.load(current_earlier + item, mask=inside, other=0),
+        tl.load(grad_earlier + item, mask=inside, other=0),
+        tl.load(grad_later + item, mask=inside, other=0),
+        values,
+        carries,
+        plane,
+        PADDED,
+        CHUNK,
+    )
+    parameter_plane = batch.to(tl.int64) * tl.cdiv(tokens, SEGMENT) * channels
+    tl.store(grad_parameters + 4 * parameter_plane + item, grad_forward, mask=inside)
+    tl.store(grad_parameters + 5 * parameter_plane + item, grad_backward, mask=inside)
+
+
+def _weight_of_tokens(
+    current: torch.Tensor,
+    mask: torch.Tensor | None,
+    decay_forward: torch.Tensor,
+    decay_backward: torch.Tensor,
+    normalize: bool,
+    slopes: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """`1 / n` at valid tokens and 0 at others, `[batch or 1, seq_len, groups or 1]`; the derivatives of `n`, or `None`.
+
+    `None` for the weight stands for 1 at every token.
+    """
+    valid = None if mask is None else mask != 0
+    if not normalize:
+        return None if valid is None else valid.float()[..., None].contiguous(), None, None
+    rows, tokens = (1, current.shape[1]) if valid is None else valid.shape
+    shape = (rows, tokens, decay_forward.shape[0])
+    weight, later_sums = (torch.empty(shape, device=current.device) for _ in range(2))
+    both_slopes = [torch.empty(shape, device=current.device) if slopes else None for _ in range(2)]
+    _weigh[(rows * shape[2],)](
+        None if valid is None else valid.to(torch.uint8).contiguous(),
+        decay_forward,
+        decay_backward,
+        later_sums,
+        weight,
+        *both_slopes,
+        tokens,
+        shape[2],
+        TILE=min(WEIGHT_TILE, _power_of_2(tokens)),
+        SLOPES=slopes,
+        num_warps=4 if tokens > 128 else 1,
+    )
+    return weight, both_slopes[0], both_slopes[1]
+
+
+def _power_of_2(number: int) -> int:
+    """The first power of two that is not below `number`. Triton's own takes ten times as long from Python."""
+    return 1 << (number - 1).bit_length()
+
+
+# Over earlier and over later tokens, of each segment; `None` where there is one segment.
+Sums = tuple[torch.Tensor | None, torch.Tensor | None]
+
+
+class _Launches:
+    """The launches of one call of an operator: what all of them share, and the sums between them."""
+
+    def __init__(
+        self, current, mask, v_threshold, decay_forward, decay_backward, reset, normalize, reset_iterations, ternary,
+        slopes=False,
+    ) -> None:  # fmt: skip
+        self.current = current.contiguous()
+        self.batch, self.tokens, self.channels = current.shape
+        self.reset_iterations = reset_iterations
+        self.segments = -(-self.tokens // SEGMENT)
+        groups = decay_forward.shape[0]
+        group_size = self.channels // groups
+        decays = decay_forward.contiguous(), decay_backward.contiguous()
+        weight, *self.slopes = _weight_of_tokens(current, mask, *decays, normalize, slopes)
+        carries = self.empty(4, self.batch, -(-self.tokens // CHUNK), self.channels)
+        block = min(BLOCK, max(16, _power_of_2(self.channels)))
+        self.blocks = -(-self.channels // block)
+        # A program for each row, segment and block of channels.
+        self.grid = (self.batch * self.segments * self.blocks,)
+        self.decays = {"decay_forward": decays[0], "decay_backward": decays[1]}
+        self.shared: dict[str, Any] = {
+            "current": self.current,
+            "weight": weight,
+            "tokens": self.tokens,
+            "channels": self.channels,
+            "group_size": group_size,
+            "weight_row": 0 if weight is None or weight.shape[0] == 1 else weight.stride(0),
+            "weight_stride": 0 if weight is None else weight.shape[2],
+            "weight_step": 0 if weight is None or weight.shape[2] == 1 else 1,
+            "PADDED": mask is not None,
+            "CHUNK": CHUNK,
+            "SEGMENT": SEGMENT,
+            "BLOCK": block,
+            "ONE_GROUP": group_size % block == 0,
+            "num_warps": 1,
+        }
+        self.neuron = {
+            **self.shared,
+            **self.decays,
+            "v_threshold": v_threshold.contiguous(),
+            "reset": reset.contiguous(),
+            "carries": carries,
+            "batch": self.batch,
+        }
+        self.ternary = ternary
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.current.device)
+
+    def new_sums(self) -> Sums:
+        """Room for the sums over earlier and later tokens of each segment; nothing where there is one segment."""
+        if self.segments == 1:
+            return None, None
+        shape = (self.batch, self.segments, self.channels)
+        return self.empty(*shape), self.empty(*shape)
+
+    def exchange(self, sums: Sums, decay_earlier: torch.Tensor, decay_later: torch.Tensor) -> None:
+        """From each segment's own sums to those that it gets from the others, in place."""
+        if self.segments > 1:
+            _exchange[(self.batch * self.blocks,)](
+                *sums,
+                decay_earlier,
+                decay_later,
+                self.segments,
+                self.channels,
+                self.shared["group_size"],
+                DOUBLINGS=SEGMENT.bit_length() - 1,
+                BLOCK=self.shared["BLOCK"],
+                num_warps=1,
+            )
+
+    def until_last_sweep(self) -> dict[str, Any]:
+        """All that comes before the last sweep of the reset; what the kernel of the last one takes."""
+        decays = tuple(self.decays.values())
+        current: Sums = (None, None)
+        spikes: Sums = (None, None)
+        received = None
+        if self.segments > 1:
+            current = self.new_sums()
+            _sum_currents[self.grid](**self.shared, **self.decays, sums_earlier=current[0], sums_later=current[1])
+            self.exchange(current, *decays)
+            if self.reset_iterations:
+                spikes = self.new_sums()
+                _provisional[self.grid](
+                    **self.neuron, **_named("current", current), **_named("next", spikes), TERNARY=self.ternary
+                )
+                self.exchange(spikes, *decays)
+        for sweep in range(self.reset_iterations - 1):
+            after = self.new_sums()
+            received = self.empty(*self.current.shape) if received is None else received
+            _sweep[self.grid](
+                **self.neuron,
+                **_named("current", current),
+                **_named("spikes", spikes),
+                **_named("next", after),
+                received_before=received if sweep else None,
+                received_after=received,
+                TERNARY=self.ternary,
+            )
+            self.exchange(after, *decays)
+            spikes = after
+        return {
+            **self.neuron,
+            **_named("current", current),
+            **_named("spikes", spikes),
+            "received_before": received,
+            "RESET": self.reset_iterations > 0,
+            "TERNARY": self.ternary,
+        }
+
+    def finish_gradient(
+        self, current_earlier: torch.Tensor, grad_sum: torch.Tensor, grad_parameters: torch.Tensor
+    ) -> None:
+        """The second half of the backward pass over several segments, from `g` in `grad_sum`, in its place."""
+        sums = self.new_sums()
+        # The gradient goes the other way round: what a token sent to later ones comes back from them.
+        decays = self.decays["decay_backward"], self.decays["decay_forward"]
+        shared = {**self.shared, "current": grad_sum, "weight": None, "PADDED": False}
+        _sum_currents[self.grid](
+            **shared, decay_forward=decays[0], decay_backward=decays[1], sums_earlier=sums[0], sums_later=sums[1]
+        )
+        self.exchange(sums, *decays)
+        _finish_gradient[self.grid](
+            **self.neuron,
+            **_named("grad", sums),
+            current_earlier=current_earlier,
+            grad_sum=grad_sum,
+            grad_parameters=grad_parameters,
+        )
+
+
+def _named(name: str, sums: Sums) -> dict[str, torch.Tensor | None]:
+    """Sums over earlier and later tokens as a kernel takes them."""
+    return {f"{name}_earlier": sums[0], f"{name}_later": sums[1]}
+
+
+@torch.library.custom_op(f"{NAMESPACE}::bpsn_triton_forward", mutates_args=(), schema=FORWARD_SCHEMA)
+def bpsn_forward(
+    current, mask, v_threshold, decay_forward, decay_backward, reset, normalize, reset_iterations, ternary
+):
+    """Spikes of a `BPSN`, in the dtype of `current` and packed.
+
+    `current` is `[batch, seq_len, channels]` in float32, bfloat16 or float16, `mask` `[batch, seq_len]`, `v_threshold`
+    `[channels]`, the decays and the reset `[groups]`, all three in float32. Any number of channels and groups will do.
+    """
+    spikes = torch.empty_like(current, memory_format=torch.contiguous_format)
+    packed = current.new_empty(packed_shape(current.shape, ternary), dtype=torch.uint8)
+    if current.shape[0] == 0:
+        return spikes, packed
+    with on_device_of(current):
+        launches = _Launches(
+            current, mask, v_threshold, decay_forward, decay_backward, reset, normalize, reset_iterations, ternary
+        )
+        arguments = launches.until_last_sweep()
+        _spikes[launches.grid](**arguments, spikes=spikes, packed=packed)
+    return spikes, packed
+
+
+@torch.library.custom_op(f"{NAMESPACE}::bpsn_triton_backward", mutates_args=(), schema=BACKWARD_SCHEMA)
+def bpsn_backward(
+    grad_spikes,
+    current,
+    mask,
+    v_threshold,
+    decay_forward,
+    decay_backward,
+    reset,
+    normalize,
+    reset_iterations,
+    ternary,
+    surrogate,
+    alpha,
+):
+    """Gradients to the current, the threshold, both decays and the reset; arguments as for `bpsn_forward`."""
+    grad_current = torch.empty_like(current, memory_format=torch.contiguous_format)
+    if current.shape[0] == 0:
+        return grad_current, *(torch.zeros_like(x) for x in (v_threshold, decay_forward, decay_backward, reset))
+    with on_device_of(current):
+        launches = _Launches(
+            current, mask, v_threshold, decay_forward, decay_backward, reset, normalize, reset_iterations, ternary, True
+        )
+        arguments = launches.until_last_sweep()
+        parameters = launches.empty(6, launches.batch, launches.segments, launches.channels)
+        _gradient[launches.grid](
+            **arguments,
+            grad_spikes=grad_spikes.contiguous(),
+            slope_forward=launches.slopes[0],
+            slope_backward=launches.slopes[1],
+            grad_sum=grad_current,
+            grad_parameters=parameters,
+            alpha=alpha,
+            SURROGATE=surrogate,
+        )
+        if launches.segments > 1:
+            launches.finish_gradient(arguments["current_earlier"], grad_current, parameters)
+    of_channel = parameters.sum((1, 2))
+    of_group = of_channel.unflatten(1, (decay_forward.shape[0], -1)).sum(-1)
+    # An operator returns tensors of their own, not views of one.
+    of_weight_and_sums = of_group[2:4] + of_group[4:6]
+    grad_forward, grad_backward = of_weight_and_sums.unbind()
+    return grad_current, *(grad.clone() for grad in (of_channel[0], grad_forward, grad_backward, of_group[1]))
+
+
+bpsn_forward.register_fake(fake_bpsn_forward)
+bpsn_backward.register_fake(fake_bpsn_backward)
