@@ -7,7 +7,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 
 REQUIREMENTS := setup.py pyproject.toml constraints.txt
 # The folder itself is listed too: its time changes when a module is removed.
-SOURCES := modeling_snn_bert $(wildcard modeling_snn_bert/*.py modeling_snn_bert/commands/*.py csrc/*)
+SOURCES := modeling_snn_bert $(wildcard modeling_snn_bert/*.py modeling_snn_bert/*/*.py csrc/*)
 
 # Each stamp says that its step was done after its prerequisites last changed.
 EXAMPLES_STAMP := $(VENV)/.installed-examples

@@ -15,7 +15,6 @@ the faster one, the dense one runs, with the same rounded weights.
 """
 
 import functools
-import operator
 import threading
 import time
 import weakref
@@ -58,9 +57,9 @@ Model = TypeVar("Model", bound=nn.Module)
 
 Tensors: TypeAlias = Sequence[torch.Tensor | None]
 
-# The neurons and the Linears of a layer, in the order of the tables. `get_submodule` takes longer than small products.
-neurons_of: Any = operator.attrgetter(*(place.neuron for place in PLACES))
-linears_of: Any = operator.attrgetter(*LINEARS)
+# Where a layer's neurons and Linears stand.
+NEURON_PATHS = [place.neuron.split(".") for place in PLACES]
+LINEAR_PATHS = [name.split(".") for name in LINEARS]
 # How the crossover to the dense product is measured: on this many tokens, from two rates, as the best of some repeats.
 CROSSOVER_TOKENS = 512
 CROSSOVER_RATES = (0.05, 0.3)
@@ -610,7 +609,7 @@ class EventDrivenLayer:
             return False
         if attention.head_size > MAX_HEAD_SIZE:
             return False
-        for neuron in neurons_of(layer):
+        for neuron in _modules_at(layer, NEURON_PATHS):
             if neuron.implementation not in ("auto", "chunked"):
                 return False
             if not _is_on_cpu(neuron.v_threshold) or neuron.v_threshold.dtype != torch.float32:
@@ -620,7 +619,8 @@ class EventDrivenLayer:
         context = layer.attention.output.neuron
         if context.num_groups * attention.head_size != context.num_channels:
             return False
-        return all(linear.runner is not None and _is_on_cpu(linear.weight) for linear in linears_of(layer))
+        linears = _modules_at(layer, LINEAR_PATHS)
+        return all(linear.runner is not None and _is_on_cpu(linear.weight) for linear in linears)
 
     def __call__(self, layer: Any, hidden_states: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
         mask = None if token_mask is None else (token_mask != 0).to(torch.uint8).contiguous()
@@ -640,7 +640,7 @@ class EventDrivenLayer:
         attention, after = layer.attention.self, layer.attention.output
         neuron = {
             place.neuron: self._neuron(place.neuron, module)
-            for place, module in zip(PLACES, neurons_of(layer), strict=True)
+            for place, module in zip(PLACES, _modules_at(layer, NEURON_PATHS), strict=True)
         }
 
         spikes = neuron_spikes(states, mask, neuron["attention.self.neuron"])
@@ -707,6 +707,11 @@ def _is_plain(layer: nn.Module, asked: bool) -> bool:
                 return False
         inside += module._modules.values()
     return True
+
+
+def _modules_at(layer: Any, paths: Sequence[list[str]]) -> list[Any]:
+    """The modules of `layer` at `paths`. By hand, since `get_submodule` takes longer than a small layer's products."""
+    return [functools.reduce(lambda module, name: module._modules[name], path, layer) for path in paths]
 
 
 def _floats(packed: torch.Tensor) -> torch.Tensor:
