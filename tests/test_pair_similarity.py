@@ -1,9 +1,9 @@
 """How alike two sentences are, against loops over pairs and tokens."""
 
-import example_scripts  # noqa: F401  makes the scripts importable
 import pytest
 import torch
-from run_sts import SIMILARITIES
+
+from modeling_snn_bert.pair_similarity import SIMILARITIES
 
 LENGTHS = [(3, 5), (1, 1), (7, 2), (7, 7)]
 
