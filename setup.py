@@ -127,6 +127,7 @@ setup(
     python_requires=">=3.10",
     install_requires=[
         "huggingface-hub",
+        "markdown-it-py",  # reports as HTML; typer asks for it too
         "torch>=2.6",
         # 5.4 made configurations strict dataclasses; tests/test_packaging.py runs the package on the lower bound.
         "transformers>=5.4.0,<6",

@@ -9,7 +9,8 @@ sentiment of film reviews (BERT and reviews are fetched from the Python package 
 own with `--model_name_or_path` and `--train_file` / `--validation_file` or `--dataset_name`: another BERT is converted
 by calibration, if no `--student_name_or_path` is given.
 
-Writes report.md, report.json, firing_rates.png, spikes.png and a Hub-ready checkpoint to `--output_dir`.
+Writes report.html (one page with everything on it), report.md, report.json, firing_rates.png, spikes.png and a
+Hub-ready checkpoint to `--output_dir`.
 """
 
 import argparse
@@ -59,6 +60,7 @@ from modeling_snn_bert.fine_tuning import (
     timed,
     training_batches,
 )
+from modeling_snn_bert.html_report import html_page
 from modeling_snn_bert.model_card import card_from_report
 
 HERE = Path(__file__).resolve().parent
@@ -191,8 +193,10 @@ def main() -> None:
     card_from_report(snn_bert.config, results).save(args.output_dir / "model" / "README.md")
     report = report_markdown(results, energy)
     (args.output_dir / "report.md").write_text(report)
+    pictures = {"Firing rates": [args.output_dir / "firing_rates.png", args.output_dir / "spikes.png"]}
+    (args.output_dir / "report.html").write_text(html_page(report, pictures), encoding="utf-8")
     print(report)
-    print(f"written to {args.output_dir}: report.md, report.json, firing_rates.png, spikes.png, model/")
+    print(f"written to {args.output_dir}: report.html, report.md, report.json, firing_rates.png, spikes.png, model/")
 
 
 def make_student(

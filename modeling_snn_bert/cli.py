@@ -41,7 +41,8 @@ from .commands.serve import serve
 from .commands.train import train
 from .conversion import convert_bert, initialize_from_bert, is_neuron_parameter
 from .cpu_kernels import kernel_facts
-from .energy import energy_report, measure_spikes
+from .energy import energy_report, measure_spikes, measured_energy
+from .energy.joules import find_counters
 from .energy.plots import RASTER_TOKENS, import_pyplot, plot_spikes, raster_panels
 from .layer_places import place_of, short_name
 from .loading import load_model, tokenized_batches
@@ -171,20 +172,27 @@ def energy(
     batch_size: BatchSize = 16,
     output_dir: Annotated[Path, typer.Option("--output_dir", help="Where the report goes.")] = Path("outputs/energy"),
     plots: Annotated[bool, typer.Option("--plots/--no_plots", help="Draw the pictures (needs matplotlib).")] = True,
+    measure: Annotated[
+        bool,
+        typer.Option("--measure", help="Also measure joules by the processor's counters (RAPL); takes half a minute."),
+    ] = False,
     revision: Revision = None,
 ) -> None:
     """Count operations and energy on real text, beside a BERT's.
 
-    Writes report.md, report.json and pictures of energy, firing rates and spikes, and prints the report.
+    Writes report.html, report.md, report.json and pictures of energy, firing rates and spikes, and prints the report.
     """
     with reported():
         if plots:
             import_pyplot()
+        counters = find_counters() if measure else None
         texts = read_texts(data_file, text_column, encoding)[:max_samples]
         snn_bert, tokenizer = load(model, revision)
         rival = load_model(baseline) if baseline else None
         batches = tokenized_batches(snn_bert, tokenizer, texts, batch_size, max_length)
         report = energy_report(snn_bert, batches, baseline=rival)
+        if counters is not None:
+            report.measured = measured_energy(snn_bert, batches, counters)
         tokens = tokenizer.convert_ids_to_tokens(report.statistics.example_ids)
         files = report.save(output_dir, tokens=tokens, plots=plots)
     typer.echo(report.to_markdown())

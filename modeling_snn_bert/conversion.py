@@ -24,6 +24,7 @@ from transformers import (
 )
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.bert.modeling_bert import BertLayer
+from transformers.utils import logging
 
 from .configuration_snn_bert import SNNBertConfig
 from .layer_places import LINEARS
@@ -155,7 +156,8 @@ def _calibrate(bert: BertModel, model: SNNBertModel, batches: list[dict[str, tor
     teacher_states = [bert.embeddings(b["input_ids"], token_type_ids=b.get("token_type_ids")) for b in batches]
     states = [x.repeat(copies, 1, 1) for x in teacher_states]
     layers = cast(Iterable[SNNBertLayer], model.encoder.layer)
-    for teacher_layer, layer in zip(bert.encoder.layer, layers, strict=True):
+    pairs = list(zip(bert.encoder.layer, layers, strict=True))
+    for teacher_layer, layer in logging.tqdm(pairs, desc="calibrate", unit="layer"):
         targets = _Targets(bert, teacher_layer, teacher_states, masks)
         token_masks = [mask.repeat(copies, 1) for mask in masks]
         states = _LayerCalibration(model, layer, targets, token_masks, copies, how).run(states)

@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers import (
     DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     get_linear_schedule_with_warmup,
 )
+from transformers.utils import logging
 
 from .distillation import hidden_state_loss, label_and_logit_loss, parameter_groups
 from .energy import EnergyReport
@@ -87,7 +87,7 @@ def train(
     # Not the model: Accelerate would put autocast around its `forward` for good, and what follows wants float32.
     model.to(accelerator.device)
     optimizer, schedule = accelerator.prepare(optimizer, schedule)
-    progress = tqdm(range(steps), desc=description, unit="step")
+    progress = logging.tqdm(range(steps), desc=description, unit="step")
     for step in progress:
         batch = {name: x.to(accelerator.device) for name, x in next(batches).items()}
         with accelerator.autocast():
@@ -151,7 +151,7 @@ def predictions(model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Ten
     """The index of the likeliest label of each row, and that of its right one, both `[rows]` on the CPU."""
     model.eval()
     found, right = [], []
-    for batch in batches:
+    for batch in logging.tqdm(batches, desc="score", unit="batch"):
         found.append(model(**{name: x.to(model.device) for name, x in batch.items()}).logits.argmax(-1).cpu())
         right.append(batch["labels"].cpu())
     return torch.cat(found), torch.cat(right)

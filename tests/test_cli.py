@@ -142,7 +142,7 @@ class TestEnergy:
         assert numbers["sequences"] == 2 and numbers["model"] == "SNNBertForSequenceClassification"
         assert (out / "report.md").read_text().strip() in result.stdout
         assert {path.name for path in out.iterdir()} == set(
-            "report.md report.json energy.png firing_rates.png spikes.png".split()
+            "report.html report.md report.json energy.png firing_rates.png spikes.png".split()
         )
 
     def test_baseline(self, snn_bert, checkpoint, make_config, texts_file, tmp_path):
@@ -153,7 +153,7 @@ class TestEnergy:
             "--output_dir", tmp_path / "out",
         )  # fmt: skip
         assert "LIF, repeat coding, 4 time-steps" in result.stdout
-        assert {path.name for path in (tmp_path / "out").iterdir()} == {"report.md", "report.json"}
+        assert {path.name for path in (tmp_path / "out").iterdir()} == {"report.html", "report.md", "report.json"}
 
 
 class TestSpikes:

@@ -1,5 +1,6 @@
 """The energy report: its baseline and its files."""
 
+import base64
 import json
 import sys
 
@@ -46,6 +47,8 @@ def test_report_files(make_with_batches, tmp_path, tokenizer):
             assert f"| layer {layer}, {linear} |" in text
     for picture in ("energy", "firing_rates", "spikes"):
         assert (tmp_path / "new" / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
+        encoded = base64.b64encode((tmp_path / "new" / f"{picture}.png").read_bytes()).decode()
+        assert encoded in (tmp_path / "new" / "report.html").read_text()
     with pytest.raises(ValueError, match=r"`tokens` must name the \d+ tokens of the first sequence, got 1"):
         report.save(tmp_path, tokens=["x"])
 
@@ -57,4 +60,4 @@ def test_pictures_without_matplotlib(make_with_batches, tmp_path, monkeypatch):
     with pytest.raises(ImportError, match="pip install matplotlib"):
         report.save(tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    assert [f.name for f in report.save(tmp_path / "out", plots=False)] == ["report.md", "report.json"]
+    assert [f.name for f in report.save(tmp_path / "out", plots=False)] == ["report.md", "report.json", "report.html"]

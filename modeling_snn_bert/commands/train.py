@@ -40,6 +40,7 @@ from ..fine_tuning import (
     timed,
     training_batches,
 )
+from ..html_report import html_page
 from ..model_card import card_from_report
 from ..modeling_snn_bert import SNNBertForSequenceClassification
 from ..text_files import Labelled, read_labelled, shortened
@@ -127,7 +128,7 @@ def train(
     """Train a spiking text classifier on your own texts and labels.
 
     A BERT is fine-tuned, converted, and teaches its copy; an SNN-BERT is fine-tuned. The folder holds the model, its
-    code, a model card, report.md and report.json, and can go to the Hub as it is. Runs on a GPU if there is one.
+    code, a model card, report.html, report.md and report.json, and can go to the Hub as it is. Runs on a GPU if there is one.
     """
     if steps is not None and epochs is not None:
         raise typer.BadParameter("give either --steps or --epochs", param_hint="--epochs")
@@ -231,6 +232,7 @@ def train(
             report = report_markdown(results, energy, f"SNN-BERT on {data.name}")
             (folder / "report.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
             (folder / "report.md").write_text(report, encoding="utf-8")
+            (folder / "report.html").write_text(html_page(report, {}), encoding="utf-8")
             card_from_report(spiking.config, results).save(folder / "README.md")
     typer.echo(report)
     typer.echo(f"written to {output}: try it by `snn-bert serve {shlex.quote(str(output))}`")

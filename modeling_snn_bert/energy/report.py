@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 
 from ..atomic_writes import written_whole
+from ..html_report import html_page
 from ..modeling_snn_bert import SNNBertPreTrainedModel
+from .joules import MeasuredEnergy, measured_section
 from .operation_counts import (
     FLOAT32,
     INT8,
@@ -52,6 +54,7 @@ class EnergyReport:
         costs: the model's own cost, then those of the models that it is compared with.
         neuron: the steps of one neuron, per channel, token and time-step.
         baseline: the cost of the repeat-coding baseline that was measured on the same sequences, if one was given.
+        measured: joules by the machine's own counters, from `measured_energy`, if they were measured.
     """
 
     model: str
@@ -60,6 +63,7 @@ class EnergyReport:
     costs: list[ModelCost]
     neuron: list[NeuronCost]
     baseline: ModelCost | None = None
+    measured: Mapping[str, MeasuredEnergy] | None = None
 
     @property
     def cost(self) -> ModelCost:
@@ -95,7 +99,7 @@ class EnergyReport:
         return firing_rate_table(self.firing_rates())
 
     def to_dict(self) -> dict:
-        """The report as numbers, strings, lists and dictionaries. Energies are in pJ, per sequence."""
+        """The report as numbers, strings, lists and dictionaries. Energies of a sequence, in pJ; measured ones in J."""
         statistics = self.statistics
         return {
             "model": self.model,
@@ -120,6 +124,7 @@ class EnergyReport:
                 name: {"mean": rate.mean().item(), "min": rate.min().item(), "max": rate.max().item()}
                 for name, rate in zip(statistics.names, statistics.rates, strict=True)
             },
+            "measured": {name: dataclasses.asdict(energy) for name, energy in (self.measured or {}).items()},
             "run_lengths": [dataclasses.asdict(runs) for runs in statistics.run_lengths],
             "conventions": {
                 "picojoules": {arithmetic.name: arithmetic._asdict() for arithmetic in (FLOAT32, INT8)},
@@ -145,6 +150,7 @@ class EnergyReport:
                 f"average; {settings}. All figures are per mean sequence, at batch size 1, over valid tokens only.",
                 "",
             ],
+            measured_section(self.measured) if self.measured else [],
             comparison_section(self.models),
             paper_section(self.matrix_product_ratios()),
             ["## Operations by part", "", *operations_table(self.cost)],
@@ -157,7 +163,9 @@ class EnergyReport:
         return "\n".join(line for section in sections for line in section) + "\n"
 
     def save(self, folder: str | Path, *, tokens: Sequence[str] | None = None, plots: bool = True) -> list[Path]:
-        """Write report.md, report.json, energy.png, firing_rates.png and spikes.png, each whole or not at all.
+        """Write report.md, report.json, energy.png, firing_rates.png, spikes.png and report.html, which holds all.
+
+        Each is written whole or not at all.
 
         Args:
             folder: where to; it is made if it does not exist.
@@ -181,20 +189,21 @@ class EnergyReport:
         if plots:
             import_pyplot()
         folder = Path(folder)
-        files = []
-        for name, text in (("report.md", self.to_markdown()), ("report.json", self.to_json() + "\n")):
-            with written_whole(folder / name) as temporary:
-                temporary.write_text(text, encoding="utf-8")
-            files.append(folder / name)
+        pictures = [folder / f"{name}.png" for name in ("energy", "firing_rates", "spikes")] if plots else []
         if plots:
-            files += [folder / "energy.png", folder / "firing_rates.png", folder / "spikes.png"]
-            plot_energy(self.models, files[2])
-            plot_firing_rates(statistics.rates, statistics.names, files[3])
+            plot_energy(self.models, pictures[0])
+            plot_firing_rates(statistics.rates, statistics.names, pictures[1])
             panels = raster_panels(statistics.names)
             spikes, names = statistics.example_spikes, statistics.names
             shown = [spikes[i][:RASTER_TOKENS] for i in panels]
-            plot_spikes(shown, [names[i] for i in panels], tokens[:RASTER_TOKENS], files[4])
-        return files
+            plot_spikes(shown, [names[i] for i in panels], tokens[:RASTER_TOKENS], pictures[2])
+        markdown = self.to_markdown()
+        below = {"Against other models of the same shape": pictures[:1], "Firing rates": pictures[1:]}
+        texts = {"md": markdown, "json": self.to_json() + "\n", "html": html_page(markdown, below)}
+        for kind, text in texts.items():
+            with written_whole(folder / f"report.{kind}") as temporary:
+                temporary.write_text(text, encoding="utf-8")
+        return [*(folder / f"report.{kind}" for kind in texts), *pictures]
 
 
 def energy_report(

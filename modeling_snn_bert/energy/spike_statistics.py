@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from ..loading import INPUT_NAMES
 from ..modeling_snn_bert import SNNBertPreTrainedModel
@@ -93,7 +94,7 @@ def measure_spikes(
     model.eval()
     try:
         with _SpikeCounter(model, run_lengths) as counter:
-            for batch in batches:
+            for batch in logging.tqdm(batches, desc="measure spikes", unit="batch"):
                 if "input_ids" not in batch:
                     raise ValueError(f"each of `batches` must hold `input_ids`, got the keys {sorted(batch)}")
                 inputs = {name: batch[name] for name in INPUT_NAMES if batch.get(name) is not None}
