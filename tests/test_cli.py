@@ -28,6 +28,7 @@ from modeling_snn_bert import (
     cpu_kernels,
 )
 from modeling_snn_bert.conversion import convert_bert
+from modeling_snn_bert.energy.joules import find_counters
 
 
 @pytest.fixture
@@ -144,6 +145,18 @@ class TestEnergy:
         assert {path.name for path in out.iterdir()} == set(
             "report.html report.md report.json energy.png firing_rates.png spikes.png".split()
         )
+
+    def test_joules_are_measured_or_refused_before_any_work(self, snn_bert, checkpoint, texts_file, tmp_path):
+        try:
+            find_counters()
+        except RuntimeError as error:
+            wanted, code = str(error), 1
+        else:
+            wanted, code = "## Measured on this machine", 0
+        out = tmp_path / "out"
+        command = ["energy", checkpoint, "--data_file", texts_file, "--output_dir", out, "--no_plots", "--measure"]
+        result = snn_bert(*command, exit_code=code)
+        assert wanted in (result.stderr if code else result.stdout) and out.exists() == (code == 0)
 
     def test_baseline(self, snn_bert, checkpoint, make_config, texts_file, tmp_path):
         config = make_config(neuron_type="lif", coding="repeat", num_timesteps=4)

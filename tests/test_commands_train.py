@@ -62,6 +62,7 @@ def test_from_a_bert(bert, data, tmp_path, assert_spikes_flow, texts):
     assert report["accuracy"]["majority class"] == 0.5 and report["macro_f1"]["majority class"] == pytest.approx(1 / 3)
     assert report["labels"] == {"dull": 20, "joy": 20} and report["rows_left_out"] == ["line 42"]
     assert (out / "report.md").read_text().strip() in result.stdout
+    assert "<h1>SNN-BERT on" in (out / "report.html").read_text(encoding="utf-8")
     card = ModelCard.load(out / "README.md")
     (score,) = card.data.eval_results
     assert score.metric_value == report["accuracy"]["SNN-BERT"] and score.dataset_name == "reviews.csv"

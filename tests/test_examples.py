@@ -82,6 +82,7 @@ def test_quickstart(tmp_path, capsys, bert, snn_bert, kind):
     assert len(report["firing_rates"]) == 14 and all(0 < rate < 1 for rate in report["firing_rates"].values())
     assert {p["label"] for p in report["predictions"]} <= {"bad", "good"}
     assert (output / "report.md").read_text().strip() in printed
+    assert (output / "report.html").read_text(encoding="utf-8").count("data:image/png;base64,") == 2
     for picture in ("firing_rates.png", "spikes.png"):
         assert (output / picture).read_bytes().startswith(b"\x89PNG")
     names = {path.name for path in (output / "model").iterdir()}

@@ -128,7 +128,8 @@ def train(
     """Train a spiking text classifier on your own texts and labels.
 
     A BERT is fine-tuned, converted, and teaches its copy; an SNN-BERT is fine-tuned. The folder holds the model, its
-    code, a model card, report.html, report.md and report.json, and can go to the Hub as it is. Runs on a GPU if there is one.
+    code, a model card and a report (report.html, report.md, report.json), and can go to the Hub as it is. Runs on a
+    GPU if there is one.
     """
     if steps is not None and epochs is not None:
         raise typer.BadParameter("give either --steps or --epochs", param_hint="--epochs")
