@@ -54,19 +54,28 @@ def spiking_attention(
     """Softmax-free attention, `q (k^T v) * scaling / (number of valid tokens)`; linear in the length, no dropout.
 
     Spikes are 0 at masked tokens, so of masks only `token_mask`, `[batch, seq_len]`, enters, in the count. The division
-    keeps the result, like a softmax's, independent of the length. With the implementation "eager" the weights `q k^T`
-    are formed, at quadratic cost, and returned.
+    keeps the result, like a softmax's, independent of the length. `attention_mask` is a position bias, with numbers for
+    masked keys as well, or `None`; its own term `attention_mask v / (number of valid tokens)`, of quadratic cost, is
+    added to the linear one. With the implementation "eager" the weights, `q k^T` and the bias, are formed, at quadratic
+    cost, and returned.
     """
     # Not `float(length)`, which an exported graph would take for a constant.
     tokens: int | torch.Tensor = key.shape[2]
     if token_mask is not None:
         tokens = token_mask.sum(-1).clamp(min=1).to(query.dtype)[:, None, None, None]
     if module.config._attn_implementation == "eager":
-        weights = query @ key.transpose(2, 3) * scaling / tokens
+        weights = query @ key.transpose(2, 3) * scaling
+        if attention_mask is not None:
+            bias = attention_mask if token_mask is None else attention_mask * (token_mask != 0)[:, None, None]
+            weights = weights + bias
+        weights = weights / tokens
         context = weights @ value
     else:
         weights = None
-        context = query @ (key.transpose(2, 3) @ value) * scaling / tokens
+        context = query @ (key.transpose(2, 3) @ value) * scaling
+        if attention_mask is not None:
+            context = context + attention_mask @ value
+        context = context / tokens
     return context.transpose(1, 2).contiguous(), weights
 
 
@@ -84,7 +93,8 @@ def packed_attention(
 
     It keeps one bit of each number of the dropout's mask for the backward pass, and none of the attention weights,
     which are computed again there; within `keep_packed` it keeps one bit of each spike, too. `attention_mask` is bool,
-    True where a query may see a key; `dropout` lies in (0, 1).
+    True where a query may see a key, or numbers that are added to the scores, which get a gradient; `dropout` lies in
+    (0, 1).
     """
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
@@ -120,6 +130,7 @@ class _PackedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_context: torch.Tensor):
         query, key, value, mask, *kept = ctx.saved_tensors
+        grad_mask = torch.zeros_like(mask) if ctx.needs_input_grad[3] else None
         grads: list[tuple[torch.Tensor, ...]] = []
         for rows, bits in zip(_pieces(query), kept, strict=True):
             q, k, v = query[rows], key[rows], value[rows]
@@ -128,9 +139,13 @@ class _PackedAttention(torch.autograd.Function):
             grad_v = ctx.keep.apply(weights, bits).to(v.dtype).transpose(2, 3) @ grad
             grad_weights = ctx.keep.apply((grad @ v.transpose(2, 3)).to(weights.dtype), bits)
             inner = (grad_weights * weights).sum(-1, keepdim=True)
-            grad_scores = grad_weights.sub_(inner).mul_(weights).mul_(ctx.scaling).to(q.dtype)
+            grad_scores = grad_weights.sub_(inner).mul_(weights)
+            if grad_mask is not None:
+                of_rows = _of_rows(grad_mask, rows)
+                of_rows.add_(grad_scores.sum_to_size(of_rows.shape))
+            grad_scores = grad_scores.mul_(ctx.scaling).to(q.dtype)
             grads.append((grad_scores @ k, grad_scores.transpose(2, 3) @ q, grad_v))
-        return *(torch.cat(pieces) for pieces in zip(*grads, strict=True)), None, None, None
+        return *(torch.cat(pieces) for pieces in zip(*grads, strict=True)), grad_mask, None, None
 
 
 def _attention_weights(
@@ -140,9 +155,17 @@ def _attention_weights(
     scores = q @ k.transpose(2, 3)
     scores = widen(scores).mul_(scaling)
     if mask is not None:
-        of_rows = mask if len(mask) == 1 else mask[rows]
-        scores.masked_fill_(~of_rows, torch.finfo(scores.dtype).min)
+        of_rows = _of_rows(mask, rows)
+        if mask.dtype == torch.bool:
+            scores.masked_fill_(~of_rows, torch.finfo(scores.dtype).min)
+        else:
+            scores.add_(of_rows)
     return scores.softmax(-1)
+
+
+def _of_rows(mask: torch.Tensor, rows: slice) -> torch.Tensor:
+    """The part of a mask, of the whole batch or the same for all of it, that belongs to these rows; a view."""
+    return mask if len(mask) == 1 else mask[rows]
 
 
 def _pieces(query: torch.Tensor) -> Iterator[slice]:

@@ -43,6 +43,13 @@ class SNNBertConfig(PreTrainedConfig):
             The fixed sequence length of `neuron_type="psn"`; must be `None` otherwise.
         attention_type (`"softmax"` or `"spiking"`, defaults to `"softmax"`):
             `"spiking"` drops the softmax: `q (k^T v)` divided by the number of valid tokens.
+        relative_attention_num_buckets (`int`, defaults to 0):
+            Buckets, an even number of at least 4 (MPNet has 32), of distances between a query and a key: each head has
+            a bias for each, shared by all layers and added to the scores (see `relative_position`). With spiking
+            attention the term `bias v`, divided by the number of valid tokens, is added. 0: no such bias. Needs
+            `attn_implementation` `"eager"` or `"sdpa"`.
+        relative_attention_max_distance (`int`, defaults to 128):
+            Distance from which on all keys share the last bucket, more than a quarter of the buckets.
         spike_type (`"binary"` or `"ternary"`, defaults to `"binary"`):
             Spikes in {0, 1} or in {-1, 0, 1}.
         surrogate (`str`, defaults to `"atan"`):
@@ -103,6 +110,8 @@ class SNNBertConfig(PreTrainedConfig):
     num_timesteps: int = 1
     psn_length: int | None = None
     attention_type: Literal["softmax", "spiking"] = "softmax"
+    relative_attention_num_buckets: int = 0
+    relative_attention_max_distance: int = 128
     spike_type: Literal["binary", "ternary"] = "binary"
     surrogate: str = "atan"
     surrogate_alpha: float | int = 2.0
@@ -152,6 +161,14 @@ class SNNBertConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` must be positive and finite, got {getattr(self, name)}")
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
             raise ValueError(f"`pad_token_id` must lie in [0, vocab_size), got {self.pad_token_id}")
+        buckets, max_distance = self.relative_attention_num_buckets, self.relative_attention_max_distance
+        if buckets and (buckets < 4 or buckets % 2):
+            raise ValueError(f"`relative_attention_num_buckets` must be 0 or an even number >= 4, got {buckets}")
+        if max_distance <= buckets // 4:
+            raise ValueError(
+                "`relative_attention_max_distance` must exceed a quarter of `relative_attention_num_buckets`, got "
+                f"{max_distance} and {buckets}"
+            )
         self._validate_neurons()
 
     def _validate_neurons(self):

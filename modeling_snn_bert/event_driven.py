@@ -48,7 +48,7 @@ from .event_kernels import (
     tiles_available,
 )
 from .layer_places import LINEARS, PLACES
-from .packed_spikes import SpikingLinear, pack, unpack
+from .packed_spikes import SpikingLinear, affine, pack, unpack
 from .spiking_neurons import BPSN
 
 logger = logging.get_logger(__name__)
@@ -566,6 +566,9 @@ class EventDrivenLayer:
     between (spikes or attentions are asked for, a hook is registered, a `forward` replaced, a gradient may be wanted),
     where a module is not what the kernels compute (another neuron, an adapter, attention without softmax, another
     dtype), or without kernels.
+
+    The kernel for attention adds no position bias. In a model that has one torch computes the attention, on spikes as
+    floats, between the kernels of the steps in front of it and behind it.
     """
 
     def __init__(self) -> None:
@@ -598,7 +601,6 @@ class EventDrivenLayer:
             or not _is_on_cpu(hidden_states)
             or hidden_states.dtype != torch.float32
             or hidden_states.shape[1] >= MAX_INPUTS
-            or (attention_mask is not None and token_mask is None)
             or not available()
             or not _is_plain(layer, bool(output_attentions or output_spikes))
         ):
@@ -608,6 +610,12 @@ class EventDrivenLayer:
         if config.attention_type != "softmax" or config._attn_implementation not in ATTENTION_IMPLEMENTATIONS:
             return False
         if attention.head_size > MAX_HEAD_SIZE:
+            return False
+        if config.relative_attention_num_buckets:
+            # It holds bias and mask.
+            if attention_mask is None or not _is_on_cpu(attention_mask) or attention_mask.dtype != torch.float32:
+                return False
+        elif attention_mask is not None and token_mask is None:
             return False
         for neuron in _modules_at(layer, NEURON_PATHS):
             if neuron.implementation not in ("auto", "chunked"):
@@ -622,9 +630,16 @@ class EventDrivenLayer:
         linears = _modules_at(layer, LINEAR_PATHS)
         return all(linear.runner is not None and _is_on_cpu(linear.weight) for linear in linears)
 
-    def __call__(self, layer: Any, hidden_states: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
+    def __call__(
+        self,
+        layer: Any,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        token_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
         mask = None if token_mask is None else (token_mask != 0).to(torch.uint8).contiguous()
-        return self._run_whole(layer, hidden_states.contiguous(), mask)
+        bias = attention_mask if layer.attention.self.config.relative_attention_num_buckets else None
+        return self._run_whole(layer, hidden_states.contiguous(), bias, mask)
 
     def _neuron(self, name: str, neuron: BPSN) -> NeuronParameters:
         """The parameters of `neuron` as the kernels take them."""
@@ -636,7 +651,9 @@ class EventDrivenLayer:
         # The same as `parameters()`, which takes longer than a small layer's products.
         return self._parameters.setdefault(name, MadeOf()).get("", list(neuron._parameters.values()), make)
 
-    def _run_whole(self, layer: Any, states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def _run_whole(
+        self, layer: Any, states: torch.Tensor, bias: torch.Tensor | None, mask: torch.Tensor | None
+    ) -> torch.Tensor:
         attention, after = layer.attention.self, layer.attention.output
         neuron = {
             place.neuron: self._neuron(place.neuron, module)
@@ -651,7 +668,10 @@ class EventDrivenLayer:
         )
         gain, offset = attention.query_gain.contiguous(), attention.query_offset.contiguous()
         context = neuron["attention.output.neuron"]
-        spikes = attention_spikes(query, key, value, gain, offset, attention.scaling, mask, context)
+        if bias is None:
+            spikes = attention_spikes(query, key, value, gain, offset, attention.scaling, mask, context)
+        else:
+            spikes = neuron_spikes(_biased_attention(attention, query, key, value, bias), mask, context)
         states = after.LayerNorm(self._add_product(after.dense, PackedSpikes(spikes), states))
 
         spikes = neuron_spikes(states, mask, neuron["intermediate.neuron"])
@@ -712,6 +732,17 @@ def _is_plain(layer: nn.Module, asked: bool) -> bool:
 def _modules_at(layer: Any, paths: Sequence[list[str]]) -> list[Any]:
     """The modules of `layer` at `paths`. By hand, since `get_submodule` takes longer than a small layer's products."""
     return [functools.reduce(lambda module, name: module._modules[name], path, layer) for path in paths]
+
+
+def _biased_attention(
+    attention: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor
+) -> torch.Tensor:
+    """The context `[batch, seq_len, channels]` of packed spikes, with `bias` added to the scores."""
+    query, key, value = (unpack(x, 8 * x.shape[-1], torch.float32) for x in (query, key, value))
+    query = affine(query, attention.query_gain, attention.query_offset)
+    q, k, v = (x.unflatten(-1, (-1, attention.head_size)).transpose(1, 2) for x in (query, key, value))
+    context = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=attention.scaling)
+    return context.transpose(1, 2).flatten(2).contiguous()
 
 
 def _floats(packed: torch.Tensor) -> torch.Tensor:

@@ -56,6 +56,7 @@ from .outputs import (
 )
 from .packed_spikes import SpikingLinear, affine, can_keep_packed, keep_packed
 from .packed_spikes_triton import takes_packed  # noqa: F401
+from .relative_position import bucket_starts, relative_position_bias
 from .sparsity import FiringRateRecorder, add_penalty, firing_rate_penalty, share_of_labels, warn_unless_counted
 from .spike_observer import named_neurons
 from .spiking_neurons import BPSN, LIF, PSN, SpikingNeuron
@@ -269,18 +270,47 @@ class SNNBertLayer(RunsWhole, GradientCheckpointingLayer):
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         if self.runner is not None and self.runner.takes(self, hidden_states, attention_mask, token_mask, **kwargs):
-            return self.runner(self, hidden_states, token_mask)
+            return self.runner(self, hidden_states, attention_mask, token_mask)
         hidden_states, _ = self.attention(hidden_states, attention_mask, token_mask, **kwargs)
         return self.output(self.intermediate(hidden_states, token_mask), hidden_states, token_mask)
 
 
 class SNNBertEncoder(nn.Module):
-    """The stack of layers. With repeat coding it runs on `num_timesteps` copies of its input and averages them."""
+    """The stack of layers, and the position bias that they share.
+
+    With repeat coding it runs on `num_timesteps` copies of its input and averages them.
+    """
 
     def __init__(self, config: SNNBertConfig) -> None:
         super().__init__()
         self.config = config
         self.layer = nn.ModuleList([SNNBertLayer(config) for _ in range(config.num_hidden_layers)])
+        num_buckets = config.relative_attention_num_buckets
+        self.relative_attention_bias = nn.Embedding(num_buckets, config.num_attention_heads) if num_buckets else None
+        self._bucket_starts = bucket_starts(num_buckets, config.relative_attention_max_distance) if num_buckets else ()
+
+    def attention_mask(self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor | None:
+        """What the attention of each layer takes as `attention_mask`, from `token_mask`, `[batch, seq_len]`.
+
+        With a position bias it is that, in the model's dtype, and for softmax attention its lowest number at masked
+        keys: `[1 or batch, heads, seq_len, seq_len]`. It is a tensor of its own and no part of `kwargs`, so that
+        gradient checkpointing of either kind hands its gradient on.
+        """
+        if self.relative_attention_bias is None:
+            if self.config.attention_type == "spiking":
+                return None
+            return create_bidirectional_mask(config=self.config, inputs_embeds=hidden_states, attention_mask=token_mask)
+        implementation = self.config._attn_implementation
+        if "flash" in implementation or "flex" in implementation:
+            raise ValueError(
+                "`relative_attention_num_buckets` needs an attention that adds a bias per head, "
+                f'`attn_implementation` "eager" or "sdpa"; got {implementation!r}'
+            )
+        length, device = hidden_states.shape[1], hidden_states.device
+        bias = relative_position_bias(self.relative_attention_bias, length, self._bucket_starts, device)
+        if token_mask is None or self.config.attention_type == "spiking":
+            return bias
+        return bias.masked_fill(token_mask[:, None, None] == 0, torch.finfo(bias.dtype).min)
 
     def forward(
         self,
@@ -292,9 +322,7 @@ class SNNBertEncoder(nn.Module):
         if num_timesteps > 1:
             hidden_states = hidden_states.repeat(num_timesteps, 1, 1)
             token_mask = None if token_mask is None else token_mask.repeat(num_timesteps, 1)
-        attention_mask = create_bidirectional_mask(
-            config=self.config, inputs_embeds=hidden_states, attention_mask=token_mask
-        )
+        attention_mask = self.attention_mask(hidden_states, token_mask)
         for layer in self.layer:
             hidden_states = layer(hidden_states, attention_mask, token_mask, **kwargs)
         if num_timesteps > 1:

@@ -18,6 +18,8 @@ SETTINGS = {
     "repeat": {"neuron_type": "lif", "coding": "repeat", "num_timesteps": 3},
     "psn": {"neuron_type": "psn", "psn_length": 32},
     "spiking-attention": {"attention_type": "spiking"},
+    "position-bias": {"relative_attention_num_buckets": 8},
+    "spiking-position-bias": {"attention_type": "spiking", "relative_attention_num_buckets": 8},
     "spiking-ternary-repeat": {
         "attention_type": "spiking",
         "spike_type": "ternary",

@@ -27,13 +27,18 @@ def test_spiking_attention_by_its_definition():
         found, weights = spiking_attention(module, query, key, value, None, 0.5, token_mask=mask)
         torch.testing.assert_close(found, expected)
         assert (weights is not None) == (implementation == "eager")
+        bias = torch.randn(1, 3, 5, 5).double()
+        found, weights = spiking_attention(module, query, key, value, bias, 0.5, token_mask=mask)
+        term = torch.einsum("hij,bhjd->bihd", bias[0], value) / mask.sum(-1)[:, None, None, None]
+        torch.testing.assert_close(found, expected + term)
+        assert weights is None or not weights.transpose(1, 3)[mask == 0].any()
 
 
 class TestPackedAttention:
     """Attention with dropout that keeps bits, against its formula under autograd with the same dropout."""
 
     @pytest.mark.parametrize("ternary", [False, True])
-    @pytest.mark.parametrize("masked", [False, True])
+    @pytest.mark.parametrize("masked", [False, True, "bias", "bias per sequence"])
     @pytest.mark.parametrize("shape, heads", [((1, 1, 8), 1), ((3, 7, 16), 2), ((5, 40, 24), 3)], ids=str)
     def test_is_its_formula(self, monkeypatch, shape, heads, masked, ternary):
         # Several pieces, the last one smaller.
@@ -43,9 +48,13 @@ class TestPackedAttention:
         affine = [torch.rand(channels, dtype=torch.float64, requires_grad=True) for _ in range(2)]
         mask = torch.ones(batch, 1, 1, length, dtype=torch.bool)
         mask[0, ..., 2 * length // 3 + 1 :] = False
+        biases = []
+        if isinstance(masked, str):
+            rows = batch if masked == "bias per sequence" else 1
+            biases = [torch.randn(rows, heads, length, length, dtype=torch.float64, requires_grad=True)]
         grad = torch.randn(shape, dtype=torch.float64)
 
-        def formula(query, key, value, gain, offset):
+        def formula(query, key, value, gain, offset, *bias):
             keep, contexts = KeepBits(0.2), []
             for first in range(0, batch, 2):
                 q, k, v = (
@@ -53,21 +62,24 @@ class TestPackedAttention:
                     for x in (query * gain + offset, key, value)
                 )
                 scores = (q @ k.transpose(2, 3)) * 0.7
-                if masked:
+                if bias:
+                    scores = scores + (bias[0] if len(bias[0]) == 1 else bias[0][first : first + 2])
+                elif masked:
                     scores = scores.masked_fill(~mask[first : first + 2], float("-inf"))
                 weights = scores.softmax(-1)
                 bits = unpack(keep.draw(weights.shape), weights.numel(), torch.float64)[: weights.numel()]
                 contexts.append((weights * bits.view_as(weights) / (1 - 13107 / 65536)) @ v)
             return torch.cat(contexts).transpose(1, 2).flatten(2)
 
-        def packed(query, key, value, gain, offset):
+        def packed(query, key, value, gain, offset, *bias):
             for x in (query, key, value):
                 attach_packed(x, pack(x.detach(), ternary))
             with keep_packed(query, key, value) as affine:
                 q, k, v = (
                     x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (affine(query, gain, offset), key, value)
                 )
-                context, weights = packed_attention(None, q, k, v, mask if masked else None, 0.7, 0.2)
+                added = bias[0] if bias else mask if masked else None
+                context, weights = packed_attention(None, q, k, v, added, 0.7, 0.2)
             assert weights is None and context.shape == (batch, length, heads, channels // heads)
             # What is kept is other memory, made of bits.
             for kept, x in zip(context.grad_fn.saved_tensors, (q, k, v), strict=False):
@@ -77,7 +89,7 @@ class TestPackedAttention:
         results = []
         for function in (formula, packed):
             torch.manual_seed(3)
-            results.append(gradients(function, [*spikes, *affine], grad))
+            results.append(gradients(function, [*spikes, *affine, *biases], grad))
         (wanted, wanted_grads), (got, got_grads) = results
         torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
         for a, b in zip(got_grads, wanted_grads, strict=True):

@@ -60,7 +60,7 @@ def test_linears_are_counted_spike_by_spike(make_with_batches, settings, texts):
 def test_attention_is_counted_spike_by_spike(make_with_batches, settings, texts):
     """By loops over heads and tokens that perform the products as additions, and count them."""
     model, batches = make_with_batches(**settings)
-    scores = contexts = 0
+    scores = contexts = bias = 0
     for batch, spikes in spikes_by_place(model, batches):
         mask = batch["attention_mask"] != 0
         for layer in range(2):
@@ -72,7 +72,10 @@ def test_attention_is_counted_spike_by_spike(make_with_batches, settings, texts)
                     if model.config.attention_type == "softmax":
                         scores += (torch.ones_like(a) @ b.T).sum().item()
                         contexts += (torch.ones(len(c), len(c), dtype=torch.long) @ c).sum().item()
+                        bias += 4 * len(a) ** 2
                         continue
+                    # The term of the bias, and its sum with the other one.
+                    bias += (torch.ones(len(c), len(c), dtype=torch.long) @ c).sum().item() + c.numel()
                     for head in range(4):
                         here = slice(8 * head, 8 * head + 8)
                         scores += (b[:, here].T @ c[:, here]).sum().item()
@@ -80,6 +83,9 @@ def test_attention_is_counted_spike_by_spike(make_with_batches, settings, texts)
     cost = energy_report(model, batches, run_lengths=False).cost
     assert 0 < scores == pytest.approx(len(texts) * sum(row.additions for row in rows_of(cost, "QK^T")))
     assert 0 < contexts == pytest.approx(len(texts) * sum(row.additions for row in rows_of(cost, "attention x V")))
+    has_bias = model.config.relative_attention_num_buckets > 0
+    counted = sum(row.additions for row in rows_of(cost, "position bias"))
+    assert len(texts) * counted == pytest.approx(bias if has_bias else 0)
     assert all(row.macs == 0 for row in cost.rows if row.is_matrix_product)
     assert bool(rows_of(cost, "softmax")) == (model.config.attention_type == "softmax")
 

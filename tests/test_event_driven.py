@@ -268,11 +268,16 @@ class TestModel:
             {"normalize": False, "bidirectional": False},
             {"integration": "toeplitz"},
             {"attn_implementation": "sdpa"},
+            {"relative_attention_num_buckets": 8},
+            {"relative_attention_num_buckets": 8, "attention_type": "spiking"},
+            {"relative_attention_num_buckets": 8, "spike_type": "ternary", "attn_implementation": "sdpa"},
         ],
         ids=str,
     )
     def test_every_setting(self, make_model, assert_spikes_flow, batch, kernels, settings):
         model = make_model(**SHAPES["even"], **settings)
+        if settings.get("relative_attention_num_buckets"):
+            nn.init.normal_(model.encoder.relative_attention_bias.weight)
         wanted = run(model, **batch)
         event_driven(model, dense_above=1.0)
         assert_spikes_flow(model, **batch)
@@ -303,8 +308,12 @@ class TestModel:
     @pytest.mark.skipif(not cpu_kernels.available(), reason=KERNELS_MISSING)
     @pytest.mark.parametrize("length", [1, 63, 64, 65, 200])
     @pytest.mark.parametrize("weight_dtype", WEIGHT_DTYPES)
-    def test_whole_layer_is_its_modules(self, make_model, assert_spikes_flow, monkeypatch, length, weight_dtype):
-        model = event_driven(make_model(**SHAPES["wide"], max_position_embeddings=256), weight_dtype, dense_above=1.0)
+    @pytest.mark.parametrize("buckets", [0, 32])
+    def test_whole_layer_is_its_modules(
+        self, make_model, assert_spikes_flow, monkeypatch, length, weight_dtype, buckets
+    ):
+        settings = {"max_position_embeddings": 256, "relative_attention_num_buckets": buckets}
+        model = event_driven(make_model(**SHAPES["wide"], **settings), weight_dtype, dense_above=1.0)
         batch = {"input_ids": torch.randint(1, 120, (2, length)), "attention_mask": torch.ones(2, length).long()}
         batch["attention_mask"][1, length // 2 + 1 :] = 0
         whole_runs = []

@@ -69,7 +69,12 @@ def close(actual, expected, tolerance=1e-4):
 EXPORTS = {
     "question-ternary-spiking-attention": (
         SNNBertForQuestionAnswering,
-        {"spike_type": "ternary", "reset_iterations": 2, "attention_type": "spiking"},
+        {
+            "spike_type": "ternary",
+            "reset_iterations": 2,
+            "attention_type": "spiking",
+            "relative_attention_num_buckets": 8,
+        },
     ),
     "masked-lm-lif-repeat": (SNNBertForMaskedLM, {**LIF, "coding": "repeat", "num_timesteps": 3}),
 }
@@ -107,9 +112,10 @@ def test_torch_export_of_choices_and_of_a_fixed_length(make_model):
 
 
 @pytest.mark.slow
-def test_onnx_runtime_gives_the_same_logits(make_model, assert_spikes_flow, tmp_path):
+@pytest.mark.parametrize("buckets", [0, 32])
+def test_onnx_runtime_gives_the_same_logits(make_model, assert_spikes_flow, tmp_path, buckets):
     onnxruntime = pytest.importorskip("onnxruntime")
-    model = make_model(SNNBertForSequenceClassification, **ONE_LAYER)
+    model = make_model(SNNBertForSequenceClassification, **ONE_LAYER, relative_attention_num_buckets=buckets)
     assert_spikes_flow(model, **batch(4, 32))
     path = export_onnx(model, tmp_path / "new" / "model.onnx")
     # The weights are inside, and nothing is left beside the file.
@@ -148,8 +154,10 @@ def test_onnx_export_is_checked_and_takes_a_bert(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_compiled_training_step_gives_the_same_gradients(make_model, assert_spikes_flow):
-    model = make_model(SNNBertForSequenceClassification, **ONE_LAYER).train()
+@pytest.mark.parametrize("buckets", [0, 8])
+def test_a_compiled_training_step_gives_the_same_gradients(make_model, assert_spikes_flow, buckets):
+    settings = {**ONE_LAYER, "relative_attention_num_buckets": buckets}
+    model = make_model(SNNBertForSequenceClassification, **settings).train()
     inputs = batch(4, 12)
     assert_spikes_flow(model, **inputs)
     gradients = []

@@ -36,6 +36,7 @@ SETTINGS = {
     "sdpa": {"attn_implementation": "sdpa"},
     "dropout": {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1},
     "target": {"firing_rate_target": 0.05},
+    "position_bias": {"relative_attention_num_buckets": 8, "attn_implementation": "sdpa"},
 }
 DROPOUT_SDPA = {"attention_probs_dropout_prob": 0.1, "attn_implementation": "sdpa"}
 

@@ -156,7 +156,8 @@ def spiking_cost(model: SNNBertPreTrainedModel, statistics: SpikeStatistics, nam
     offset are, because the key is what multiplies; a value's spike adds one attention weight to the context of every
     token. The affine query itself takes one of two stored values (of three with ternary spikes). Spiking attention is
     counted in its linear form: `k^T v` adds one for each pair of a key's and a value's spike, a query's spike adds one
-    row of that matrix; the gain and the offset enter it once per head and sequence.
+    row of that matrix; the gain and the offset enter it once per head and sequence. A position bias is an addition per
+    score; in spiking attention a value's spike adds one of its numbers to the context of every token.
 
     Args:
         model: the SNN-BERT that `statistics` was measured on.
@@ -277,6 +278,8 @@ def bert_operations(config, lengths: torch.Tensor) -> list[OperationCount]:
         rows.append(OperationCount("attention x V", "contexts", layer, macs=width * pairs))
         rows.append(OperationCount("GELU", "activation", layer, macs=MACS_PER_GELU * config.intermediate_size * tokens))
         rows.append(_softmax(heads, tokens, pairs, layer))
+        if getattr(config, "relative_attention_num_buckets", 0):
+            rows.append(_position_bias(heads * pairs, layer))
         rows += _norms_and_sums(config, tokens, layer)
     return [*rows, *_embeddings(config, tokens)]
 
@@ -330,6 +333,7 @@ def _operations(
         if config.attention_type == "softmax":
             scores, contexts = (key * lengths).mean().item(), (value * lengths).mean().item()
             rows.append(_softmax(heads, tokens, pairs, layer))
+            bias = heads * pairs
         else:
             matched = head_size * width * lengths if all_inputs_active else statistics.key_value_pairs[:, layer]
             scores = matched.mean().item()
@@ -339,6 +343,10 @@ def _operations(
             affine = dataclasses.replace(affine, additions=width * tokens, macs=folded, multiplications=folded)
             scaling = OperationCount("attention scaling", "contexts", layer, multiplications=width * tokens)
             rows.append(scaling)
+            # A value's spike adds a number of the bias to the context of every token, which is a term of its own.
+            bias = (value * lengths).mean().item() + width * tokens
+        if config.relative_attention_num_buckets:
+            rows.append(_position_bias(bias, layer))
         # In the spiking form the first product is `k^T v` and the second one `q (k^T v)`.
         rows.append(OperationCount("QK^T", "scores", layer, additions=scores))
         rows.append(OperationCount("attention x V", "contexts", layer, additions=contexts))
@@ -364,6 +372,10 @@ def _softmax(heads: int, tokens: float, pairs: float, layer: int) -> OperationCo
     scores = heads * pairs
     macs = MACS_PER_EXPONENTIAL * scores + MACS_PER_RECIPROCAL * heads * tokens
     return OperationCount("softmax", "weights", layer, additions=3 * scores, macs=macs, multiplications=2 * scores)
+
+
+def _position_bias(additions: float, layer: int) -> OperationCount:
+    return OperationCount("position bias", "scores", layer, additions=additions)
 
 
 def _layer_norm(width: int, tokens: float, name: str, layer: int | None) -> OperationCount:
@@ -430,6 +442,7 @@ def _memory_traffic(
     tokens, pairs = statistics.lengths.mean().item(), statistics.lengths.square().mean().item()
     matrices = sum(fan_in * fan_out for fan_in, fan_out in _sizes(config).values())
     weights = layers * (matrices + 9 * width + inner)
+    weights += config.relative_attention_num_buckets * config.num_attention_heads
     for name in statistics.read_out:
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)

@@ -19,6 +19,7 @@ PART_COLORS = {
     "attention x V": "#9dc3e6",
     "neurons": "#d9622b",
     "softmax": "#e8b04a",
+    "position bias": "#c9a227",
     "attention scaling": "#f2d28a",
     "query gain and offset": "#b07aa1",
     "LayerNorm": "#59a14f",
