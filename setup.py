@@ -135,6 +135,8 @@ setup(
     ],
     entry_points={"console_scripts": ["snn-bert = modeling_snn_bert.cli:main"]},
     extras_require={
+        # What benchmarks/alternatives.py compares with, beside what `examples` and `tests` ask for.
+        "alternatives": ["model2vec[distill]", "nncf", "onnx", "onnxruntime", "onnxscript", "openvino"],
         # Only benchmarks/neuron.py uses it. It asks for torchvision and torchaudio but works without them:
         # `pip install --no-deps spikingjelly loguru` leaves the installed torch alone.
         "benchmarks": ["loguru", "spikingjelly>=2; python_version >= '3.11'"],

@@ -220,7 +220,7 @@ def test_metadata(metadata, requirements):
     assert metadata["Version"] == modeling_snn_bert.__version__
     assert metadata["Requires-Python"] == ">=3.10"
     assert "Apache-2.0" in (metadata["License-Expression"], metadata["License"])
-    extras = {"benchmarks", "docs", "examples", "export", "gpu", "serve", "space", "tests", "train"}
+    extras = {"alternatives", "benchmarks", "docs", "examples", "export", "gpu", "serve", "space", "tests", "train"}
     assert set(metadata.get_all("Provides-Extra")) == extras
     always = {canonicalize_name(requirement.name) for requirement in requirements if requirement.marker is None}
     assert always == {"torch", "transformers", "huggingface-hub", "typer"}
