@@ -122,7 +122,7 @@ def convert(
     revision: Revision = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint in the folder.")] = False,
 ) -> None:
-    """Convert a BERT to an SNN-BERT, calibrated on your text.
+    """Convert a BERT, or an MPNet, to an SNN-BERT, calibrated on your text.
 
     Thresholds are set for the wanted firing rate, and the weights are fitted to spikes, layer by layer. Some 10,000
     tokens are enough. Fine-tune or distil the result to win back accuracy.

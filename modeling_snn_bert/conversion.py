@@ -1,4 +1,4 @@
-"""From a trained BERT to an SNN-BERT: calibration, layer by layer, on a few batches of real text.
+"""From a trained BERT, or MPNet, to an SNN-BERT: calibration, layer by layer, on a few batches of real text.
 
 Each neuron layer gets the thresholds at which it fires at the wanted rate on the spikes of the layers before it.
 Then the Linear that it feeds is fitted to spikes. The value `x` that a spike `s` stands for is decoded per channel as
@@ -9,7 +9,7 @@ channels at once then corrects `W'` towards what the BERT computes at that place
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple, cast
+from typing import NamedTuple, TypeAlias, cast
 
 import torch
 from torch import nn
@@ -21,9 +21,10 @@ from transformers import (
     BertForTokenClassification,
     BertModel,
     BertPreTrainedModel,
+    MPNetModel,
+    MPNetPreTrainedModel,
 )
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.models.bert.modeling_bert import BertLayer
 from transformers.utils import logging
 
 from .configuration_snn_bert import SNNBertConfig
@@ -38,15 +39,20 @@ from .modeling_snn_bert import (
     SNNBertModel,
     SNNBertPreTrainedModel,
 )
+from .mpnet import LINEAR_NAMES, MPNET_CLASSES, layer_output, settings_of, weights_of
 from .spiking_neurons import SpikingNeuron
 
-SPIKING_CLASSES: dict[type[BertPreTrainedModel], type[SNNBertPreTrainedModel]] = {
+# What is converted.
+Original: TypeAlias = BertPreTrainedModel | MPNetPreTrainedModel
+
+SPIKING_CLASSES: dict[type[Original], type[SNNBertPreTrainedModel]] = {
     BertModel: SNNBertModel,
     BertForMaskedLM: SNNBertForMaskedLM,
     BertForSequenceClassification: SNNBertForSequenceClassification,
     BertForTokenClassification: SNNBertForTokenClassification,
     BertForQuestionAnswering: SNNBertForQuestionAnswering,
     BertForMultipleChoice: SNNBertForMultipleChoice,
+    **MPNET_CLASSES,
 }
 
 BISECTION_STEPS = 10
@@ -61,7 +67,7 @@ THRESHOLD_TOKENS = 2000
 
 @torch.no_grad()
 def convert_bert(
-    bert: BertPreTrainedModel,
+    bert: Original,
     batches: Iterable[Mapping[str, torch.Tensor]],
     firing_rate: float = 0.2,
     *,
@@ -72,7 +78,8 @@ def convert_bert(
     """A spiking copy of `bert`, with thresholds and weights calibrated on `batches`.
 
     Args:
-        bert: a `BertModel` or a BERT with one of the heads that SNN-BERT has; it is not changed.
+        bert: a `BertModel` or a BERT with one of the heads that SNN-BERT has, or the same of MPNet; it is not changed.
+            An MPNet's relative position bias goes with it, and its position embeddings but those of padding.
         batches: what the tokenizer returns, as tensors `[batch, seq_len]`: `input_ids`, and if there are any
             `attention_mask` and `token_type_ids`; other keys are ignored. Some 10,000 tokens are enough.
         firing_rate: the share of valid tokens at which each channel of each neuron layer shall fire, in (0, 1).
@@ -86,7 +93,7 @@ def convert_bert(
         The SNN-BERT with the same head, on the device of `bert`, in evaluation mode.
 
     Raises:
-        TypeError: if `bert` is not a BERT, or has a head that SNN-BERT lacks.
+        TypeError: if `bert` is neither a BERT nor an MPNet, or has a head that SNN-BERT lacks.
         ValueError: if `batches` is empty or without `input_ids`, or an argument is outside its range.
     """
     if type(bert) not in SPIKING_CLASSES:
@@ -109,14 +116,18 @@ def convert_bert(
     return model
 
 
-def initialize_from_bert(bert: BertPreTrainedModel, **settings) -> SNNBertPreTrainedModel:
+def initialize_from_bert(bert: Original, **settings) -> SNNBertPreTrainedModel:
     """An uncalibrated SNN-BERT with the weights of `bert`, in evaluation mode; arguments as for `convert_bert`."""
     fields = {field.name for field in dataclasses.fields(SNNBertConfig)}
     inherited = {k: v for k, v in bert.config.to_dict().items() if k in fields and k != "architectures"}
+    is_mpnet = isinstance(bert, MPNetPreTrainedModel)
+    if is_mpnet:
+        inherited |= settings_of(bert)
     config = SNNBertConfig(**{**inherited, **settings})
     config._attn_implementation = bert.config._attn_implementation
     model = SPIKING_CLASSES[type(bert)](config).to(bert.device, bert.dtype)
-    missing, unexpected = model.load_state_dict(bert.state_dict(), strict=False)
+    weights = weights_of(bert) if is_mpnet else bert.state_dict()
+    missing, unexpected = model.load_state_dict(weights, strict=False)
     missing = [key for key in missing if not is_neuron_parameter(key)]
     if missing or unexpected:
         raise ValueError(f"`bert` does not have the weights of a BERT: missing {missing}, unexpected {unexpected}")
@@ -153,7 +164,9 @@ class _Calibration(NamedTuple):
     threshold_per: str
 
 
-def _calibrate(bert: BertModel, model: SNNBertModel, batches: list[dict[str, torch.Tensor]], how: _Calibration) -> None:
+def _calibrate(
+    bert: BertModel | MPNetModel, model: SNNBertModel, batches: list[dict[str, torch.Tensor]], how: _Calibration
+) -> None:
     copies = model.config.num_timesteps
     masks = [b.get("attention_mask", torch.ones_like(b["input_ids"])) for b in batches]
     teacher_states = [bert.embeddings(b["input_ids"], token_type_ids=b.get("token_type_ids")) for b in batches]
@@ -171,15 +184,19 @@ class _Targets:
     """What one BERT layer computes on the calibration batches, at the places that the spiking layer imitates."""
 
     def __init__(
-        self, bert: BertModel, layer: BertLayer, states: list[torch.Tensor], masks: list[torch.Tensor]
+        self, bert: BertModel | MPNetModel, layer: nn.Module, states: list[torch.Tensor], masks: list[torch.Tensor]
     ) -> None:
+        names = LINEAR_NAMES if isinstance(bert, MPNetModel) else {name: name for name in LINEARS}
         self.inputs: dict[str, list[torch.Tensor]] = {name: [] for name in LINEARS}
         self.results: dict[str, list[torch.Tensor]] = {name: [] for name in LINEARS}
         self.outputs: list[torch.Tensor] = []
-        handles = [layer.get_submodule(name).register_forward_hook(self._record(name)) for name in self.inputs]
+        handles = [layer.get_submodule(names[name]).register_forward_hook(self._record(name)) for name in self.inputs]
         try:
             for state, mask in zip(states, masks, strict=True):
                 pairs = create_bidirectional_mask(config=bert.config, inputs_embeds=state, attention_mask=mask)
+                if isinstance(bert, MPNetModel):
+                    self.outputs.append(layer_output(bert, layer, state, pairs))
+                    continue
                 output = layer(state, attention_mask=pairs)
                 self.outputs.append(output[0] if isinstance(output, tuple) else output)
         finally:
@@ -230,7 +247,7 @@ class _LayerCalibration:
         attention.query_offset.copy_(offset * key_slope)
 
         contexts = [
-            attention(state, self.pair_mask(state, mask), mask)[0]
+            attention(state, self.model.encoder.attention_mask(state, mask), mask)[0]
             for state, mask in zip(states, self.masks, strict=True)
         ]
         block = layer.attention.output
@@ -309,9 +326,6 @@ class _LayerCalibration:
     def valid_targets(self, tensors: list[torch.Tensor]) -> torch.Tensor:
         """The same for BERT's tensors, once per time-step of the repeat coding."""
         return self.valid([x.repeat(self.copies, 1, 1) for x in tensors])
-
-    def pair_mask(self, state: torch.Tensor, mask: torch.Tensor) -> torch.Tensor | None:
-        return create_bidirectional_mask(config=self.model.config, inputs_embeds=state, attention_mask=mask)
 
 
 def decode(spikes: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,7 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from transformers import AutoConfig, BertConfig, BertPreTrainedModel
+from transformers import (
+    AutoConfig,
+    BertConfig,
+    BertPreTrainedModel,
+    MPNetConfig,
+    MPNetPreTrainedModel,
+    MPNetTokenizer,
+)
 
 
 def write_bert(folder: Path, tokenizer, model_class: type[BertPreTrainedModel], **settings) -> None:
@@ -27,6 +34,18 @@ def bert_fixture(model_class: type[BertPreTrainedModel]):
         return folder
 
     return bert
+
+
+def write_mpnet(folder: Path, tokenizer, model_class: type[MPNetPreTrainedModel], **settings) -> None:
+    """Write an MPNet of that class, and a tokenizer of MPNet with the words of `tokenizer`, one of BERT."""
+    words = [word for word, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]) if word[0] != "["]
+    pieces = ["<s>", "<pad>", "</s>", "[UNK]", *words, "<mask>"]
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    own = {"max_position_embeddings": 66, "initializer_range": 0.1}
+    torch.manual_seed(0)
+    model_class(MPNetConfig(vocab_size=len(pieces), **{**small, **own, **settings})).save_pretrained(folder)
+    vocab = {piece: index for index, piece in enumerate(pieces)}
+    MPNetTokenizer(vocab=vocab, model_max_length=64).save_pretrained(folder)
 
 
 def write_half_precision(folder: Path, source: Path, tokenizer) -> None:

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from command_line import run_command
-from small_bert import write_bert
+from small_bert import write_bert, write_mpnet
 from transformers import (
     AutoTokenizer,
     BertConfig,
@@ -17,6 +17,8 @@ from transformers import (
     BertForSequenceClassification,
     BertModel,
     DistilBertConfig,
+    MPNetForSequenceClassification,
+    MPNetTokenizer,
 )
 from typer.testing import CliRunner
 
@@ -72,6 +74,19 @@ class TestConvert:
         assert torch.equal(model(**inputs).logits, expected(**inputs).logits)
         assert model.config.id2label == {0: "dull", 1: "joy"}
         assert {path.name for path in tmp_path.iterdir()} == {"bert", "texts.txt", "out"}
+
+    def test_an_mpnet_with_its_tokenizer(self, snn_bert, texts_file, texts, tokenizer, tmp_path, assert_spikes_flow):
+        write_mpnet(tmp_path / "mpnet", tokenizer, MPNetForSequenceClassification)
+        result = snn_bert("convert", tmp_path / "mpnet", tmp_path / "out", "--data_file", texts_file)
+        assert "SNNBertForSequenceClassification written to" in result.stdout and "random" not in result.stderr
+        model = SNNBertForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+        assert model.config.relative_attention_num_buckets == 32
+        ours, theirs = (AutoTokenizer.from_pretrained(tmp_path / name) for name in ("out", "mpnet"))
+        assert type(ours) is type(theirs) is MPNetTokenizer
+        inputs = ours(texts, texts[::-1], padding=True, return_tensors="pt")
+        assert inputs["input_ids"].tolist() == theirs(texts, texts[::-1], padding=True)["input_ids"]
+        assert (inputs["input_ids"] == model.config.pad_token_id).equal(inputs["attention_mask"] == 0)
+        assert_spikes_flow(model, **inputs)
 
     def test_settings_and_head(self, snn_bert, bert, texts_file, tmp_path):
         settings = [

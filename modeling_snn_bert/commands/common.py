@@ -9,9 +9,9 @@ from typing import Annotated
 import typer
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, BertPreTrainedModel, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from ..conversion import SPIKING_CLASSES, is_neuron_parameter
+from ..conversion import SPIKING_CLASSES, Original, is_neuron_parameter
 from ..loading import load_model
 from ..modeling_snn_bert import SNNBertForSequenceClassification, SNNBertPreTrainedModel
 
@@ -19,9 +19,18 @@ from ..modeling_snn_bert import SNNBertForSequenceClassification, SNNBertPreTrai
 FAILURES = (ImportError, OSError, RuntimeError, TypeError, ValueError, SafetensorError, StrictDataclassError)
 
 
-HEADS = {
-    model_class.__name__.removeprefix("BertFor").removeprefix("Bert"): model_class for model_class in SPIKING_CLASSES
+# What is converted, by its `model_type`, and the names of its classes.
+CONVERTED = {"bert": "Bert", "mpnet": "MPNet"}
+# Of each the classes by their heads.
+CLASSES = {
+    model_type: {
+        model_class.__name__.removeprefix(f"{name}For").removeprefix(name): model_class
+        for model_class in SPIKING_CLASSES
+        if model_class.__name__.startswith(name)
+    }
+    for model_type, name in CONVERTED.items()
 }
+HEADS = tuple(CLASSES["bert"])
 
 
 def at_least_one(value: int | None) -> int | None:
@@ -96,25 +105,27 @@ def load(model_name_or_path: str, revision: str | None) -> tuple[SNNBertPreTrain
     )
 
 
-def load_bert(model_name_or_path: str, head: str | None, revision: str | None, **settings) -> BertPreTrainedModel:
-    """The BERT of a checkpoint, with `head` (a key of `HEADS`) or the head that it was saved with.
+def load_bert(model_name_or_path: str, head: str | None, revision: str | None, **settings) -> Original:
+    """The BERT, or MPNet, of a checkpoint, with `head` (one of `HEADS`) or the head that it was saved with.
 
     `settings` are further arguments of `from_pretrained`.
 
     Raises:
-        ValueError: if it is not a BERT, or has a head that SNN-BERT lacks.
+        ValueError: if it is neither, or has a head that SNN-BERT lacks.
         OSError: if there is no such checkpoint.
     """
     config = PreTrainedConfig.get_config_dict(model_name_or_path, revision=revision)[0]
-    if config.get("model_type") != "bert":
-        raise ValueError(f"{model_name_or_path} must be a BERT, its model_type is {config.get('model_type')!r}")
-    own = (config.get("architectures") or ["BertModel"])[0].removeprefix("BertFor").removeprefix("Bert")
+    model_type = config.get("model_type")
+    if model_type not in CONVERTED:
+        raise ValueError(f"{model_name_or_path} must be a BERT or an MPNet, its model_type is {model_type!r}")
+    name = CONVERTED[model_type]
+    own = (config.get("architectures") or [f"{name}Model"])[0].removeprefix(f"{name}For").removeprefix(name)
     if head is None and own not in HEADS:
         raise ValueError(
             f"{model_name_or_path} has the head {own!r}, which SNN-BERT lacks: give --head with one of "
             f"{', '.join(HEADS)}"
         )
-    model, loading = HEADS[head or own].from_pretrained(
+    model, loading = CLASSES[model_type][head or own].from_pretrained(
         model_name_or_path, revision=revision or "main", output_loading_info=True, **settings
     )
     new = sorted(name for name in loading["missing_keys"] if not is_neuron_parameter(name))
