@@ -223,7 +223,7 @@ def test_metadata(metadata, requirements):
     extras = {"alternatives", "benchmarks", "docs", "examples", "export", "gpu", "serve", "space", "tests", "train"}
     assert set(metadata.get_all("Provides-Extra")) == extras
     always = {canonicalize_name(requirement.name) for requirement in requirements if requirement.marker is None}
-    assert always == {"torch", "transformers", "huggingface-hub", "typer"}
+    assert always == {"huggingface-hub", "markdown-it-py", "torch", "transformers", "typer"}
     readme = ROOT / "README.md"
     if readme.exists():
         assert metadata.get_payload().strip() == readme.read_text(encoding="utf-8").strip()
