@@ -1,4 +1,4 @@
-"""Distil a BERT into an SNN-BERT on unlabelled text.
+"""Distil a BERT, or an MPNet, into an SNN-BERT on unlabelled text.
 
     python examples/distill_bert.py --train_file reviews.txt news.txt.xz --output_dir outputs/distilled
     accelerate launch examples/distill_bert.py --dataset_name wikimedia/wikipedia ...
@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from fetch_inputs import minilm_folder
-from transformers import AutoConfig, AutoTokenizer, BertModel, HfArgumentParser, PreTrainedModel, set_seed
+from transformers import AutoConfig, AutoTokenizer, BertModel, HfArgumentParser, MPNetModel, PreTrainedModel, set_seed
 from transformers.hf_argparser import HfArg
 
 from modeling_snn_bert import SNNBertModel
@@ -33,6 +33,7 @@ from modeling_snn_bert.text_blocks import TextArguments, TextBlocks
 from modeling_snn_bert.trainer import DistillationTrainer, DistillationTrainingArguments
 
 RESULTS_FILE = "distillation_results.json"
+TEACHERS = {"bert": BertModel, "mpnet": MPNetModel}
 
 
 @dataclass
@@ -40,7 +41,7 @@ class StudentArguments:
     """Teacher and student."""
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "the BERT: folder or Hub id (default: all-MiniLM-L6-v2)"}
+        default=None, metadata={"help": "the BERT or MPNet: folder or Hub id (default: all-MiniLM-L6-v2)"}
     )
     student_name_or_path: str | None = field(
         default=None, metadata={"help": "an SNN-BERT to go on from, in place of a calibrated one"}
@@ -115,7 +116,7 @@ def distil(
     # A checkpoint brings the weights, so that a little text will do.
     calibration = blocks.calibration(1 if checkpoint else text_args.calibration_tokens)
     started = time.perf_counter()
-    student = make_student(student_args, teacher, calibration, convert)
+    student = make_student(student_args, teacher, calibration, convert, attention_of(args.attention_weight > 0))
     calibration_seconds = time.perf_counter() - started
     check_same_shape(student.config, teacher.config)
     student.embeddings.requires_grad_(not student_args.freeze_embeddings)
@@ -151,41 +152,53 @@ def distil(
     }
 
 
-def load_teacher(path: str, max_seq_length: int, attention_weights: bool) -> BertModel:
-    """The BERT.
+def load_teacher(path: str, max_seq_length: int, attention_weights: bool) -> BertModel | MPNetModel:
+    """The BERT, or the MPNet.
 
     Raises:
         ValueError: if it is another kind of model, or takes no sequences of that length.
     """
     config = AutoConfig.from_pretrained(path)
-    if config.model_type != "bert":
-        raise ValueError(f"--model_name_or_path must be a BERT, {path} is of the type {config.model_type!r}")
-    if max_seq_length > config.max_position_embeddings:
+    if config.model_type not in TEACHERS:
         raise ValueError(
-            f"--max_seq_length must be at most {config.max_position_embeddings}, the positions that {path} has; "
-            f"got {max_seq_length}"
+            f"--model_name_or_path must be a BERT or an MPNet, {path} is of the type {config.model_type!r}"
         )
-    # Only the eager attention can return its weights.
-    attention = "eager" if attention_weights else "sdpa"
-    return BertModel.from_pretrained(path, attn_implementation=attention, dtype=torch.float32).eval()
+    positions = config.max_position_embeddings
+    if config.model_type == "mpnet":
+        positions -= config.pad_token_id + 1  # those of padding
+    if max_seq_length > positions:
+        raise ValueError(
+            f"--max_seq_length must be at most {positions}, the positions that {path} has; got {max_seq_length}"
+        )
+    # transformers' MPNet has no other attention.
+    attention = "eager" if config.model_type == "mpnet" else attention_of(attention_weights)
+    return TEACHERS[config.model_type].from_pretrained(path, attn_implementation=attention, dtype=torch.float32).eval()
+
+
+def attention_of(attention_weights: bool) -> str:
+    """The implementation of attention: only the eager one can return its weights."""
+    return "eager" if attention_weights else "sdpa"
 
 
 def make_student(
     args: StudentArguments,
-    teacher: BertModel,
+    teacher: BertModel | MPNetModel,
     batches: list[dict[str, torch.Tensor]],
     convert: Callable[..., PreTrainedModel],
+    attention: str,
 ) -> PreTrainedModel:
-    """The SNN-BERT that training starts from."""
+    """The SNN-BERT that training starts from, with that implementation of attention."""
     settings = parse_settings(args.config_overrides)
     if args.student_name_or_path:
-        settings |= {"attn_implementation": teacher.config._attn_implementation, "dtype": torch.float32}
+        settings |= {"attn_implementation": attention, "dtype": torch.float32}
         return SNNBertModel.from_pretrained(args.student_name_or_path, **settings).to(teacher.device)
-    return convert(teacher, batches, args.firing_rate, threshold_per=args.threshold_per, **settings)
+    student = convert(teacher, batches, args.firing_rate, threshold_per=args.threshold_per, **settings)
+    student.set_attn_implementation(attention)
+    return student
 
 
 def evaluate_states(
-    accelerator: Accelerator, model: torch.nn.Module, teacher: BertModel, blocks: TextBlocks, batch_size: int
+    accelerator: Accelerator, model: torch.nn.Module, teacher: PreTrainedModel, blocks: TextBlocks, batch_size: int
 ) -> dict[str, float]:
     """On the held-out blocks: loss over all layers, of the last one and of its mean, and the mean firing rate."""
     totals = torch.zeros(4, device=accelerator.device)

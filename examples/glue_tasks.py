@@ -42,6 +42,8 @@ METRICS_FROM = f"scikit-learn {sklearn.__version__}, scipy {scipy.__version__}"
 ENTAILMENT = ("entailment", "not_entailment")
 MNLI = ("entailment", "neutral", "contradiction")
 SCORE = "score"
+# The types of models that a student may be made of, and so compare its hidden states with.
+TEACHERS_OF_STATES = ("bert", "mpnet")
 CALIBRATION_TOKENS = 10_000
 
 
@@ -607,11 +609,14 @@ def keep_head(model: PreTrainedModel, task: Task) -> None:
     """
     check_heads(model.config, [task], model.name_or_path)
     rows = heads_of(model.config)[task.name]
-    classifier = nn.Linear(model.classifier.in_features, rows.stop - rows.start, device=model.device)
+    # An MPNet's is the last Linear of a module of that name.
+    holder, name = (model.classifier, "out_proj") if hasattr(model.classifier, "out_proj") else (model, "classifier")
+    every_head = getattr(holder, name)
+    classifier = nn.Linear(every_head.in_features, rows.stop - rows.start, device=model.device)
     with torch.no_grad():
-        classifier.weight.copy_(model.classifier.weight[rows])
-        classifier.bias.copy_(model.classifier.bias[rows])
-    model.classifier = classifier
+        classifier.weight.copy_(every_head.weight[rows])
+        classifier.bias.copy_(every_head.bias[rows])
+    setattr(holder, name, classifier)
     model.num_labels = classifier.out_features
     for name, value in settings_of(task).items():
         setattr(model.config, name, value)

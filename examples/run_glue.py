@@ -21,6 +21,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from glue_tasks import (
     METRICS_FROM,
+    TEACHERS_OF_STATES,
     ClassifierArguments,
     Task,
     TaskArguments,
@@ -32,8 +33,9 @@ from glue_tasks import (
     tokenize,
 )
 from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
-    BertForSequenceClassification,
     DataCollatorWithPadding,
     EvalPrediction,
     HfArgumentParser,
@@ -135,13 +137,17 @@ def unlabelled_rows(
 
 
 def load_teacher(path: str, task: Task, attention_weights: bool) -> PreTrainedModel:
-    """A BERT that was fine-tuned on the task, alone or with others.
+    """A BERT, or an MPNet, that was fine-tuned on the task, alone or with others.
 
     Raises:
-        ValueError: if it has another number of labels than the task.
+        ValueError: if it is a model of another type, or has another number of labels than the task.
     """
-    attention = "eager" if attention_weights else None
-    teacher = BertForSequenceClassification.from_pretrained(path, attn_implementation=attention, dtype=torch.float32)
+    model_type = AutoConfig.from_pretrained(path).model_type
+    if model_type not in TEACHERS_OF_STATES:
+        raise ValueError(f"--teacher_name_or_path must be a BERT or an MPNet, {path} is of the type {model_type!r}")
+    teacher = AutoModelForSequenceClassification.from_pretrained(
+        path, attn_implementation="eager" if attention_weights else None, dtype=torch.float32
+    )
     if task.name in heads_of(teacher.config):
         keep_head(teacher, task)
     count = len(task.labels) or 1

@@ -9,14 +9,15 @@
 Without a teacher it learns from labels: the rows of a batch are of all tasks, and a task is drawn by the square root of
 the number of its rows. With a teacher that has the same heads it learns that one's hidden states and the logits of all
 its heads, on unlabelled sentences and pairs made of the tasks' texts and of the files. A teacher of another kind than
-BERT, or of another size, teaches its logits alone (`--hidden_weight 0`). `run_glue.py` takes what this writes as model
-or teacher of any of the tasks.
+what the student was made of, or of another size, teaches its logits alone (`--hidden_weight 0`). `run_glue.py` takes
+what this writes as model or teacher of any of the tasks.
 """
 
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -24,6 +25,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset, DatasetDict
 from glue_tasks import (
     TASKS,
+    TEACHERS_OF_STATES,
     Task,
     attention_implementation,
     check_heads,
@@ -41,6 +43,7 @@ from transformers import (
     AutoTokenizer,
     DataCollatorWithPadding,
     HfArgumentParser,
+    MPNetPreTrainedModel,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     set_seed,
@@ -51,6 +54,7 @@ from modeling_snn_bert import SNNBertConfig
 from modeling_snn_bert.atomic_writes import write_json
 from modeling_snn_bert.batches import Batch, Batches, Collate, DrawnBatches, Row
 from modeling_snn_bert.distillation import check_same_shape, logit_loss
+from modeling_snn_bert.mpnet import weights_of
 from modeling_snn_bert.seeds import RESULTS_FILE, checkpoint_of
 from modeling_snn_bert.sparsity import add_penalty
 from modeling_snn_bert.text_blocks import check_text_files
@@ -189,7 +193,9 @@ class MultitaskTrainer(DistillationTrainer):
 
     def logit_part(self, outputs: ModelOutput, wanted: ModelOutput, inputs: Batch) -> torch.Tensor:
         assert self.teacher is not None
-        is_pair = inputs["token_type_ids"].any(1)
+        # Not by the token types, which an MPNet's tokenizer does not give.
+        separator = cast(PreTrainedTokenizerBase, self.processing_class).sep_token_id
+        is_pair = (inputs["input_ids"] == separator).sum(1) > 1
         teacher_heads = heads_of(self.teacher.config)
         loss = heads_logit_loss(outputs.logits, wanted.logits, is_pair, self.tasks, self.heads, teacher_heads)
         return add_penalty(loss, outputs, self.firing_rate_weight)
@@ -202,7 +208,7 @@ def load_teacher(
 
     Raises:
         ValueError: if it lacks heads of `tasks`; if its hidden states or attention weights are to be compared, also if
-            it is no BERT, or its tokenizer gives other token ids.
+            it is neither a BERT nor an MPNet, or its tokenizer gives other token ids.
     """
     path = run_args.teacher_name_or_path
     if path is None:
@@ -210,9 +216,9 @@ def load_teacher(
     config = AutoConfig.from_pretrained(path)
     check_heads(config, tasks, path)
     if args.compares_states:
-        if config.model_type != "bert":
+        if config.model_type not in TEACHERS_OF_STATES:
             raise ValueError(
-                "the teacher must be a BERT for its hidden states and attention weights to be compared, "
+                "the teacher must be a BERT or an MPNet for its hidden states and attention weights to be compared, "
                 f"{path} is of the type {config.model_type!r}: give --hidden_weight 0 (and no --attention_weight)"
             )
         check_vocabulary(path, tokenizer)
@@ -256,13 +262,17 @@ def load_model(
 
 def take_over(model: PreTrainedModel, teacher: PreTrainedModel, tasks: list[Task]) -> None:
     """Give `model` the teacher's embeddings, pooler and heads."""
-    model.base_model.embeddings.load_state_dict(teacher.base_model.embeddings.state_dict())
-    model.base_model.pooler.load_state_dict(teacher.base_model.pooler.state_dict())
+    weights = weights_of(teacher) if isinstance(teacher, MPNetPreTrainedModel) else teacher.state_dict()
+    for part in ("embeddings", "pooler"):
+        prefix = f"bert.{part}."
+        model.base_model.get_submodule(part).load_state_dict(
+            {name.removeprefix(prefix): x for name, x in weights.items() if name.startswith(prefix)}
+        )
     own, heads = heads_of(model.config), heads_of(teacher.config)
     with torch.no_grad():
         for task in tasks:
-            model.classifier.weight[own[task.name]] = teacher.classifier.weight[heads[task.name]]
-            model.classifier.bias[own[task.name]] = teacher.classifier.bias[heads[task.name]]
+            model.classifier.weight[own[task.name]] = weights["classifier.weight"][heads[task.name]]
+            model.classifier.bias[own[task.name]] = weights["classifier.bias"][heads[task.name]]
 
 
 class CollateForTeacher:

@@ -186,6 +186,21 @@ def token_file(args: TextArguments, tokenizer: PreTrainedTokenizerBase, folder: 
     return path
 
 
+class Separators:
+    """How a tokenizer joins one text, or two, which its inputs made by hand have to follow.
+
+    Attributes:
+        cls_id, sep_id: what stands in front, and behind each text.
+        between: how many separators stand between two texts: one in a BERT's inputs, two in an MPNet's.
+        has_token_types: whether its inputs have `token_type_ids`.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.cls_id, self.sep_id = tokenizer.cls_token_id, tokenizer.sep_token_id
+        self.between = tokenizer.num_special_tokens_to_add(pair=True) - 2
+        self.has_token_types = "token_type_ids" in tokenizer.model_input_names
+
+
 class TextBlocks:
     """Blocks `[CLS] tokens [SEP]` of one length, and the order in which training sees them.
 
@@ -194,7 +209,8 @@ class TextBlocks:
         tokenizer: a tokenizer with [CLS] and [SEP].
         max_seq_length: tokens in a block.
         validation_blocks: so many blocks, the same ones whatever the seed, are held out.
-        pair_probability: share of the blocks that are cut in two: `[CLS] a [SEP] b [SEP]`, with token types 0 and 1.
+        pair_probability: share of the blocks that are cut in two: `[CLS] a [SEP] b [SEP]`, with as many separators and
+            such token types, if there are any, as the tokenizer gives a pair.
         short_probability: share of the training batches whose blocks are cut to one shorter length.
         seed: seed of the order and of the cuts.
 
@@ -222,7 +238,7 @@ class TextBlocks:
                 f"{validation_blocks} (--validation_blocks) and train on the rest"
             )
         self.blocks = tokens[: count * body].reshape(count, body)
-        self.cls_id, self.sep_id = tokenizer.cls_token_id, tokenizer.sep_token_id
+        self.separators = Separators(tokenizer)
         self.pair_probability, self.short_probability, self.seed = pair_probability, short_probability, seed
         order = np.random.default_rng(0).permutation(count)
         self.held_out, self.training = order[:validation_blocks], order[validation_blocks:]
@@ -262,11 +278,15 @@ class TextBlocks:
     def _assemble(self, indices, generator: np.random.Generator, length: int) -> dict[str, torch.Tensor]:
         body = np.stack([self.blocks[index, : length - 2] for index in indices])
         ids = np.pad(body, ((0, 0), (1, 1)))
-        ids[:, 0], ids[:, -1] = self.cls_id, self.sep_id
+        cls_id, sep_id, between = self.separators.cls_id, self.separators.sep_id, self.separators.between
+        ids[:, 0], ids[:, -1] = cls_id, sep_id
         types = np.zeros_like(ids)
         for row in np.flatnonzero(generator.random(len(ids)) < self.pair_probability):
-            # The token at the cut gives its place to [SEP], so that all blocks have one length.
-            cut = generator.integers(2, ids.shape[1] - 2)
-            ids[row, cut] = self.sep_id
-            types[row, cut + 1 :] = 1
-        return {"input_ids": torch.from_numpy(ids).long(), "token_type_ids": torch.from_numpy(types).long()}
+            # The tokens at the cut give their places to the separators, so that all blocks have one length.
+            cut = generator.integers(2, ids.shape[1] - 1 - between)
+            ids[row, cut : cut + between] = sep_id
+            types[row, cut + between :] = 1
+        batch = {"input_ids": torch.from_numpy(ids).long()}
+        if self.separators.has_token_types:
+            batch["token_type_ids"] = torch.from_numpy(types).long()
+        return batch

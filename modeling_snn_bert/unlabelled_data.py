@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from .text_blocks import read_documents
+from .text_blocks import Separators, read_documents
 
 # Words of a group take each other's place; any of them is put in.
 FUNCTION_WORDS = (
@@ -308,7 +308,7 @@ class UnlabelledRows:
         if max_seq_length < 5:
             raise ValueError(f"`max_seq_length` must be >= 5, got {max_seq_length}")
         self.single_share, self.max_seq_length, self.with_texts = single_share, max_seq_length, with_texts
-        self.cls_id, self.sep_id = tokenizer.cls_token_id, tokenizer.sep_token_id
+        self.separators = Separators(tokenizer)
         lower = tokenizer("The", add_special_tokens=False) == tokenizer("the", add_special_tokens=False)
 
         def words_of(text: str) -> list[str]:
@@ -348,7 +348,10 @@ class UnlabelledRows:
         return [getattr(self, kind) for kind in kinds], list(itertools.accumulate(shares[kind] for kind in kinds))
 
     def __call__(self, rng: random.Random) -> dict[str, Any]:
-        """`input_ids`, `token_type_ids` and `attention_mask` of a row; all that is random in it comes from `rng`."""
+        """`input_ids`, `attention_mask` and, if the tokenizer has any, `token_type_ids` of a row.
+
+        All that is random in it comes from `rng`.
+        """
         kinds, cumulative = self._singles if rng.random() < self.single_share else self._pairs
         [draw] = rng.choices(kinds, cum_weights=cumulative)
         texts = draw(rng)
@@ -360,18 +363,21 @@ class UnlabelledRows:
 
     def tokenized(self, first: list[str], second: list[str] | None = None) -> dict[str, list[int]]:
         """The row of one text, or of two, in words that are among those of the data."""
+        cls_id, sep_id = self.separators.cls_id, self.separators.sep_id
         a = [i for word in first for i in self.pieces[word]]
         if second is None:
             a = a[: self.max_seq_length - 2]
-            ids, types = [self.cls_id, *a, self.sep_id], [0] * (len(a) + 2)
+            ids, types = [cls_id, *a, sep_id], [0] * (len(a) + 2)
         else:
             b = [i for word in second for i in self.pieces[word]]
-            room = self.max_seq_length - 3
+            between = [sep_id] * self.separators.between
+            room = self.max_seq_length - 2 - len(between)
             kept = min(len(a), max(room - len(b), room // 2))
             a, b = a[:kept], b[: room - kept]
-            ids = [self.cls_id, *a, self.sep_id, *b, self.sep_id]
-            types = [0] * (len(a) + 2) + [1] * (len(b) + 1)
-        return {"input_ids": ids, "token_type_ids": types, "attention_mask": [1] * len(ids)}
+            ids = [cls_id, *a, *between, *b, sep_id]
+            types = [0] * (1 + len(a) + len(between)) + [1] * (len(b) + 1)
+        row = {"input_ids": ids, "attention_mask": [1] * len(ids)}
+        return {**row, "token_type_ids": types} if self.separators.has_token_types else row
 
     def faulty_copy(self, words: list[str], rng: random.Random, most: int) -> list[str]:
         """A copy with one to `most` changes."""

@@ -7,8 +7,8 @@ import pytest
 import torch
 from example_scripts import interrupted_after, refused, run_script
 from safetensors.torch import load_file
-from small_bert import bert_fixture, write_half_precision
-from transformers import BertForMaskedLM
+from small_bert import bert_fixture, write_half_precision, write_mpnet
+from transformers import AutoTokenizer, BertForMaskedLM, MPNetModel
 
 from modeling_snn_bert import SNNBertForMaskedLM, SNNBertModel
 
@@ -66,6 +66,27 @@ def test_distillation(tmp_path, bert, text_file, tokenizer, texts, assert_spikes
     teacher = load_file(bert / "model.safetensors")["bert.embeddings.word_embeddings.weight"]
     assert torch.equal(student.embeddings.word_embeddings.weight, teacher)
     inputs = type(tokenizer).from_pretrained(output)(texts, padding=True, return_tensors="pt")
+    assert_spikes_flow(student.eval(), **inputs)
+
+
+@pytest.mark.parametrize("attention_weight", [0, 0.1])
+def test_distillation_of_an_mpnet(tmp_path, text_file, tokenizer, texts, assert_spikes_flow, attention_weight):
+    """Its states, with its tokenizer's pairs, are learned as a BERT's are."""
+    mpnet, output = tmp_path / "mpnet", tmp_path / "out"
+    write_mpnet(mpnet, tokenizer, MPNetModel, initializer_range=0.2)
+    arguments = ["--model_name_or_path", mpnet, "--train_file", text_file, *COMMON, "--calibration_tokens", 256]
+    arguments += ["--max_steps", 40, "--learning_rate", 2e-3, "--pair_probability", 0.3, "--freeze_embeddings"]
+    arguments += ["--attention_weight", attention_weight]
+    run_script("distill_bert", *arguments, "--output_dir", output)
+    report = results(output, "distillation")
+    before, after = (report[name]["eval_loss"] for name in ("before_training", "evaluation"))
+    assert after < 0.9 * before
+    student = SNNBertModel.from_pretrained(output)
+    assert student.config.relative_attention_num_buckets == 32
+    bias = load_file(mpnet / "model.safetensors")["encoder.relative_attention_bias.weight"]
+    moved = (student.encoder.relative_attention_bias.weight - bias).abs().max()
+    assert 1e-4 < moved < 0.2
+    inputs = AutoTokenizer.from_pretrained(output)(texts, padding=True, return_tensors="pt")
     assert_spikes_flow(student.eval(), **inputs)
 
 

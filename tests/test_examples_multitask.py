@@ -278,6 +278,35 @@ def test_a_teacher_of_another_kind_teaches_its_logits(tmp_path, bert, mpnet, glu
     assert losses[-1] < 0.5 * losses[0] and results["evaluation"]["eval_sst2_accuracy"] >= 0.9
 
 
+@pytest.mark.slow
+def test_a_student_made_of_an_mpnet(tmp_path, mpnet, glue, text_file, texts):
+    """It learns the states and logits of an MPNet with heads, whose embeddings and heads it starts with."""
+    own, start, taught = AutoTokenizer.from_pretrained(mpnet), tmp_path / "start", tmp_path / "taught"
+    batch = dict(own(texts, padding=True, return_tensors="pt"))
+    convert_bert(MPNetModel.from_pretrained(mpnet), [batch]).save_pretrained(start)
+    own.save_pretrained(start)
+    arguments = [*common(glue), "--model_name_or_path", mpnet, "--learning_rate", 3e-3, "--max_steps", 60]
+    run_script(SCRIPT, *arguments, "--output_dir", taught)
+    arguments = [*common(glue), "--model_name_or_path", start, "--teacher_name_or_path", taught, "--freeze_embeddings"]
+    arguments += ["--unlabelled_file", text_file, "--logging_steps", 5, "--attention_weight", 0.1]
+    run_script(SCRIPT, *arguments, "--max_steps", 80, "--learning_rate", 3e-3, "--output_dir", tmp_path / "student")
+    log = [entry for entry in read(tmp_path / "student")["log"] if "loss" in entry]
+    for name in ("logit_loss", "hidden_state_loss", "attention_loss"):
+        assert log[-1][name] < 0.9 * log[0][name]
+    student = SNNBertForSequenceClassification.from_pretrained(tmp_path / "student")
+    weights = load_file(taught / "model.safetensors")
+    for name, first in (("word", 0), ("position", 2)):
+        found = student.bert.embeddings.get_submodule(f"{name}_embeddings").weight
+        assert torch.equal(found, weights[f"mpnet.embeddings.{name}_embeddings.weight"][first:])
+    # One of its heads goes on with the teacher's.
+    one = ["--task_name", "rte", "--data_dir", glue, "--model_name_or_path", tmp_path / "student", "--seeds", 0]
+    one += ["--teacher_name_or_path", taught, "--hidden_weight", 1, "--unlabelled_file", text_file, "--max_steps", 2]
+    run_script("run_glue", *one, "--energy_samples", 4, "--output_dir", tmp_path / "rte")
+    run = read(tmp_path / "rte")["runs"][0]
+    assert run["last_step"] == 2 and 0 < run["energy"]["mean_firing_rate"] < 1
+    assert SNNBertForSequenceClassification.from_pretrained(tmp_path / "rte" / "seed_0").config.num_labels == 2
+
+
 def test_the_teacher_reads_the_same_rows(tmp_path, mpnet, tokenizer, text_file):
     """By its own tokenizer, single texts and pairs in one batch; other teachers read the student's batch."""
     rows = UnlabelledRows(read_passages([str(text_file)], 20), [], [], tokenizer, 24, single_share=0.5, with_texts=True)

@@ -6,8 +6,10 @@ import lzma
 import numpy as np
 import pytest
 import torch
+from small_bert import write_mpnet
+from transformers import AutoTokenizer, MPNetModel
 
-from modeling_snn_bert.text_blocks import TextArguments, TextBlocks, token_file, tokenize_sources
+from modeling_snn_bert.text_blocks import Separators, TextArguments, TextBlocks, token_file, tokenize_sources
 
 
 def text_arguments(*files, column="text", tokens=None):
@@ -76,7 +78,7 @@ def test_short_batches(make_blocks):
         assert batch["token_type_ids"].shape == batch["input_ids"].shape == (3, length)
         assert torch.equal(batch["input_ids"][:, : length - 1], wanted["input_ids"][:, : length - 1])
         assert torch.equal(batch["input_ids"], blocks.batch(step, 3)["input_ids"])
-        assert (batch["input_ids"][:, -1] == blocks.sep_id).all()
+        assert (batch["input_ids"][:, -1] == blocks.separators.sep_id).all()
     assert min(lengths) >= 8 and max(lengths) == 22 and len(lengths) > 5
     assert all(batch["input_ids"].shape[1] == 22 for batch in blocks.validation(2))
 
@@ -93,7 +95,8 @@ def test_every_block_once_an_epoch(make_blocks):
         return torch.cat([batch["input_ids"] for batch in batches])
 
     first, second = epoch(0, 2, 1), epoch(1, 2, 1)
-    assert first.shape == (46, 8) and (first[:, 0] == blocks.cls_id).all() and (first[:, -1] == blocks.sep_id).all()
+    assert first.shape == (46, 8)
+    assert (first[:, 0] == blocks.separators.cls_id).all() and (first[:, -1] == blocks.separators.sep_id).all()
     held_out = torch.cat([batch["input_ids"] for batch in blocks.validation(3)])
     everything = torch.cat([first, held_out])[:, 1:-1]
     assert torch.equal(everything.flatten().sort().values, torch.arange(300))
@@ -114,7 +117,7 @@ def test_pairs_have_two_segments(make_blocks):
     assert 5 < pairs.sum() < 35
     for ids, types in zip(batch["input_ids"][pairs], batch["token_type_ids"][pairs], strict=True):
         first_of_second = int(types.argmax())
-        assert ids[first_of_second - 1] == blocks.sep_id and types[first_of_second:].all()
+        assert ids[first_of_second - 1] == blocks.separators.sep_id and types[first_of_second:].all()
         assert 3 <= first_of_second < 7
     assert not make_blocks(pair_probability=0.0).batch(0, 40)["token_type_ids"].any()
 
@@ -146,3 +149,24 @@ def test_calibration_takes_the_first_blocks(make_blocks):
 def test_arguments_refuse(settings, message):
     with pytest.raises(ValueError, match=message):
         TextArguments(**settings)
+
+
+def test_pairs_are_those_of_the_tokenizer(make_blocks, tokenizer, tmp_path):
+    """An MPNet's have two separators between the texts, and no token types."""
+    write_mpnet(tmp_path / "mpnet", tokenizer, MPNetModel)
+    mpnet = AutoTokenizer.from_pretrained(tmp_path / "mpnet")
+    for own, special in ((tokenizer, [3]), (mpnet, [2, 2])):
+        separators = Separators(own)
+        wanted = own("the fox", "a dog")
+        a, b = (own(text, add_special_tokens=False)["input_ids"] for text in ("the fox", "a dog"))
+        assert wanted["input_ids"] == [separators.cls_id, *a, *special, *b, separators.sep_id]
+        assert separators.between == len(special)
+        assert separators.has_token_types == ("token_type_ids" in wanted)
+    blocks = make_blocks(count=1200, pair_probability=0.5)
+    blocks.separators = Separators(mpnet)
+    batch = blocks.batch(0, 40)
+    assert set(batch) == {"input_ids"}
+    # The ids of the text are 0, 1, 2, ..., so its own 2 is in one block at most.
+    inner = (batch["input_ids"][:, 1:-1] == 2).sum(1)
+    assert 5 < (inner == 2).sum() < 35 and set(inner.tolist()) <= {0, 1, 2}
+    assert (batch["input_ids"][:, 0] == 0).all() and (batch["input_ids"][:, -1] == 2).all()
