@@ -210,9 +210,10 @@ def check_model_type(source: str | Path, config: Path, own_type: str) -> None:
         # There is none, or it is damaged: transformers says so in its own words.
         return
     if model_type not in (None, "bert", own_type):
+        hint = ", and converts those of an MPNet (`convert_bert`, `snn-bert convert`)" if model_type == "mpnet" else ""
         raise ValueError(
             f"{source} is a model of the type {model_type!r}; SNN-BERT takes weights of the types 'bert' and "
-            f"{own_type!r}"
+            f"{own_type!r}{hint}"
         )
 
 

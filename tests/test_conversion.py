@@ -168,7 +168,7 @@ def test_bad_arguments(change, error, message):
         convert_bert(**arguments)
 
 
-@pytest.mark.parametrize("kind", ["roberta", "xlm-roberta", "electra", "camembert"])
+@pytest.mark.parametrize("kind", ["roberta", "xlm-roberta", "electra", "camembert", "mpnet"])
 def test_from_pretrained_refuses_other_models_by_name(tmp_path, kind):
     sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     other = AutoModel.from_config(AutoConfig.for_model(kind, **sizes, intermediate_size=48))

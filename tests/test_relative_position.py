@@ -140,11 +140,13 @@ def test_other_dtypes(make_model, batch, dtype, implementation):
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_autocast(make_model, batch, implementation):
-    model = make_model(SNNBertForSequenceClassification, attn_implementation=implementation)
-    model.config.attention_probs_dropout_prob = 0.1
-    model.train()
-    with torch.autocast("cpu", torch.bfloat16):
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_training(make_model, batch, implementation, dropout, autocast):
+    """With dropout and sdpa it is the packed attention that trains."""
+    settings = {"attn_implementation": implementation, "attention_probs_dropout_prob": dropout}
+    model = make_model(SNNBertForSequenceClassification, **settings).train()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         loss = model(**batch, labels=torch.tensor([0, 1, 1])).loss
     loss.backward()
     grad = model.bert.encoder.relative_attention_bias.weight.grad
