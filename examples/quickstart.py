@@ -54,7 +54,6 @@ from modeling_snn_bert.fine_tuning import (
     NO_DROPOUT,
     accuracy,
     finetune,
-    mixed_precision,
     report_markdown,
     teach,
     timed,
@@ -123,7 +122,7 @@ def main() -> None:
     args = parse_args()
     set_seed(args.seed)
     started = time.perf_counter()
-    accelerator = Accelerator(mixed_precision=mixed_precision())
+    accelerator = Accelerator()
     model_path = args.model_name_or_path or str(minilm_folder())
     data, label_names = load_data(args)
     tokenizer = AutoTokenizer.from_pretrained(model_path)

@@ -6,7 +6,10 @@ from typing import Literal
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+# transformers 5.4 copies only the modules that this file names: so those that neuron_settings names stand here too.
+from .leaky_integration import IMPLEMENTATIONS  # noqa: F401
 from .neuron_settings import check_bpsn, check_neuron
+from .surrogate_gradients import SURROGATES  # noqa: F401
 
 AUTO_MAP = {
     "AutoConfig": "configuration_snn_bert.SNNBertConfig",

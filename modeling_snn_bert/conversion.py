@@ -58,9 +58,6 @@ SPIKING_CLASSES: dict[type[Original], type[SNNBertPreTrainedModel]] = {
 BISECTION_STEPS = 10
 # The range of a whole layer is some ten times that of a channel.
 LAYER_BISECTION_STEPS = 14
-# A slope is held towards 0 as if so many more tokens had been seen in which it is 0 and the channel fires: what a
-# handful of spikes happened to stand for says little.
-TOKENS_OF_DOUBT = 5
 # Thresholds need fewer tokens than the regressions: 2,000 put a rate of 0.2 within 0.01.
 THRESHOLD_TOKENS = 2000
 
@@ -332,11 +329,11 @@ def decode(spikes: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, to
     """Slope and offset, each `[channels]`, of the least-squares line from spikes to values, both `[tokens, channels]`.
 
     For binary spikes that is `offset = c0`, `slope = c1 - c0` with the means `c0`, `c1` of the values where the spike
-    is 0 and 1, a little closer to each other (`TOKENS_OF_DOUBT`). A channel whose spikes never change decodes to its
-    mean.
+    is 0 and 1. A channel whose spikes never change decodes to its mean.
     """
     centered = spikes - spikes.mean(0)
-    slope = (centered * values).sum(0) / (centered.square().sum(0) + TOKENS_OF_DOUBT)
+    variance = centered.square().mean(0)
+    slope = torch.where(variance > 0, (centered * values).mean(0) / variance.clamp(min=1e-12), 0.0)
     return slope, values.mean(0) - slope * spikes.mean(0)
 
 

@@ -3,6 +3,7 @@
 `examples/quickstart.py` and the command `snn-bert train` follow it.
 """
 
+import contextlib
 import math
 import os
 import time
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from tqdm.auto import tqdm
 from transformers import (
     DataCollatorWithPadding,
     PreTrainedModel,
@@ -32,17 +34,19 @@ CALIBRATION_BATCHES = 12
 DISTILLATION_STEPS = 130
 
 
-def mixed_precision() -> str | None:
-    """`Accelerator`'s argument: `"bf16"` on a CPU with instructions for it, else `None`, what `accelerate config` says.
+def autocast(accelerator: "Accelerator") -> contextlib.AbstractContextManager:
+    """Accelerate's autocast; on a CPU with instructions for bfloat16, to that, unless Accelerate was told otherwise.
 
     Training then takes a half to two thirds of its time. A CPU without these instructions would take several times as
-    long. `ACCELERATE_MIXED_PRECISION`, which `accelerate launch` sets, goes first.
+    long. What `accelerate launch --mixed_precision` says goes first.
     """
-    if torch.accelerator.is_available() or "ACCELERATE_MIXED_PRECISION" in os.environ:
-        return None
-    # An older torch does not say; its training stays in float32.
+    if accelerator.device.type != "cpu" or "ACCELERATE_MIXED_PRECISION" in os.environ:
+        return accelerator.autocast()
+    # An older torch does not say what the CPU has; its training stays in float32.
     features: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-    return "bf16" if features.get("avx512_bf16") or features.get("amx_bf16") else None
+    if features.get("avx512_bf16") or features.get("amx_bf16"):
+        return torch.autocast("cpu", torch.bfloat16)
+    return accelerator.autocast()
 
 
 def training_batches(
@@ -84,13 +88,13 @@ def train(
     """
     optimizer = torch.optim.AdamW(parameter_groups(model, learning_rate, weight_decay=0.01), fused=True)
     schedule = get_linear_schedule_with_warmup(optimizer, math.ceil(steps / 10), steps)
-    # Not the model: Accelerate would put autocast around its `forward` for good, and what follows wants float32.
+    # Not the model: Accelerate would wrap its `forward` for good, and what follows wants float32.
     model.to(accelerator.device)
     optimizer, schedule = accelerator.prepare(optimizer, schedule)
-    progress = logging.tqdm(range(steps), desc=description, unit="step")
+    progress = tqdm(range(steps), desc=description, unit="step")
     for step in progress:
         batch = {name: x.to(accelerator.device) for name, x in next(batches).items()}
-        with accelerator.autocast():
+        with autocast(accelerator):
             loss = loss_of(batch, step)
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), 1.0)

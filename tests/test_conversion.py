@@ -108,22 +108,9 @@ def test_decoding_is_the_two_means():
     for channel in range(5):
         fires = spikes[:, channel] == 1
         silent, firing = values[~fires, channel].mean(), values[fires, channel].mean()
-        # 500 tokens of which a third fires, against the few of doubt.
-        torch.testing.assert_close(offset[channel], silent, atol=0.05, rtol=0)
-        torch.testing.assert_close(slope[channel], firing - silent, atol=0.1, rtol=0)
-        assert slope[channel] < firing - silent
+        torch.testing.assert_close(offset[channel], silent, atol=1e-5, rtol=0)
+        torch.testing.assert_close(slope[channel], firing - silent, atol=1e-5, rtol=0)
     assert slope[5] == 0 and torch.isclose(offset[5], values[:, 5].mean(), atol=1e-6)
-
-
-def test_a_few_spikes_are_not_believed():
-    """Two spikes at tokens whose value is large by chance must not make a slope of that size."""
-    values = torch.randn(2000, 1, generator=torch.Generator().manual_seed(0))
-    values[:2] = 30.0
-    spikes = torch.zeros(2000, 1)
-    spikes[:2] = 1
-    slope, offset = decode(spikes, values)
-    assert 0 < slope < 10
-    torch.testing.assert_close(offset + slope * spikes.mean(0), values.mean(0))
 
 
 def test_regression_finds_the_weights():

@@ -19,7 +19,7 @@ from modeling_snn_bert import (
     SNNBertForSequenceClassification,
     SNNBertForTokenClassification,
 )
-from modeling_snn_bert.fine_tuning import finetune, mixed_precision
+from modeling_snn_bert.fine_tuning import autocast, finetune
 
 HEADS = {
     "masked_lm": SNNBertForMaskedLM,
@@ -316,35 +316,38 @@ def test_training_on_files(make_config, tokenizer, files, tmp_path, kind, stream
     ("features", "wanted"),
     [
         ({"avx2": True, "avx512_bf16": False}, None),
-        ({"avx512_bf16": True}, "bf16"),
-        ({"amx_bf16": True}, "bf16"),
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"amx_bf16": True}, torch.bfloat16),
         ({"architecture": "aarch64"}, None),
         (None, None),
     ],
 )
 def test_a_cpu_trains_in_bfloat16_where_it_has_the_instructions(monkeypatch, features, wanted):
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     if features is None:
         monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     else:
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features, raising=False)
-    assert mixed_precision() == wanted
-    # What the user said by `accelerate launch --mixed_precision` counts, and a GPU is left to that as well.
+
+    def dtype_inside(accelerator):
+        with autocast(accelerator):
+            return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+
+    accelerator = Accelerator(cpu=True)
+    assert dtype_inside(accelerator) == wanted
+    # What the user said by `accelerate launch --mixed_precision` counts.
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    assert mixed_precision() is None
-    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    assert mixed_precision() is None
+    assert dtype_inside(accelerator) is None
 
 
-def test_a_model_trained_in_bfloat16_computes_in_float32_afterwards(make_config):
+def test_a_model_trained_in_bfloat16_computes_in_float32_afterwards(make_config, monkeypatch):
     model = SNNBertForSequenceClassification(make_config())
     dtypes = []
     model.classifier.register_forward_hook(lambda module, inputs, logits: dtypes.append(logits.dtype))
     batch = {name: torch.tensor(column[:]) for name, column in examples("sequence").with_format(None).to_dict().items()}
-    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
-    finetune(accelerator, model, iter([batch] * 2), steps=2, learning_rate=1e-3)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    finetune(Accelerator(cpu=True), model, iter([batch] * 2), steps=2, learning_rate=1e-3)
     model(**batch)
     assert dtypes == [torch.bfloat16, torch.bfloat16, torch.float32]
     assert "forward" not in vars(model)

@@ -33,7 +33,6 @@ from ..fine_tuning import (
     NO_DROPOUT,
     finetune,
     macro_f1,
-    mixed_precision,
     predictions,
     report_markdown,
     teach,
@@ -147,7 +146,7 @@ def train(
         if kind not in ("bert", SNNBertConfig.model_type):
             raise ValueError(f"--model must be a BERT or an SNN-BERT, the model_type of {model} is {kind!r}")
         set_seed(seed)
-        accelerator = Accelerator(mixed_precision=mixed_precision())
+        accelerator = Accelerator()
         seconds: dict[str, float] = {}
         # The folder is made before the work: where nothing can be written is known at once.
         with folder_written_whole(output) as folder:
