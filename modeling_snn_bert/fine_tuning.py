@@ -23,6 +23,7 @@ from transformers.utils import logging
 from .distillation import hidden_state_loss, label_and_logit_loss, parameter_groups
 from .energy import EnergyReport
 from .energy.tables import markdown_table, operations_table
+from .modeling_snn_bert import SNNBertPreTrainedModel
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -34,15 +35,16 @@ CALIBRATION_BATCHES = 12
 DISTILLATION_STEPS = 130
 
 
-def autocast(accelerator: "Accelerator") -> contextlib.AbstractContextManager:
-    """Accelerate's autocast; on a CPU with instructions for bfloat16, to that, unless Accelerate was told otherwise.
+def bert_autocast(accelerator: "Accelerator") -> contextlib.AbstractContextManager:
+    """The precision of a BERT: bfloat16 on a CPU with instructions for it, else what Accelerate was told.
 
-    Training then takes a half to two thirds of its time. A CPU without these instructions would take several times as
-    long. What `accelerate launch --mixed_precision` says goes first.
+    A BERT's step takes less than half of its time then; without the instructions it would take several times as long.
+    An SNN-BERT stays in float32, so that it trains on the spikes that it will have when it is used.
+    What `accelerate launch --mixed_precision` says goes first, for both.
     """
     if accelerator.device.type != "cpu" or "ACCELERATE_MIXED_PRECISION" in os.environ:
         return accelerator.autocast()
-    # An older torch does not say what the CPU has; its training stays in float32.
+    # An older torch does not say what the CPU has; training stays in float32.
     features: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     if features.get("avx512_bf16") or features.get("amx_bf16"):
         return torch.autocast("cpu", torch.bfloat16)
@@ -94,7 +96,7 @@ def train(
     progress = tqdm(range(steps), desc=description, unit="step")
     for step in progress:
         batch = {name: x.to(accelerator.device) for name, x in next(batches).items()}
-        with autocast(accelerator):
+        with accelerator.autocast():
             loss = loss_of(batch, step)
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
@@ -112,9 +114,15 @@ def finetune(
     learning_rate: float,
     description: str = "fine-tune the BERT",
 ) -> None:
-    """Fine-tune on the labels."""
+    """Fine-tune a BERT or an SNN-BERT on the labels."""
     model.train()
-    train(accelerator, model, batches, steps, learning_rate, description, lambda batch, _: model(**batch).loss)
+    is_spiking = isinstance(model, SNNBertPreTrainedModel)
+
+    def loss_of(batch: dict, step: int) -> torch.Tensor:
+        with contextlib.nullcontext() if is_spiking else bert_autocast(accelerator):
+            return model(**batch).loss
+
+    train(accelerator, model, batches, steps, learning_rate, description, loss_of)
 
 
 def teach(
@@ -137,14 +145,16 @@ def teach(
 
     def loss_of(batch: dict, step: int) -> torch.Tensor:
         inputs = {name: x for name, x in batch.items() if name != "labels"}
-        with torch.no_grad():
+        with torch.no_grad(), bert_autocast(accelerator):
             wanted = teacher(**inputs, output_hidden_states=True)
         outputs = student(**batch, output_hidden_states=True)
         loss = hidden_state_loss(outputs.hidden_states, wanted.hidden_states, inputs["attention_mask"])
         if step < distillation_steps:
             return loss
         firing_rate_weight = student.config.firing_rate_weight
-        return loss + label_and_logit_loss(outputs, wanted.logits, logit_weight, firing_rate_weight=firing_rate_weight)
+        return loss + label_and_logit_loss(
+            outputs, wanted.logits.float(), logit_weight, firing_rate_weight=firing_rate_weight
+        )
 
     steps = distillation_steps + finetuning_steps
     train(accelerator, student, batches, steps, learning_rate, "distil and fine-tune the SNN-BERT", loss_of)

@@ -10,7 +10,14 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from datasets import Dataset, load_dataset
 from penalty_training import NUM_ROWS, build_data, build_model, one_step
 from torch.utils.data import DataLoader
-from transformers import DataCollatorWithPadding, EarlyStoppingCallback, Trainer, TrainingArguments
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DataCollatorWithPadding,
+    EarlyStoppingCallback,
+    Trainer,
+    TrainingArguments,
+)
 
 from modeling_snn_bert import (
     SNNBertForMaskedLM,
@@ -19,7 +26,7 @@ from modeling_snn_bert import (
     SNNBertForSequenceClassification,
     SNNBertForTokenClassification,
 )
-from modeling_snn_bert.fine_tuning import autocast, finetune
+from modeling_snn_bert.fine_tuning import bert_autocast, finetune, teach
 
 HEADS = {
     "masked_lm": SNNBertForMaskedLM,
@@ -322,7 +329,7 @@ def test_training_on_files(make_config, tokenizer, files, tmp_path, kind, stream
         (None, None),
     ],
 )
-def test_a_cpu_trains_in_bfloat16_where_it_has_the_instructions(monkeypatch, features, wanted):
+def test_a_bert_is_in_bfloat16_where_the_cpu_has_the_instructions(monkeypatch, features, wanted):
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     if features is None:
         monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
@@ -330,7 +337,7 @@ def test_a_cpu_trains_in_bfloat16_where_it_has_the_instructions(monkeypatch, fea
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features, raising=False)
 
     def dtype_inside(accelerator):
-        with autocast(accelerator):
+        with bert_autocast(accelerator):
             return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
 
     accelerator = Accelerator(cpu=True)
@@ -340,14 +347,24 @@ def test_a_cpu_trains_in_bfloat16_where_it_has_the_instructions(monkeypatch, fea
     assert dtype_inside(accelerator) is None
 
 
-def test_a_model_trained_in_bfloat16_computes_in_float32_afterwards(make_config, monkeypatch):
-    model = SNNBertForSequenceClassification(make_config())
-    dtypes = []
-    model.classifier.register_forward_hook(lambda module, inputs, logits: dtypes.append(logits.dtype))
-    batch = {name: torch.tensor(column[:]) for name, column in examples("sequence").with_format(None).to_dict().items()}
+def test_a_bert_trains_and_teaches_in_bfloat16_and_its_student_in_float32(make_config, monkeypatch):
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
-    finetune(Accelerator(cpu=True), model, iter([batch] * 2), steps=2, learning_rate=1e-3)
-    model(**batch)
-    assert dtypes == [torch.bfloat16, torch.bfloat16, torch.float32]
-    assert "forward" not in vars(model)
+    config = make_config()
+    shape = {name: getattr(config, name) for name in ("vocab_size", "hidden_size", "num_hidden_layers")}
+    shape |= {name: getattr(config, name) for name in ("num_attention_heads", "intermediate_size")}
+    bert = BertForSequenceClassification(BertConfig(**shape, num_labels=config.num_labels))
+    student = SNNBertForSequenceClassification(config)
+    dtypes = {"bert": [], "student": []}
+    for name, model in (("bert", bert), ("student", student)):
+        model.classifier.register_forward_hook(lambda _, inputs, logits, n=name: dtypes[n].append(logits.dtype))
+    batch = {name: torch.tensor(column[:]) for name, column in examples("sequence").with_format(None).to_dict().items()}
+    accelerator = Accelerator(cpu=True)
+    finetune(accelerator, bert, iter([batch] * 2), steps=2, learning_rate=1e-3)
+    settings = {"learning_rate": 1e-3, "logit_weight": 0.5, "distillation_steps": 1, "finetuning_steps": 1}
+    teach(accelerator, student, bert, iter([batch] * 2), **settings)
+    finetune(accelerator, student, iter([batch]), steps=1, learning_rate=1e-3)
+    assert dtypes == {"bert": [torch.bfloat16] * 4, "student": [torch.float32] * 3}
+    # Nothing of it is left in the model.
+    bert(**batch)
+    assert dtypes["bert"][-1] == torch.float32 and "forward" not in vars(bert)
