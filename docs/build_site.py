@@ -34,6 +34,8 @@ SETTINGS = {
     "autodoc_member_order": "bysource",
     "autodoc_inherit_docstrings": 0,
     "autodoc_typehints": "none",  # the signatures stay as they are written
+    # A field of a named tuple is described once, by autodoc.
+    "napoleon_use_ivar": 1,
     "add_module_names": 0,
     "html_copy_source": 0,
     "html_show_copyright": 0,
