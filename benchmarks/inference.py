@@ -38,10 +38,11 @@ from measure import (
 from registry import Settings, benchmark
 from report import Table
 from torch import nn
-from transformers import BertConfig, BertModel, PreTrainedModel
+from transformers import BertModel, PreTrainedModel
 
 from modeling_snn_bert import SNNBertConfig, SNNBertModel, SpikingNeuron, cpu_kernels
 from modeling_snn_bert.atomic_writes import write_json
+from modeling_snn_bert.conversion import bert_config
 from modeling_snn_bert.event_driven import EventDrivenLinear, dense_rates, event_driven
 from modeling_snn_bert.event_kernels import PackedSpikes, event_linear, tiles_available
 from modeling_snn_bert.export import export_onnx
@@ -216,8 +217,7 @@ def build_spiking(shape: tuple[int, int, int, int], seed: int) -> SNNBertModel:
 
 def bert_like(config: SNNBertConfig) -> BertModel:
     """A random BERT of the size of `config`."""
-    names = "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size max_position_embeddings"
-    bert = BertModel(BertConfig(**{name: getattr(config, name) for name in names.split()}), add_pooling_layer=False)
+    bert = BertModel(bert_config(config), add_pooling_layer=False)
     bert.set_attn_implementation("sdpa")
     return bert.eval()
 

@@ -32,9 +32,7 @@ def write_json(path: str | Path, content: Any, *, allow_nan: bool = True) -> Non
         TypeError: if JSON has nothing for a part of it.
         ValueError: if a number is not finite, unless `allow_nan`.
     """
-    path = Path(path)
     text = json.dumps(content, indent=2, allow_nan=allow_nan) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 

@@ -6,7 +6,7 @@
 
 import math
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from torch.utils.data import Dataset
 Batch = dict[str, torch.Tensor]
 Row = Mapping[str, Any]
 Collate = Callable[[list[Row]], Mapping[str, torch.Tensor]]
+# Rows of a data set are sorted by length among so many batches.
+WINDOW = 20
 
 
 class Batches(Dataset):
@@ -48,9 +50,6 @@ class RowBatches:
         part, parts: which of how many processes this is.
     """
 
-    # Rows are sorted by length among so many batches.
-    WINDOW = 20
-
     def __init__(
         self, rows: Iterable[Row], collate: Collate, batch_size: int, seed: int, part: int = 0, parts: int = 1
     ) -> None:
@@ -70,15 +69,20 @@ class RowBatches:
         return dict(self.collate([self.rows[i] for i in indices[self.part :: self.parts]]))
 
     def _order(self, epoch: int) -> list[list[int]]:
+        lengths = [len(row["input_ids"]) for row in self.rows]
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        order = torch.randperm(len(self.rows), generator=generator).tolist()
-        size, window = self.global_batch_size, self.WINDOW * self.global_batch_size
-        groups = [
-            sorted(order[i : i + window], key=lambda row: len(self.rows[row]["input_ids"]))
-            for i in range(0, len(order), window)
-        ]
-        batches = [group[i : i + size] for group in groups for i in range(0, len(group), size)]
-        return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+        return batches_by_length(lengths, self.global_batch_size, generator)
+
+
+def batches_by_length(lengths: Sequence[int], batch_size: int, generator: torch.Generator) -> list[list[int]]:
+    """The rows of an epoch as batches of their numbers, in a random order; rows of like length go together.
+
+    They are sorted by length among `WINDOW` batches at a time; the last batch may be smaller.
+    """
+    order, window = torch.randperm(len(lengths), generator=generator).tolist(), WINDOW * batch_size
+    groups = [sorted(order[i : i + window], key=lengths.__getitem__) for i in range(0, len(order), window)]
+    batches = [group[i : i + batch_size] for group in groups for i in range(0, len(group), batch_size)]
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
 
 class DrawnBatches:

@@ -14,6 +14,7 @@ from typing import NamedTuple, TypeAlias, cast
 import torch
 from torch import nn
 from transformers import (
+    BertConfig,
     BertForMaskedLM,
     BertForMultipleChoice,
     BertForQuestionAnswering,
@@ -55,6 +56,11 @@ SPIKING_CLASSES: dict[type[Original], type[SNNBertPreTrainedModel]] = {
     **MPNET_CLASSES,
 }
 
+# The settings that an SNN-BERT and a BERT of the same shape have in common.
+SHAPE = (
+    "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size max_position_embeddings "
+    "type_vocab_size hidden_act layer_norm_eps pad_token_id"
+).split()
 BISECTION_STEPS = 10
 # The range of a whole layer is some ten times that of a channel.
 LAYER_BISECTION_STEPS = 14
@@ -129,6 +135,11 @@ def initialize_from_bert(bert: Original, **settings) -> SNNBertPreTrainedModel:
     if missing or unexpected:
         raise ValueError(f"`bert` does not have the weights of a BERT: missing {missing}, unexpected {unexpected}")
     return model.eval()
+
+
+def bert_config(config: SNNBertConfig) -> BertConfig:
+    """The configuration of a BERT of the same shape."""
+    return BertConfig(**{name: getattr(config, name) for name in SHAPE})
 
 
 def is_neuron_parameter(name: str) -> bool:

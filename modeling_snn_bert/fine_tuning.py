@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from .batches import batches_by_length
 from .distillation import hidden_state_loss, label_and_logit_loss, parameter_groups
 from .energy import EnergyReport
 from .energy.tables import markdown_table, operations_table
@@ -67,12 +68,8 @@ def training_batches(
     rows = [dict(row) for row in data]
     lengths = [len(row["input_ids"]) for row in rows]
     while True:
-        order = torch.randperm(len(rows), generator=generator).tolist()
-        groups = [order[i : i + 20 * batch_size] for i in range(0, len(rows), 20 * batch_size)]
-        groups = [sorted(group, key=lengths.__getitem__) for group in groups]
-        batches = [group[i : i + batch_size] for group in groups for i in range(0, len(group), batch_size)]
-        for index in torch.randperm(len(batches), generator=generator).tolist():
-            yield collate([rows[i] for i in batches[index]])
+        for batch in batches_by_length(lengths, batch_size, generator):
+            yield collate([rows[i] for i in batch])
 
 
 def train(

@@ -1,23 +1,9 @@
 """The script that labels sentences of a text, and corrupted copies of them."""
 
-import random
-
 import pytest
 from example_scripts import refused, run_script
 from glue_tasks import load_task
-
-NAMES = ["fox", "dog", "river", "clock", "night", "film", "boat", "house"]
-VERBS = ["walks", "walked", "walking", "walk", "watches", "watched", "watch"]
-
-
-def make_text(count):
-    generator = random.Random(0)
-    lines = []
-    for _ in range(count):
-        first, second, third = generator.sample(NAMES, 3)
-        verb = generator.choice(VERBS)
-        lines.append(f"The {first} {verb} to the {second} with a {third}. Is it the {second} of the {first}?")
-    return "\n".join(lines) + "\n"
+from made_text import make_text
 
 
 def test_script(tmp_path):

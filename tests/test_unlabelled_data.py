@@ -5,6 +5,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from made_text import make_text
 
 from modeling_snn_bert.unlabelled_data import (
     ALL_FUNCTION_WORDS,
@@ -19,19 +20,7 @@ from modeling_snn_bert.unlabelled_data import (
     usable_sentences,
 )
 
-NAMES = ["fox", "dog", "river", "clock", "night", "film", "boat", "house"]
-VERBS = ["walks", "walked", "walking", "walk", "watches", "watched", "watch"]
 SENTENCE = "the old fox walks to the river at night .".split()
-
-
-def make_text(count):
-    generator = random.Random(0)
-    lines = []
-    for _ in range(count):
-        first, second, third = generator.sample(NAMES, 3)
-        verb = generator.choice(VERBS)
-        lines.append(f"The {first} {verb} to the {second} with a {third}. Is it the {second} of the {first}?")
-    return "\n".join(lines) + "\n"
 
 
 @pytest.fixture

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from transformers import BertConfig, BertModel
+from transformers import BertModel
 
+from ..conversion import bert_config
 from ..modeling_snn_bert import SNNBertPreTrainedModel
-from .tables import markdown_table
 
 POWERCAP = Path("/sys/class/powercap")
 
@@ -243,13 +243,10 @@ def measured_energy(
     device = model.device
     counters = find_counters(device.type) if counters is None else counters
     encoder = copy.deepcopy(model.base_model).eval()
-    shape = {name: getattr(model.config, name) for name in BertConfig().to_dict() if hasattr(model.config, name)}
-    for name in ("model_type", "architectures", "transformers_version"):
-        shape.pop(name, None)
     models: dict[str, torch.nn.Module] = {"SNN-BERT": encoder}
     if device.type == "cpu":
         models["SNN-BERT, event-driven, int8 weights"] = copy.deepcopy(encoder).to_event_driven("int8")
-    models["BERT, float32"] = BertModel(BertConfig(**shape)).to(device).eval()
+    models["BERT, float32"] = BertModel(bert_config(model.config)).to(device).eval()
     # The choices of multiple choice are sequences like any other.
     inputs = [{k: x.flatten(0, -2).to(device) for k, x in batch.items()} for batch in batches]
     sequences = sum(len(batch["input_ids"]) for batch in inputs)
@@ -264,26 +261,3 @@ def measured_energy(
     runs = {name: functools.partial(run, one) for name, one in models.items()}
     measured = measure_joules(runs, counters, seconds=seconds, rounds=rounds)
     return {name: energy.divided_by(sequences) for name, energy in measured.items()}
-
-
-def measured_section(measured: Mapping[str, MeasuredEnergy]) -> list[str]:
-    """The section of a report in Markdown on what `measured_energy` gives."""
-    names = list(next(iter(measured.values())).joules)
-    rows = [
-        (
-            name,
-            *(f"{1e3 * energy.joules[c]:.2f} ({1e3 * energy.above_idle[c]:.2f})" for c in names),
-            f"{1e3 * energy.seconds:.2f}",
-        )
-        for name, energy in measured.items()
-    ]
-    rounds = next(iter(measured.values())).rounds
-    return [
-        "## Measured on this machine",
-        "",
-        f"Millijoules of a mean sequence by the counters of this machine, medians of {rounds} rounds; in brackets what "
-        "is above the idle machine. The counters hold everything that runs on it, memory traffic included, so the "
-        "figures are far above the estimates of arithmetic below and must not be mixed with them.",
-        "",
-        *markdown_table(("encoder", *(f"{c}, mJ (above idle)" for c in names), "ms"), rows),
-    ]

@@ -10,7 +10,7 @@ import torch
 from ..atomic_writes import written_whole
 from ..html_report import html_page
 from ..modeling_snn_bert import SNNBertPreTrainedModel
-from .joules import MeasuredEnergy, measured_section
+from .joules import MeasuredEnergy
 from .operation_counts import (
     FLOAT32,
     INT8,
@@ -30,6 +30,7 @@ from .tables import (
     comparison_section,
     firing_rate_table,
     linear_section,
+    measured_section,
     neuron_section,
     operations_table,
     paper_section,

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 
 from ..layer_places import LINEARS, PLACES, place_of
+from .joules import MeasuredEnergy
 from .operation_counts import (
     FLOAT32,
     INT8,
@@ -33,6 +34,29 @@ bit). Larger batches share the weights, and whatever skips zeros may also skip w
 Event-driven hardware with weights beside the neurons would avoid most of it.
 
 These are counts and a published energy table, not measurements of a device."""
+
+
+def measured_section(measured: Mapping[str, MeasuredEnergy]) -> list[str]:
+    """The section of a report in Markdown on what `measured_energy` gives."""
+    names = list(next(iter(measured.values())).joules)
+    rows = [
+        (
+            name,
+            *(f"{1e3 * energy.joules[c]:.2f} ({1e3 * energy.above_idle[c]:.2f})" for c in names),
+            f"{1e3 * energy.seconds:.2f}",
+        )
+        for name, energy in measured.items()
+    ]
+    rounds = next(iter(measured.values())).rounds
+    return [
+        "## Measured on this machine",
+        "",
+        f"Millijoules of a mean sequence by the counters of this machine, medians of {rounds} rounds; in brackets what "
+        "is above the idle machine. The counters hold everything that runs on it, memory traffic included, so the "
+        "figures are far above the estimates of arithmetic below and must not be mixed with them.",
+        "",
+        *markdown_table(("encoder", *(f"{c}, mJ (above idle)" for c in names), "ms"), rows),
+    ]
 
 
 def comparison_section(costs: Sequence[ModelCost]) -> list[str]:
