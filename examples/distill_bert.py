@@ -10,7 +10,6 @@ the other scripts start from there.
 """
 
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -94,14 +93,9 @@ def main() -> None:
 
 
 def distil(
-    student_args: StudentArguments,
-    text_args: TextArguments,
-    args: Arguments,
-    convert: Callable[..., PreTrainedModel] = convert_bert,
+    student_args: StudentArguments, text_args: TextArguments, args: Arguments
 ) -> tuple[DistillationTrainer, dict[str, Any]]:
     """Train the student as the arguments say: the trainer that has run, and what the results say.
-
-    `convert` makes the SNN-BERT of the BERT, with the arguments of `convert_bert`.
 
     Raises:
         ValueError: if arguments, models and text do not fit together.
@@ -116,7 +110,7 @@ def distil(
     # A checkpoint brings the weights, so that a little text will do.
     calibration = blocks.calibration(1 if checkpoint else text_args.calibration_tokens)
     started = time.perf_counter()
-    student = make_student(student_args, teacher, calibration, convert, attention_of(args.attention_weight > 0))
+    student = make_student(student_args, teacher, calibration, attention_of(args.attention_weight > 0))
     calibration_seconds = time.perf_counter() - started
     check_same_shape(student.config, teacher.config)
     student.embeddings.requires_grad_(not student_args.freeze_embeddings)
@@ -184,7 +178,6 @@ def make_student(
     args: StudentArguments,
     teacher: BertModel | MPNetModel,
     batches: list[dict[str, torch.Tensor]],
-    convert: Callable[..., PreTrainedModel],
     attention: str,
 ) -> PreTrainedModel:
     """The SNN-BERT that training starts from, with that implementation of attention."""
@@ -192,7 +185,7 @@ def make_student(
     if args.student_name_or_path:
         settings |= {"attn_implementation": attention, "dtype": torch.float32}
         return SNNBertModel.from_pretrained(args.student_name_or_path, **settings).to(teacher.device)
-    student = convert(teacher, batches, args.firing_rate, threshold_per=args.threshold_per, **settings)
+    student = convert_bert(teacher, batches, args.firing_rate, threshold_per=args.threshold_per, **settings)
     student.set_attn_implementation(attention)
     return student
 
