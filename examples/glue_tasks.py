@@ -8,8 +8,8 @@ The figures are those of GLUE's own script, computed here by scikit-learn and sc
 downloaded: accuracy, F1 (MRPC, QQP), Matthews correlation (CoLA), Pearson and Spearman correlation (STS-B).
 """
 
-import csv
 import math
+import re
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +37,7 @@ from modeling_snn_bert import SNNBertConfig, SNNBertForSequenceClassification
 from modeling_snn_bert.conversion import convert_bert
 from modeling_snn_bert.energy import energy_report
 from modeling_snn_bert.settings import parse_settings
+from modeling_snn_bert.text_files import read_rows
 
 METRICS_FROM = f"scikit-learn {sklearn.__version__}, scipy {scipy.__version__}"
 ENTAILMENT = ("entailment", "not_entailment")
@@ -45,6 +46,7 @@ SCORE = "score"
 # The types of models that a student may be made of, and so compare its hidden states with.
 TEACHERS_OF_STATES = ("bert", "mpnet")
 CALIBRATION_TOKENS = 10_000
+WHOLE_NUMBER = re.compile(r"[+-]?\d+", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -148,80 +150,53 @@ class TaskArguments:
             raise ValueError("--text_pair_column needs --text_column")
 
     def load(self) -> tuple[Task, DatasetDict]:
-        """The task and its rows, cut to the wanted number; training rows are drawn once, whatever the seed.
+        """The task and its data: splits `train` and one or two that begin with `validation`, cut to the wanted number.
+
+        Without a `task_name`, labels that are real numbers make it a regression, and all others a classification by
+        accuracy. Training rows are drawn once, whatever the seed.
+
+        Returns:
+            The task, and data with its text columns as strings and `label` as a class or a real number.
 
         Raises:
-            ValueError, FileNotFoundError: as `load_task`.
+            ValueError: if the arguments do not fit together, or a column, a label or a file is not what it should be.
+            FileNotFoundError: if a file is missing.
         """
-        columns = tuple(column for column in (self.text_column, self.text_pair_column) if column)
-        task, data = load_task(
-            task_name=self.task_name,
-            data_dir=self.data_dir,
-            dataset_name=self.dataset_name,
-            dataset_config_name=self.dataset_config_name,
-            train_file=self.train_file,
-            validation_file=self.validation_file,
-            text_columns=columns or None,
-            label_column=self.label_column,
-        )
-        for split, rows in data.items():
+        if self.task_name is not None and self.task_name not in TASKS:
+            raise ValueError(f"--task_name must be one of {', '.join(TASKS)}; got {self.task_name!r}")
+        if bool(self.train_file) != bool(self.validation_file):
+            raise ValueError("--train_file and --validation_file must be given together")
+        if sum(map(bool, (self.data_dir, self.train_file, self.dataset_name))) > 1:
+            raise ValueError("give one of --data_dir, --dataset_name, and --train_file with --validation_file")
+        task = TASKS[self.task_name] if self.task_name else None
+        data = self.read(task)
+        if "train" not in data or not any(split.startswith("validation") for split in data):
+            raise ValueError(f"the data must have the splits train and validation, it has {list(data)}")
+        if task is None:
+            columns = tuple(column for column in (self.text_column, self.text_pair_column) if column)
+            task = guess_task(data, columns or None, self.label_column)
+        splits = {}
+        for split in (split for split in data if split == "train" or split.startswith("validation")):
+            rows = checked_rows(data[split], task, split)
             limit = self.max_train_samples if split == "train" else self.max_eval_samples
             if limit is not None and limit < len(rows):
-                rows = rows.shuffle(seed=0) if split == "train" else rows
-                data[split] = rows.select(range(limit))
-        return task, data
+                rows = (rows.shuffle(seed=0) if split == "train" else rows).select(range(limit))
+            splits[split] = rows
+        return task, DatasetDict(splits)
 
-
-def load_task(
-    *,
-    task_name: str | None = None,
-    data_dir: str | None = None,
-    dataset_name: str | None = None,
-    dataset_config_name: str | None = None,
-    train_file: str | None = None,
-    validation_file: str | None = None,
-    text_columns: tuple[str, ...] | None = None,
-    label_column: str = "label",
-) -> tuple[Task, DatasetDict]:
-    """The task and its data: splits `train` and one or two that begin with `validation`.
-
-    The data come from `data_dir` (GLUE's standard layout), from `train_file` and `validation_file` (.csv, .tsv, .json),
-    from `dataset_name`, or for a `task_name` alone from the GLUE of the Hub. Without a `task_name`, labels that are
-    real numbers make it a regression, and all others a classification by accuracy.
-
-    Returns:
-        The task, and data with its text columns as strings and `label` as a class or a real number.
-
-    Raises:
-        ValueError: if the arguments do not fit together, or a column, a label or a file is not what it should be.
-        FileNotFoundError: if a file is missing.
-    """
-    if task_name is not None and task_name not in TASKS:
-        raise ValueError(f"task_name must be one of {', '.join(TASKS)}; got {task_name!r}")
-    task = TASKS[task_name] if task_name else None
-    if bool(train_file) != bool(validation_file):
-        raise ValueError("train_file and validation_file must be given together")
-    if sum(map(bool, (data_dir, train_file, dataset_name))) > 1:
-        raise ValueError("give one of data_dir, dataset_name, and train_file with validation_file")
-    if data_dir:
+    def read(self, task: Task | None) -> DatasetDict:
+        """The rows as they are, from wherever the arguments say; of a `task` alone, from the GLUE of the Hub."""
+        if self.data_dir:
+            if task is None:
+                raise ValueError("--data_dir needs a --task_name, which says how its files are to be read")
+            return read_glue_folder(Path(self.data_dir), task)
+        if self.train_file and self.validation_file:
+            return DatasetDict({"train": read_file(self.train_file), "validation": read_file(self.validation_file)})
+        if self.dataset_name:
+            return load_dataset(self.dataset_name, self.dataset_config_name)
         if task is None:
-            raise ValueError("data_dir needs a task_name, which says how its files are to be read")
-        data = read_glue_folder(Path(data_dir), task)
-    elif train_file:
-        assert validation_file is not None
-        data = DatasetDict({"train": read_file(train_file), "validation": read_file(validation_file)})
-    elif dataset_name:
-        data = load_dataset(dataset_name, dataset_config_name)
-    elif task is not None:
-        data = load_dataset("nyu-mll/glue", task.name)
-    else:
-        raise ValueError("give a task_name, a dataset_name, or train_file and validation_file")
-    if "train" not in data or not any(split.startswith("validation") for split in data):
-        raise ValueError(f"the data must have the splits train and validation, it has {list(data)}")
-    data = DatasetDict({k: v for k, v in data.items() if k == "train" or k.startswith("validation")})
-    if task is None:
-        task = guess_task(data, text_columns, label_column)
-    return task, DatasetDict({split: checked_rows(rows, task, split) for split, rows in data.items()})
+            raise ValueError("give a --task_name, a --dataset_name, or --train_file and --validation_file")
+        return load_dataset("nyu-mll/glue", task.name)
 
 
 def read_glue_folder(folder: Path, task: Task) -> DatasetDict:
@@ -237,62 +212,26 @@ def read_glue_folder(folder: Path, task: Task) -> DatasetDict:
     for split, name in {"train": "train.tsv", **task.validation_files}.items():
         if not (folder / name).is_file():
             raise FileNotFoundError(f"there is no {name} of {task.folder} in {folder}")
-        table = read_table(folder / name, task.header)
+        rows = [row.value for row in read_rows(folder / name, header=task.header)]
         names = {column: task.in_tsv.get(column, column) for column in (*task.columns, "label")}
         for column in names.values():
-            if column not in table:
-                raise ValueError(f"{folder / name} has no column {column!r}, only {list(table)}")
-        splits[split] = Dataset.from_dict({column: table[name] for column, name in names.items()})
+            if rows and column not in rows[0]:
+                raise ValueError(f"{folder / name} has no column {column!r}, only {list(rows[0])}")
+        splits[split] = Dataset.from_dict({column: [row[name] for row in rows] for column, name in names.items()})
     return DatasetDict(splits)
 
 
-def read_table(path: Path, header: tuple[str, ...] | None = None) -> dict[str, list[str]]:
-    """The columns of a tab-separated file: quotes and "null" are text like any other, a byte-order mark is dropped.
-
-    Args:
-        path: the file, in UTF-8.
-        header: names of the columns of a file that has no header line.
-
-    Raises:
-        ValueError: if its lines do not have the same number of columns, or it is not UTF-8.
-    """
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            lines = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as a tab-separated file in UTF-8: {error}") from error
-    if header is None:
-        if not lines:
-            raise ValueError(f"{path} is empty")
-        header, lines = tuple(lines[0]), lines[1:]
-        first = 2
-    else:
-        first = 1
-    for number, line in enumerate(lines, first):
-        if len(line) != len(header):
-            raise ValueError(
-                f"{path} must have the {len(header)} columns {list(header)}, line {number} has {len(line)}"
-            )
-    return {name: [line[index] for line in lines] for index, name in enumerate(header)}
-
-
 def read_file(path: str) -> Dataset:
-    """A .csv, .tsv, .json or .jsonl file.
+    """The rows of a .csv, .tsv, .json or .jsonl file; what is in a table is text.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is of another kind.
+        OSError: if it cannot be read.
+        ValueError: if it is of another kind, or its rows have no columns.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    suffix = Path(path).suffix
-    if suffix == ".tsv":
-        return Dataset.from_dict(read_table(Path(path)))
-    if suffix == ".csv":
-        return load_dataset("csv", data_files=path, split="train", keep_default_na=False)
-    if suffix in (".json", ".jsonl"):
-        return load_dataset("json", data_files=path, split="train")
-    raise ValueError(f"{path} must be a .csv, .tsv, .json or .jsonl file")
+    rows = [row.value for row in read_rows(Path(path))]
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path} must be a .csv, .tsv, .json or .jsonl file, whose rows have columns")
+    return Dataset.from_list(rows)
 
 
 def guess_task(data: DatasetDict, text_columns: tuple[str, ...] | None, label_column: str) -> Task:
@@ -313,13 +252,25 @@ def guess_task(data: DatasetDict, text_columns: tuple[str, ...] | None, label_co
     values = data["train"][label_column]
     if isinstance(label_feature, ClassLabel):
         labels = tuple(label_feature.names)
-    elif all(isinstance(value, float) for value in values):
+    elif are_real_numbers(values):
         return Task("regression", "", text_columns, (), ("combined", "pearson", "spearman"), label_column)
     else:
-        labels = tuple(map(str, sorted(set(values))))
+        names = set(map(str, values))
+        labels = tuple(sorted(names, key=int if all(map(WHOLE_NUMBER.fullmatch, names)) else None))
         if not 2 <= len(labels) <= 1000:
             raise ValueError(f"the training data must have between 2 and 1,000 different labels, got {len(labels)}")
     return Task("classification", "", text_columns, labels, ("accuracy",), label_column)
+
+
+def are_real_numbers(values: Sequence[Any]) -> bool:
+    """Whether all are numbers with a decimal point, or texts that are numbers and not all whole ones."""
+    if not all(isinstance(value, str) for value in values):
+        return all(isinstance(value, float) for value in values)
+    try:
+        list(map(float, values))
+    except ValueError:
+        return False
+    return not all(WHOLE_NUMBER.fullmatch(value) for value in values)
 
 
 def checked_rows(rows: Dataset, task: Task, split: str) -> Dataset:

@@ -27,12 +27,12 @@ from glue_tasks import (
     TASKS,
     TEACHERS_OF_STATES,
     Task,
+    TaskArguments,
     attention_implementation,
     check_heads,
     check_vocabulary,
     heads_of,
     label_settings,
-    load_task,
     score,
     tokenize,
 )
@@ -121,7 +121,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(run_args.model_name_or_path)
     teacher = load_teacher(run_args, args, tasks, tokenizer)
     model = load_model(run_args, args, tasks, teacher)
-    data = [load_task(task_name=task.name, data_dir=run_args.data_dir)[1] for task in tasks]
+    data = [TaskArguments(task_name=name, data_dir=run_args.data_dir).load()[1] for name in run_args.tasks]
     collate = drawn_collate = DataCollatorWithPadding(tokenizer)
     if teacher is not None and not args.compares_states:
         own = AutoTokenizer.from_pretrained(run_args.teacher_name_or_path)

@@ -119,7 +119,7 @@ def load_pairs(args: TaskArguments, max_score: float) -> tuple[Task, DatasetDict
     """Pairs of sentences with scores, or with two labels of which the second stands for alike.
 
     Raises:
-        ValueError, FileNotFoundError: as `load_task`, and if the labels are neither.
+        ValueError, FileNotFoundError: as `TaskArguments.load`, and if the labels are neither.
     """
     task, data = args.load()
     if len(task.columns) != 2 or len(task.labels) not in (0, 2):

@@ -147,8 +147,11 @@ def find_column(path: Path, columns: Sequence[str], wanted: str | None, known: S
     return found[0]
 
 
-def read_rows(path: Path, encoding: str = "utf-8") -> list[Row]:
-    """The rows of a file with their places. Blank lines are none; arguments and errors as for `numbered_texts`."""
+def read_rows(path: Path, encoding: str = "utf-8", header: Sequence[str] | None = None) -> list[Row]:
+    """The rows of a file with their places. Blank lines are none; arguments and errors as for `numbered_texts`.
+
+    `header` names the columns of a .csv or .tsv file that has no line for them.
+    """
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise ValueError(f"{path} must be a .txt, .csv, .tsv, .json or .jsonl file")
@@ -156,7 +159,7 @@ def read_rows(path: Path, encoding: str = "utf-8") -> list[Row]:
     if not text.strip():
         raise ValueError(f"{path} is empty: it holds no texts")
     if suffix in (".csv", ".tsv"):
-        return list(_table(path, text, suffix))
+        return list(_table(path, text, suffix, header))
     # Lines end where files' lines end, and not at the other marks that `str.splitlines` takes, which texts may hold.
     lines = [Row(f"line {number}", line.rstrip("\n")) for number, line in enumerate(io.StringIO(text, None), 1)]
     lines = [row for row in lines if row.value.strip()]
@@ -199,24 +202,27 @@ def _parsed(path: Path, place: str, text: str) -> Any:
         raise ValueError(f"{path}{place} is not JSON that can be read: it is nested too deeply") from error
 
 
-def _table(path: Path, text: str, suffix: str) -> Iterator[Row]:
-    """The rows below the header of a .csv or .tsv file."""
+def _table(path: Path, text: str, suffix: str, header: Sequence[str] | None) -> Iterator[Row]:
+    """The rows of a .csv or .tsv file, below its header if none is given."""
     if suffix == ".tsv":
         # GLUE's tab-separated files do not quote.
         reader = csv.reader(io.StringIO(text, ""), delimiter="\t", quoting=csv.QUOTE_NONE)
     else:
         reader = csv.reader(io.StringIO(text, ""), delimiter=_delimiter(text), strict=True)
     rows = _checked_rows(path, reader)
-    place, header = next(rows, ("", []))
-    if not header:
-        raise ValueError(f"{path} is empty: it holds no texts")
-    header = [name.strip() for name in header]
-    if len(set(header)) < len(header):
-        raise ValueError(f"{path}, {place}: the header must name each column once, got {header}")
+    told = "there must be"
+    if header is None:
+        told = "the header names"
+        place, names = next(rows, ("", []))
+        if not names:
+            raise ValueError(f"{path} is empty: it holds no texts")
+        header = [name.strip() for name in names]
+        if len(set(header)) < len(header):
+            raise ValueError(f"{path}, {place}: the header must name each column once, got {header}")
     for place, cells in rows:
         if len(cells) != len(header):
             cure = "" if suffix == ".tsv" else ": put quotation marks around a text that holds a comma or a line break"
-            raise ValueError(f"{path}, {place}: has {len(cells)} cells, but the header names {len(header)}{cure}")
+            raise ValueError(f"{path}, {place}: has {len(cells)} cells, but {told} {len(header)}{cure}")
         yield Row(place, dict(zip(header, cells, strict=True)))
 
 

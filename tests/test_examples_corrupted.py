@@ -2,7 +2,7 @@
 
 import pytest
 from example_scripts import refused, run_script
-from glue_tasks import load_task
+from glue_tasks import TaskArguments
 from made_text import make_text
 
 
@@ -16,7 +16,7 @@ def test_script(tmp_path):
     files = {output: (tmp_path / output / "CoLA" / "train.tsv").read_bytes() for output in ("one", "again", "other")}
     assert files["one"] == files["again"] != files["other"]
 
-    _, data = load_task(task_name="cola", data_dir=str(tmp_path / "one"))
+    _, data = TaskArguments(task_name="cola", data_dir=str(tmp_path / "one")).load()
     assert len(data["train"]) == 64 and len(data["validation"]) == 16
     for rows in data.values():
         assert rows["label"] == [1, 0] * (len(rows) // 2)
@@ -30,7 +30,7 @@ def test_shares_of_the_files(tmp_path):
     arguments = ["--train_file", tmp_path / "a.txt", tmp_path / "b.txt", "--source_shares", 0.9, 0.1]
     arguments += ["--max_sentences", 200, "--validation_sentences", 5]
     run_script("corrupted_sentences", *arguments, "--output_dir", tmp_path / "out")
-    _, data = load_task(task_name="cola", data_dir=str(tmp_path / "out"))
+    _, data = TaskArguments(task_name="cola", data_dir=str(tmp_path / "out")).load()
     good = [text for rows in data.values() for text in rows["sentence"][::2]]
     assert len(good) == 200 and 0 < sum(text.startswith("every") for text in good) <= 20
 

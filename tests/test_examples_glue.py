@@ -11,7 +11,7 @@ import pytest
 import torch
 from example_scripts import EXAMPLES, interrupted_after, refused, run_script
 from glue_files import write_glue
-from glue_tasks import METRICS_FROM, TASKS, attention_implementation, load_task, score
+from glue_tasks import METRICS_FROM, TASKS, TaskArguments, attention_implementation, score
 from safetensors.torch import load_file
 from small_bert import bert_fixture, write_half_precision
 from transformers import BertModel
@@ -23,7 +23,7 @@ bert = bert_fixture(BertModel)
 
 @pytest.mark.parametrize("name", list(TASKS))
 def test_glue_files(tmp_path, name):
-    task, data = load_task(task_name=name, data_dir=str(write_glue(tmp_path, name)))
+    task, data = TaskArguments(task_name=name, data_dir=str(write_glue(tmp_path, name))).load()
     assert set(data) == {"train", *task.validation_files}
     assert len(data["train"]) == 40 and all(len(data[split]) == 12 for split in task.validation_files)
     rows = data["train"]
@@ -37,13 +37,18 @@ def test_glue_files(tmp_path, name):
 
 def test_the_task_folder_itself_will_do(tmp_path):
     folder = write_glue(tmp_path, "rte") / "RTE"
-    assert len(load_task(task_name="rte", data_dir=str(folder))[1]["train"]) == 40
+    assert len(TaskArguments(task_name="rte", data_dir=str(folder)).load()[1]["train"]) == 40
 
 
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        pytest.param("cola", lambda text: text.replace("\tx\t", "\t"), "4 columns .* line 1 has 3", id="columns"),
+        pytest.param(
+            "cola",
+            lambda text: text.replace("\tx\t", "\t"),
+            r"train\.tsv, line 1: has 3 cells, but there must be 4",
+            id="columns",
+        ),
         pytest.param("sst2", lambda text: text.replace("sentence", "text"), "no column 'sentence'", id="column"),
         pytest.param(
             "rte", lambda text: text.replace("not_entailment", "no"), "must be one of .* got 'no'", id="label"
@@ -54,7 +59,7 @@ def test_the_task_folder_itself_will_do(tmp_path):
         pytest.param(
             "mrpc",
             lambda text: text + "1\ta\n1\ta\tb\tc\td\te\n",
-            "must have the 4 columns .* line 42 has 2",
+            r"line 42: has 2 cells, but the header names 4",
             id="ragged",
         ),
         pytest.param("sst2", lambda text: text.splitlines()[0], "has no rows", id="empty"),
@@ -65,14 +70,14 @@ def test_damaged_files_are_named(tmp_path, name, change, message):
     file = folder / TASKS[name].folder / "train.tsv"
     file.write_text(change(file.read_text(encoding="utf-8-sig")), encoding="utf-8")
     with pytest.raises(ValueError, match=message):
-        load_task(task_name=name, data_dir=str(folder))
+        TaskArguments(task_name=name, data_dir=str(folder)).load()
 
 
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no train\.tsv of SST-2"):
-        load_task(task_name="sst2", data_dir=str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="there is no file"):
-        load_task(train_file=str(tmp_path / "a.csv"), validation_file=str(tmp_path / "b.csv"))
+        TaskArguments(task_name="sst2", data_dir=str(tmp_path)).load()
+    with pytest.raises(FileNotFoundError, match=r"No such file.*a\.csv"):
+        TaskArguments(train_file=str(tmp_path / "a.csv"), validation_file=str(tmp_path / "b.csv")).load()
 
 
 def test_own_files(tmp_path):
@@ -81,19 +86,41 @@ def test_own_files(tmp_path):
     for split in ("train", "validation"):
         paths[f"{split}_file"] = str(tmp_path / f"{split}.jsonl")
         Path(paths[f"{split}_file"]).write_text("\n".join(map(json.dumps, rows)))
-    task, data = load_task(**paths)
+    task, data = TaskArguments(**paths).load()
     assert task.labels == ("calm", "loud", "mute") and task.columns == ("text",) and task.metrics == ("accuracy",)
     assert list(data["validation"]["label"]) == [0, 1, 2, 0, 1, 2]
 
     Path(paths["train_file"]).write_text("\n".join(json.dumps({**row, "label": 0.5}) for row in rows))
     with pytest.raises(ValueError, match="validation data of regression must be a number, got 'calm'"):
-        load_task(**paths)
+        TaskArguments(**paths).load()
     with pytest.raises(ValueError, match="no column 'grade'"):
-        load_task(**paths, label_column="grade")
+        TaskArguments(**paths, label_column="grade").load()
     with pytest.raises(ValueError, match="together"):
-        load_task(train_file=paths["train_file"])
+        TaskArguments(train_file=paths["train_file"]).load()
     with pytest.raises(ValueError, match="one of cola, sst2"):
-        load_task(task_name="glue", **paths)
+        TaskArguments(task_name="glue", **paths).load()
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+@pytest.mark.parametrize(
+    ("labels", "wanted"),
+    [
+        (("2", "10", "2", "1"), ("1", "2", "10")),
+        (("0.5", "2", "1", "0"), ()),
+        (("1", "x", "0.5", "x"), ("0.5", "1", "x")),
+    ],
+)
+def test_what_is_learned_follows_from_the_labels_of_a_table(tmp_path, suffix, labels, wanted):
+    """Whole numbers are classes in their order, other numbers a regression, and a text of digits is a text."""
+    path = tmp_path / f"rows.{suffix}"
+    mark = {"csv": ",", "tsv": "\t"}[suffix]
+    rows = [("sentence", "label"), *(("12", label) for label in labels)]
+    path.write_text("\n".join(mark.join(row) for row in rows), encoding="utf-8")
+    task, data = TaskArguments(train_file=str(path), validation_file=str(path)).load()
+    assert task.labels == wanted and task.is_regression == (not wanted)
+    assert list(data["train"]["sentence"]) == ["12"] * 4
+    found = [float(label) if task.is_regression else wanted.index(label) for label in labels]
+    assert list(data["train"]["label"]) == found
 
 
 def test_scores_by_hand():

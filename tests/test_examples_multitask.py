@@ -7,7 +7,7 @@ import pytest
 import torch
 from example_scripts import interrupted_after, refused, run_script
 from glue_files import write_glue
-from glue_tasks import TASKS, check_heads, heads_of, keep_head, label_settings, load_for_task, load_task, score
+from glue_tasks import TASKS, TaskArguments, check_heads, heads_of, keep_head, label_settings, load_for_task, score
 from run_multitask import (
     CollateForTeacher,
     MultitaskTrainer,
@@ -191,7 +191,7 @@ def test_scores_of_all_tasks():
 
 
 def test_tasks_are_drawn_by_the_root_of_their_size(glue, tokenizer):
-    data = [load_task(task_name=name, data_dir=str(glue))[1] for name in NAMES]
+    data = [TaskArguments(task_name=name, data_dir=str(glue)).load()[1] for name in NAMES]
     draw = labelled_rows(SOME_TASKS, data, tokenizer, 32)
     rng = random.Random(0)
     rows = [draw(rng) for _ in range(2000)]
