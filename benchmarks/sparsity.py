@@ -39,9 +39,11 @@ from transformers import (
 )
 
 from modeling_snn_bert.atomic_writes import write_json
+from modeling_snn_bert.batches import RowBatches
 from modeling_snn_bert.energy import energy_report
 from modeling_snn_bert.energy.plots import import_pyplot, save_figure
 from modeling_snn_bert.event_driven import event_driven, round_products
+from modeling_snn_bert.fine_tuning import DISTILLATION_STEPS, finetune, make_student, teach
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 TARGETS = ("none", "0.2", "0.1", "0.05")
@@ -53,7 +55,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model_name_or_path", help="a BERT: folder or Hub id (default: all-MiniLM-L6-v2)")
     parser.add_argument("--train_file", help="csv, tsv or json file with training sentences and labels")
     parser.add_argument("--validation_file", help="the same for validation")
-    parser.add_argument("--text_column", default="sentence")
+    parser.add_argument("--text_column", help="default: sentence or text, whichever there is")
     parser.add_argument("--label_column", default="label")
     parser.add_argument("--convert", action="store_true", help="convert the fine-tuned BERT, whichever it is")
     parser.add_argument(
@@ -78,8 +80,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5, help="interleaved rounds of the timing")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", type=Path, default=DEFAULT_OUTPUT)
-    # What the loader of the example also looks at.
-    parser.set_defaults(dataset_name=None, dataset_config_name=None)
     args = parser.parse_args(arguments)
     if (args.train_file is None) != (args.validation_file is None):
         parser.error("--train_file and --validation_file must be given together")
@@ -144,11 +144,15 @@ def measure(args: argparse.Namespace) -> Table:
     from accelerate.utils import set_seed
 
     accelerator = Accelerator(cpu=True)
-    quickstart.choose_student(args)
-    data, labels = quickstart.load_data(args)
+    start = quickstart.Arguments(args.model_name_or_path, args.student_name_or_path, args.convert)
+    encoder = start.encoder()
+    if args.distillation_steps is None:
+        args.distillation_steps = DISTILLATION_STEPS if encoder is None else 0
+    names = ("train_file", "validation_file", "text_column", "label_column", "max_train_samples", "max_eval_samples")
+    task, rows = quickstart.DataArguments(**{name: getattr(args, name) for name in names}).load()
     path = args.model_name_or_path or str(quickstart.minilm_folder())
     tokenizer = AutoTokenizer.from_pretrained(path)
-    data = quickstart.tokenize(data, tokenizer, args.max_length)
+    data = {split: quickstart.tokenize(part, task, tokenizer, args.max_length) for split, part in rows.items()}
     collate = DataCollatorWithPadding(tokenizer)
     validation = DataLoader(data["validation"], batch_size=2 * args.batch_size, collate_fn=collate)
     truth = torch.tensor(data["validation"]["labels"])
@@ -180,18 +184,16 @@ def measure(args: argparse.Namespace) -> Table:
     )
     calls: dict[str, Callable[[], object]] = {}
     set_seed(args.seed)
-    bert = AutoModelForSequenceClassification.from_pretrained(path, num_labels=len(labels))
-    batches = quickstart.training_batches(data["train"], tokenizer, args.batch_size, args.seed)
-    quickstart.finetune(accelerator, bert, batches, args.steps, args.bert_learning_rate)
+    bert = AutoModelForSequenceClassification.from_pretrained(path, num_labels=len(task.labels))
+    batches = RowBatches(data["train"], collate, args.batch_size, args.seed)
+    finetune(accelerator, bert, batches, args.steps, args.bert_learning_rate)
     stages = {"distillation_steps": args.distillation_steps, "finetuning_steps": args.steps}
     for target in args.targets:
         set_seed(args.seed)
         rate = None if target == "none" else float(target)
-        batches = quickstart.training_batches(data["train"], tokenizer, args.batch_size, args.seed)
-        student_args = argparse.Namespace(**{**vars(args), "firing_rate": rate or args.firing_rate})
-        model = quickstart.make_student(student_args, bert, batches)
+        model = make_student(bert, batches, rate or args.firing_rate, encoder)
         model.config.firing_rate_target, model.config.firing_rate_weight = rate, args.firing_rate_weight
-        quickstart.teach(accelerator, model, bert, batches, args.learning_rate, args.logit_weight, **stages)
+        teach(accelerator, model, bert, batches, args.learning_rate, args.logit_weight, **stages)
         model.eval()
         wanted = labels_of(model, validation)
         report = energy_report(model, validation, run_lengths=False)

@@ -284,11 +284,11 @@ def checked_rows(rows: Dataset, task: Task, split: str) -> Dataset:
             raise ValueError(f"the {split} data of {task.name} has no column {column!r}, only {rows.column_names}")
     if not len(rows):
         raise ValueError(f"the {split} data of {task.name} has no rows")
-    classes = {name: index for index, name in enumerate(task.labels)}
+    has_indices = isinstance(rows.features[task.label_column], ClassLabel)
     labels = []
     for number, value in enumerate(rows[task.label_column]):
         try:
-            labels.append(float(value) if task.is_regression else _class_of(value, classes))
+            labels.append(float(value) if task.is_regression else _class_of(value, task.labels, has_indices))
         except (KeyError, TypeError, ValueError):
             wanted = "a number" if task.is_regression else f"one of {list(task.labels)[:5]} or its index"
             raise ValueError(
@@ -305,12 +305,12 @@ def checked_rows(rows: Dataset, task: Task, split: str) -> Dataset:
     return Dataset.from_dict({**{c: list(rows[c]) for c in task.columns}, "label": labels}, features=features)
 
 
-def _class_of(value: object, classes: dict[str, int]) -> int:
-    """The index of a label that is a name or an index of one."""
-    if str(value) in classes:
-        return classes[str(value)]
+def _class_of(value: object, names: tuple[str, ...], has_indices: bool) -> int:
+    """The index of a label: of its name, or where names are no numbers, or `has_indices`, the index that it is."""
+    if not has_indices and str(value) in names:
+        return names.index(str(value))
     index = int(str(value))
-    if not 0 <= index < len(classes):
+    if not 0 <= index < len(names) or (not has_indices and all(map(WHOLE_NUMBER.fullmatch, names))):
         raise ValueError(value)
     return index
 

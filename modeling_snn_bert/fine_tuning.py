@@ -1,14 +1,17 @@
-"""The recipe from a BERT to a spiking classifier: batches, training, teaching, scores and the report.
+"""The recipe from a BERT to a spiking classifier: training, teaching, scores and the report.
 
 `examples/quickstart.py` and the command `snn-bert train` follow it.
 """
 
 import contextlib
+import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from tqdm.auto import tqdm
@@ -20,11 +23,15 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from .batches import batches_by_length
-from .distillation import hidden_state_loss, label_and_logit_loss, parameter_groups
-from .energy import EnergyReport
+from .batches import Batch, Row, RowBatches
+from .configuration_snn_bert import SNNBertConfig
+from .conversion import convert_bert
+from .distillation import check_same_shape, hidden_state_loss, label_and_logit_loss, parameter_groups
+from .energy import EnergyReport, energy_report
 from .energy.tables import markdown_table, operations_table
-from .modeling_snn_bert import SNNBertPreTrainedModel
+from .html_report import html_page
+from .model_card import card_from_report
+from .modeling_snn_bert import SNNBertForSequenceClassification, SNNBertModel, SNNBertPreTrainedModel
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -34,6 +41,143 @@ NO_DROPOUT: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropo
 # Batches that calibrate a BERT that is converted, and steps that it is then distilled for.
 CALIBRATION_BATCHES = 12
 DISTILLATION_STEPS = 130
+# Of the held-out texts, so many give the firing rates and the energy.
+ENERGY_TEXTS = 512
+
+
+@dataclass
+class Recipe:
+    """How a BERT is fine-tuned and its student taught; `HfArgumentParser` makes flags of it."""
+
+    batch_size: int = field(default=32, metadata={"help": "texts of a step"})
+    firing_rate: float = field(default=0.2, metadata={"help": "firing rate at calibration"})
+    distillation_steps: int | None = field(
+        default=None,
+        metadata={"help": f"before the labels (default: {DISTILLATION_STEPS} for a BERT that is converted, else 0)"},
+    )
+    learning_rate: float = field(default=5e-4, metadata={"help": "of the SNN-BERT"})
+    bert_learning_rate: float = field(default=5e-5, metadata={"help": "of the BERT"})
+    logit_weight: float = field(default=0.5, metadata={"help": "share of the BERT's logits in the loss"})
+    seed: int = field(default=0, metadata={"help": "of all that is random"})
+
+
+class Trained(NamedTuple):
+    """What `train_classifier` returns: the model, what report.json is to say of it, and its energy."""
+
+    model: SNNBertForSequenceClassification
+    results: dict[str, Any]
+    energy: EnergyReport
+
+
+def classifier_settings(names: Sequence[str]) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for a classifier of texts with these labels, trained in float32."""
+    return {
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: index for index, name in enumerate(names)},
+        "problem_type": "single_label_classification",
+        "ignore_mismatched_sizes": True,
+        "dtype": torch.float32,
+    }
+
+
+def train_classifier(
+    accelerator: "Accelerator",
+    start: PreTrainedModel,
+    training: Sequence[Row],
+    validation: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    steps: int,
+    encoder: SNNBertModel | None = None,
+) -> Trained:
+    """Fine-tune a BERT and teach its student; or fine-tune an SNN-BERT. Both are scored on `validation`.
+
+    Args:
+        accelerator: trains.
+        start: a BERT or an SNN-BERT with a head for the labels.
+        training, validation: tokenized rows with the index of their label in `"labels"`.
+        tokenizer: pads them.
+        recipe: the settings.
+        steps: of fine-tuning, of each of the two.
+        encoder: the student of a BERT; `None` converts the BERT.
+
+    Raises:
+        ValueError: if training diverges, or `encoder` is of another shape than the BERT.
+    """
+    collate = DataCollatorWithPadding(tokenizer)
+    batches = RowBatches(training, collate, recipe.batch_size, recipe.seed)
+    seconds: dict[str, float] = {}
+    models: dict[str, PreTrainedModel] = {}
+    distillation_steps = 0
+    if isinstance(start, SNNBertPreTrainedModel):
+        with timed(seconds, "fine-tune the SNN-BERT"):
+            finetune(accelerator, start, batches, steps, recipe.learning_rate, "fine-tune the SNN-BERT")
+        models["SNN-BERT"] = start
+    else:
+        with timed(seconds, "fine-tune the BERT"):
+            finetune(accelerator, start, batches, steps, recipe.bert_learning_rate)
+        check_finite(start, "--bert_learning_rate")
+        distillation_steps = DISTILLATION_STEPS if encoder is None else 0
+        if recipe.distillation_steps is not None:
+            distillation_steps = recipe.distillation_steps
+        with timed(seconds, "make an SNN-BERT"):
+            student = make_student(start, batches, recipe.firing_rate, encoder)
+        with timed(seconds, "teach the SNN-BERT"):
+            stages = {"distillation_steps": distillation_steps, "finetuning_steps": steps}
+            teach(accelerator, student, start, batches, recipe.learning_rate, recipe.logit_weight, **stages)
+        models = {"SNN-BERT": student, "BERT": start}
+    spiking = models["SNN-BERT"]
+    check_finite(spiking, "--learning_rate")
+    with timed(seconds, "score"):
+        # Scores do not depend on the order, and texts of like length need no padding.
+        by_length = _padded(sorted(validation, key=lambda row: len(row["input_ids"])), collate, 2 * recipe.batch_size)
+        found = {name: predictions(model, by_length) for name, model in models.items()}
+        energy_batches = _padded(validation[:ENERGY_TEXTS], collate, 2 * recipe.batch_size)
+        energy = energy_report(spiking, energy_batches, run_lengths=False)
+    right = found["SNN-BERT"][1]
+    found["majority class"] = torch.full_like(right, int(right.bincount().argmax())), right
+    results = {
+        "accuracy": {name: (labels == right).sum().item() / len(right) for name, (labels, right) in found.items()},
+        "macro_f1": {name: macro_f1(*labels) for name, labels in found.items()},
+        "training_sentences": len(training),
+        "validation_sentences": len(validation),
+        "distillation_steps": distillation_steps,
+        "finetuning_steps": steps,
+        "parameters": {name: model.num_parameters() for name, model in models.items()},
+        "firing_rates": energy.firing_rates(),
+        "energy": energy.to_dict(),
+        "seconds": seconds,
+        "seed": recipe.seed,
+    }
+    return Trained(spiking, results, energy)
+
+
+def _padded(rows: Sequence[Row], collate: Callable, batch_size: int) -> list[Batch]:
+    return [dict(collate(list(rows[i : i + batch_size]))) for i in range(0, len(rows), batch_size)]
+
+
+def make_student(
+    bert: PreTrainedModel, batches: Callable[[int], Batch], firing_rate: float, encoder: SNNBertModel | None = None
+) -> SNNBertForSequenceClassification:
+    """The SNN-BERT that `bert` teaches: its copy, calibrated on the first `batches`; or `encoder` with its head.
+
+    Raises:
+        ValueError: if `encoder` is of another shape than `bert`.
+    """
+    if encoder is None:
+        return convert_bert(bert, [batches(i) for i in range(CALIBRATION_BATCHES)], firing_rate, **NO_DROPOUT)
+    check_same_shape(encoder.config, bert.config)
+    labels = {name: getattr(bert.config, name) for name in ("id2label", "label2id")}
+    student = SNNBertForSequenceClassification(SNNBertConfig(**{**encoder.config.to_dict(), **NO_DROPOUT, **labels}))
+    head = {name: x for name, x in bert.state_dict().items() if name.startswith(("bert.pooler.", "classifier."))}
+    student.load_state_dict({**{f"bert.{name}": x for name, x in encoder.state_dict().items()}, **head})
+    return student.to(bert.device)
+
+
+def check_finite(model: PreTrainedModel, option: str) -> None:
+    """Raise a `ValueError` that names the learning rate if a weight of `model` is not finite any more."""
+    if not all(bool(parameter.isfinite().all()) for parameter in model.parameters()):
+        raise ValueError(f"training diverged, weights are not finite any more: lower {option}")
 
 
 def bert_autocast(accelerator: "Accelerator") -> contextlib.AbstractContextManager:
@@ -52,38 +196,18 @@ def bert_autocast(accelerator: "Accelerator") -> contextlib.AbstractContextManag
     return accelerator.autocast()
 
 
-def training_batches(
-    data: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, batch_size: int, seed: int
-) -> Iterator[dict]:
-    """Padded batches without end, shuffled anew each epoch; sentences of like length go together.
-
-    Args:
-        data: tokenized rows with the index of their label in `"labels"`.
-        tokenizer: pads them.
-        batch_size: rows of a batch; the last of an epoch may have fewer.
-        seed: of the order.
-    """
-    collate = DataCollatorWithPadding(tokenizer)
-    generator = torch.Generator().manual_seed(seed)
-    rows = [dict(row) for row in data]
-    lengths = [len(row["input_ids"]) for row in rows]
-    while True:
-        for batch in batches_by_length(lengths, batch_size, generator):
-            yield collate([rows[i] for i in batch])
-
-
 def train(
     accelerator: "Accelerator",
     model: PreTrainedModel,
-    batches: Iterator[dict],
+    batches: Callable[[int], Batch],
     steps: int,
     learning_rate: float,
     description: str,
-    loss_of: Callable[[dict, int], torch.Tensor],
+    loss_of: Callable[[Batch, int], torch.Tensor],
 ) -> None:
     """AdamW with a tenth of the steps as warm-up, then linear decay, and gradients clipped at norm 1.
 
-    `loss_of` takes a batch and the number of the step.
+    `batches` makes the batch of a step, and `loss_of` takes it with the number of the step.
     """
     optimizer = torch.optim.AdamW(parameter_groups(model, learning_rate, weight_decay=0.01), fused=True)
     schedule = get_linear_schedule_with_warmup(optimizer, math.ceil(steps / 10), steps)
@@ -92,7 +216,7 @@ def train(
     optimizer, schedule = accelerator.prepare(optimizer, schedule)
     progress = tqdm(range(steps), desc=description, unit="step")
     for step in progress:
-        batch = {name: x.to(accelerator.device) for name, x in next(batches).items()}
+        batch = {name: x.to(accelerator.device) for name, x in batches(step).items()}
         with accelerator.autocast():
             loss = loss_of(batch, step)
         accelerator.backward(loss)
@@ -106,7 +230,7 @@ def train(
 def finetune(
     accelerator: "Accelerator",
     model: PreTrainedModel,
-    batches: Iterator[dict],
+    batches: Callable[[int], Batch],
     steps: int,
     learning_rate: float,
     description: str = "fine-tune the BERT",
@@ -115,7 +239,7 @@ def finetune(
     model.train()
     is_spiking = isinstance(model, SNNBertPreTrainedModel)
 
-    def loss_of(batch: dict, step: int) -> torch.Tensor:
+    def loss_of(batch: Batch, step: int) -> torch.Tensor:
         with contextlib.nullcontext() if is_spiking else bert_autocast(accelerator):
             return model(**batch).loss
 
@@ -126,7 +250,7 @@ def teach(
     accelerator: "Accelerator",
     student: PreTrainedModel,
     teacher: PreTrainedModel,
-    batches: Iterator[dict],
+    batches: Callable[[int], Batch],
     learning_rate: float,
     logit_weight: float,
     *,
@@ -140,7 +264,7 @@ def teach(
     student.train()
     teacher.eval()
 
-    def loss_of(batch: dict, step: int) -> torch.Tensor:
+    def loss_of(batch: Batch, step: int) -> torch.Tensor:
         inputs = {name: x for name, x in batch.items() if name != "labels"}
         with torch.no_grad(), bert_autocast(accelerator):
             wanted = teacher(**inputs, output_hidden_states=True)
@@ -168,12 +292,6 @@ def predictions(model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Ten
     return torch.cat(found), torch.cat(right)
 
 
-def accuracy(model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Tensor]]) -> float:
-    """Share of sentences that get the right label."""
-    found, right = predictions(model, batches)
-    return (found == right).sum().item() / len(right)
-
-
 def macro_f1(found: torch.Tensor, right: torch.Tensor) -> float:
     """The mean over the labels that occur in `right` of the harmonic mean of precision and recall, both `[rows]`."""
     scores = []
@@ -183,35 +301,45 @@ def macro_f1(found: torch.Tensor, right: torch.Tensor) -> float:
     return sum(scores) / len(scores)
 
 
-class timed:
-    """Adds the seconds that the block takes to `seconds[name]`."""
-
-    def __init__(self, seconds: dict[str, float], name: str) -> None:
-        self.seconds, self.name = seconds, name
-
-    def __enter__(self) -> None:
-        self.start = time.perf_counter()
-
-    def __exit__(self, *exception) -> None:
-        self.seconds[self.name] = time.perf_counter() - self.start
+@contextlib.contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Adds the seconds that the block takes as `seconds[name]`."""
+    start = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - start
 
 
-def report_markdown(results: Mapping[str, Any], energy: EnergyReport, title: str = "SNN-BERT quickstart") -> str:
-    """The report as markdown.
+def write_report(trained: Trained, folder: Path, model_folder: Path, title: str, pictures: Sequence[Path] = ()) -> str:
+    """Write report.json, report.md and report.html to `folder`, and the model card to `model_folder`.
 
     Args:
-        results: what goes to report.json; of `"BERT"` in `"accuracy"`, `"macro_f1"` and `"predictions"`, what is there.
-        energy: the energy of the SNN-BERT on held-out sentences.
+        trained: with all that report.json is to say in its results; of `"BERT"` in its scores, and of
+            `"predictions"`, what is there is shown.
+        folder, model_folder: where to.
         title: of the report.
+        pictures: shown with the firing rates.
+
+    Returns:
+        The report as markdown.
     """
-    scores, f1, parameters = results["accuracy"], results.get("macro_f1"), results["parameters"]
+    report = report_markdown(trained.results, trained.energy, title)
+    (folder / "report.json").write_text(json.dumps(trained.results, indent=2), encoding="utf-8")
+    (folder / "report.md").write_text(report, encoding="utf-8")
+    (folder / "report.html").write_text(html_page(report, {"Firing rates": pictures}), encoding="utf-8")
+    card_from_report(trained.model.config, trained.results).save(model_folder / "README.md")
+    return report
+
+
+def report_markdown(results: Mapping[str, Any], energy: EnergyReport, title: str) -> str:
+    """The report as markdown, see `write_report`."""
+    scores, f1, parameters = results["accuracy"], results["macro_f1"], results["parameters"]
     seen = " (see firing_rates.png)" if "predictions" in results else ""
     shown = [(name, {"BERT": "BERT, same steps"}.get(name, name)) for name in ("SNN-BERT", "BERT", "majority class")]
     lines = [f"# {title}", ""]
     lines += markdown_table(
-        ("model", "accuracy on validation", *(("macro F1",) if f1 else ()), "parameters"),
+        ("model", "accuracy on validation", "macro F1", "parameters"),
         [
-            (label, f"{scores[name]:.3f}", *((f"{f1[name]:.3f}",) if f1 else ()), f"{parameters.get(name, 0):,}")
+            (label, f"{scores[name]:.3f}", f"{f1[name]:.3f}", f"{parameters.get(name, 0):,}")
             for name, label in shown
             if name in scores
         ],

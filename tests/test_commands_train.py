@@ -122,7 +122,7 @@ def test_a_failure_leaves_nothing(bert, data, tmp_path, monkeypatch):
     def fail(*args):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(train_module, "report_markdown", fail)
+    monkeypatch.setattr(train_module, "write_report", fail)
     command = ["train", "--data", data, "--model", bert, "--output", tmp_path / "new" / "out", *SHORT]
     assert "No space left" in run_command(*command, exit_code=1).stderr
     assert not list((tmp_path / "new").iterdir())

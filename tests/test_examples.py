@@ -96,10 +96,10 @@ def test_quickstart(tmp_path, capsys, bert, snn_bert, kind):
 BAD_ARGUMENTS = {
     "one-file": (["--train_file", "x.csv"], "--train_file and --validation_file must be given together"),
     "student": (["--convert", "--student_name_or_path", "x"], "give either --convert or --student_name_or_path"),
-    "suffix": (["--train_file", "x.txt", "--validation_file", "y.txt"], "must both be .csv, .tsv, .json or .jsonl"),
+    "suffix": (["--train_file", "x.doc", "--validation_file", "y.doc"], "x.doc must be a .txt, .csv, .tsv, .json or"),
     "both": (
         ["--train_file", "x.csv", "--validation_file", "y.csv", "--dataset_name", "z"],
-        "give either --dataset_name or --train_file and --validation_file",
+        "give one of --data_dir, --dataset_name, and --train_file with --validation_file",
     ),
 }
 

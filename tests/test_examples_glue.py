@@ -9,9 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from example_scripts import EXAMPLES, interrupted_after, refused, run_script
 from glue_files import write_glue
-from glue_tasks import METRICS_FROM, TASKS, TaskArguments, attention_implementation, score
+from glue_tasks import (
+    METRICS_FROM,
+    TASKS,
+    TaskArguments,
+    attention_implementation,
+    checked_rows,
+    guess_task,
+    score,
+)
 from safetensors.torch import load_file
 from small_bert import bert_fixture, write_half_precision
 from transformers import BertModel
@@ -121,6 +130,21 @@ def test_what_is_learned_follows_from_the_labels_of_a_table(tmp_path, suffix, la
     assert list(data["train"]["sentence"]) == ["12"] * 4
     found = [float(label) if task.is_regression else wanted.index(label) for label in labels]
     assert list(data["train"]["label"]) == found
+
+
+def test_a_number_among_numbers_is_no_index(tmp_path):
+    """A label that only the validation rows have is refused; where a feature says so, a number is an index."""
+    rows = [{"text": f"row {i}", "label": str(1 + i % 2)} for i in range(4)]
+    for name, last in (("train", "2"), ("validation", "0")):
+        content = "\n".join(json.dumps(row) for row in [*rows, {"text": "last", "label": last}])
+        (tmp_path / f"{name}.jsonl").write_text(content)
+    files = {f"{name}_file": str(tmp_path / f"{name}.jsonl") for name in ("train", "validation")}
+    with pytest.raises(ValueError, match=r"row 4 of the validation data .* must be one of \['1', '2'\].*got '0'"):
+        TaskArguments(**files).load()
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["1", "2"])})
+    data = Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]}, features=features)
+    task = guess_task(DatasetDict(train=data), None, "label")
+    assert task.labels == ("1", "2") and list(checked_rows(data, task, "train")["label"]) == [0, 1]
 
 
 def test_scores_by_hand():

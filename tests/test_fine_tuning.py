@@ -360,10 +360,10 @@ def test_a_bert_trains_and_teaches_in_bfloat16_and_its_student_in_float32(make_c
         model.classifier.register_forward_hook(lambda _, inputs, logits, n=name: dtypes[n].append(logits.dtype))
     batch = {name: torch.tensor(column[:]) for name, column in examples("sequence").with_format(None).to_dict().items()}
     accelerator = Accelerator(cpu=True)
-    finetune(accelerator, bert, iter([batch] * 2), steps=2, learning_rate=1e-3)
+    finetune(accelerator, bert, lambda step: batch, steps=2, learning_rate=1e-3)
     settings = {"learning_rate": 1e-3, "logit_weight": 0.5, "distillation_steps": 1, "finetuning_steps": 1}
-    teach(accelerator, student, bert, iter([batch] * 2), **settings)
-    finetune(accelerator, student, iter([batch]), steps=1, learning_rate=1e-3)
+    teach(accelerator, student, bert, lambda step: batch, **settings)
+    finetune(accelerator, student, lambda step: batch, steps=1, learning_rate=1e-3)
     assert dtypes == {"bert": [torch.bfloat16] * 4, "student": [torch.float32] * 3}
     # Nothing of it is left in the model.
     bert(**batch)

@@ -1,46 +1,28 @@
 """`snn-bert train`: a spiking classifier of the texts in a file, with a report and a model card."""
 
 import hashlib
-import json
 import math
 import random
 import shlex
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
-from transformers import (
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    set_seed,
-)
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from ..atomic_writes import folder_written_whole
 from ..configuration_snn_bert import SNNBertConfig
-from ..conversion import convert_bert
-from ..energy import energy_report
 from ..fine_tuning import (
-    CALIBRATION_BATCHES,
     DISTILLATION_STEPS,
     NO_DROPOUT,
-    finetune,
-    macro_f1,
-    predictions,
-    report_markdown,
-    teach,
-    timed,
-    training_batches,
+    Recipe,
+    classifier_settings,
+    train_classifier,
+    write_report,
 )
-from ..html_report import html_page
-from ..model_card import card_from_report
 from ..modeling_snn_bert import SNNBertForSequenceClassification
 from ..text_files import Labelled, read_labelled, shortened
 from .common import Encoding, Revision, at_least_one, check_output_folder, load_bert, reported
@@ -49,7 +31,6 @@ from .common import Encoding, Revision, at_least_one, check_output_folder, load_
 DEFAULT_STEPS, DEFAULT_EPOCHS = 300, 10
 # More rows than these would make the evaluation longer and hardly more exact.
 MAX_HELD_OUT = 2000
-ENERGY_TEXTS = 256
 
 
 def _positive(value: float | None) -> float | None:
@@ -107,19 +88,21 @@ def train(
     distillation_steps: Annotated[
         int, typer.Option("--distillation_steps", min=0, help="Steps after the conversion of a BERT, without labels.")
     ] = DISTILLATION_STEPS,
-    batch_size: Annotated[int, typer.Option("--batch_size", callback=at_least_one, help="Texts of a step.")] = 32,
+    batch_size: Annotated[
+        int, typer.Option("--batch_size", callback=at_least_one, help="Texts of a step.")
+    ] = Recipe.batch_size,
     max_length: Annotated[
         int, typer.Option("--max_length", min=3, help="Cut texts at so many tokens, in the served model too.")
     ] = 128,
     learning_rate: Annotated[
         float, typer.Option("--learning_rate", callback=_positive, help="Of the SNN-BERT.")
-    ] = 5e-4,
+    ] = Recipe.learning_rate,
     bert_learning_rate: Annotated[
         float, typer.Option("--bert_learning_rate", callback=_positive, help="Of the BERT.")
-    ] = 5e-5,
+    ] = Recipe.bert_learning_rate,
     firing_rate: Annotated[
         float, typer.Option("--firing_rate", callback=_share, help="Spikes per token to calibrate a BERT's copy to.")
-    ] = 0.2,
+    ] = Recipe.firing_rate,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the split, the order and the new weights.")] = 0,
     revision: Revision = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint in the folder.")] = False,
@@ -146,13 +129,9 @@ def train(
         if kind not in ("bert", SNNBertConfig.model_type):
             raise ValueError(f"--model must be a BERT or an SNN-BERT, the model_type of {model} is {kind!r}")
         set_seed(seed)
-        accelerator = Accelerator()
-        seconds: dict[str, float] = {}
         # The folder is made before the work: where nothing can be written is known at once.
         with folder_written_whole(output) as folder:
-            labels = {"id2label": dict(enumerate(rows.names)), "label2id": {n: i for i, n in enumerate(rows.names)}}
-            settings = {**labels, "ignore_mismatched_sizes": True, "dtype": torch.float32}
-            settings["problem_type"] = "single_label_classification"
+            settings = classifier_settings(rows.names)
             start: PreTrainedModel
             if kind == "bert":
                 start = load_bert(model, "SequenceClassification", revision, **settings)
@@ -167,73 +146,28 @@ def train(
             if cut:
                 note = f"{cut:,} texts reach {tokenizer.model_max_length} tokens, and what is beyond is not read"
                 typer.echo(f"{note} (--max_length)", err=True)
-            learned = [tokenized[i] for i in training]
-            per_epoch = math.ceil(len(learned) / batch_size)
+            per_epoch = math.ceil(len(training) / batch_size)
             if steps is None:
                 wanted = None if epochs is None else max(1, round(epochs * per_epoch))
                 steps = wanted or min(DEFAULT_STEPS, DEFAULT_EPOCHS * per_epoch)
-
-            def batches():
-                return training_batches(learned, tokenizer, batch_size, seed)
-
-            models: dict[str, PreTrainedModel] = {}
-            if kind == "bert":
-                with timed(seconds, "fine-tune the BERT"):
-                    finetune(accelerator, start, batches(), steps, bert_learning_rate)
-                check_finite(start, "--bert_learning_rate")
-                shared = batches()
-                with timed(seconds, "convert it"):
-                    calibration = [next(shared) for _ in range(CALIBRATION_BATCHES)]
-                    models["SNN-BERT"] = convert_bert(start, calibration, firing_rate, **NO_DROPOUT)
-                with timed(seconds, "teach the SNN-BERT"):
-                    stages = {"distillation_steps": distillation_steps, "finetuning_steps": steps}
-                    teach(accelerator, models["SNN-BERT"], start, shared, learning_rate, 0.5, **stages)
-                models["BERT"] = start
-            else:
-                with timed(seconds, "fine-tune the SNN-BERT"):
-                    finetune(accelerator, start, batches(), steps, learning_rate, "fine-tune the SNN-BERT")
-                models["SNN-BERT"] = start
-            spiking = models["SNN-BERT"]
-            check_finite(spiking, "--learning_rate")
-            with timed(seconds, "score"):
-                collate = DataCollatorWithPadding(tokenizer)
-                held = [tokenized[i] for i in validation]
-                held_batches = [collate(held[i : i + batch_size]) for i in range(0, len(held), batch_size)]
-                found = {name: predictions(one, held_batches) for name, one in models.items()}
-                energy = energy_report(spiking, held_batches[: math.ceil(ENERGY_TEXTS / batch_size)], run_lengths=False)
-            right = found["SNN-BERT"][1]
-            accuracies = {name: (x == y).sum().item() / len(y) for name, (x, y) in found.items()}
-            accuracies["majority class"] = right.bincount().max().item() / len(right)
-            scores = {name: macro_f1(x, y) for name, (x, y) in found.items()}
-            scores["majority class"] = macro_f1(torch.full_like(right, right.bincount().argmax().item()), right)
-            spiking.save_pretrained(folder)
+            recipe = Recipe(batch_size, firing_rate, distillation_steps, learning_rate, bert_learning_rate, seed=seed)
+            learned, held = ([tokenized[i] for i in part] for part in (training, validation))
+            trained = train_classifier(Accelerator(), start, learned, held, tokenizer, recipe, steps)
+            trained.model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-            seconds["all"] = time.perf_counter() - started
-            results = {
-                "command": shlex.join(["snn-bert", *sys.argv[1:]]),
-                "base_model": None if Path(model).exists() else model,
-                "dataset": {"name": data.name, "split": "held out"},
-                "columns": {"text": rows.text_column, "label": rows.label_column},
-                "labels": {name: rows.labels.count(i) for i, name in enumerate(rows.names)},
-                "rows_left_out": rows.left_out,
-                "max_length": tokenizer.model_max_length,
-                "accuracy": accuracies,
-                "macro_f1": scores,
-                "training_sentences": len(training),
-                "validation_sentences": len(validation),
-                "distillation_steps": distillation_steps if kind == "bert" else 0,
-                "finetuning_steps": steps,
-                "parameters": {name: one.num_parameters() for name, one in models.items()},
-                "firing_rates": energy.firing_rates(),
-                "energy": energy.to_dict(),
-                "seconds": seconds,
-                "seed": seed,
-            }
-            report = report_markdown(results, energy, f"SNN-BERT on {data.name}")
-            (folder / "report.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
-            (folder / "report.md").write_text(report, encoding="utf-8")
-            (folder / "report.html").write_text(html_page(report, {}), encoding="utf-8")
-            card_from_report(spiking.config, results).save(folder / "README.md")
+            trained.results["seconds"]["all"] = time.perf_counter() - started
+            trained.results.update(
+                {
+                    "command": shlex.join(["snn-bert", *sys.argv[1:]]),
+                    "base_model": None if Path(model).exists() else model,
+                    "dataset": {"name": data.name, "split": "held out"},
+                    "columns": {"text": rows.text_column, "label": rows.label_column},
+                    "labels": {name: rows.labels.count(i) for i, name in enumerate(rows.names)},
+                    "rows_left_out": rows.left_out,
+                    "max_length": tokenizer.model_max_length,
+                }
+            )
+            report = write_report(trained, folder, folder, f"SNN-BERT on {data.name}")
     typer.echo(report)
     typer.echo(f"written to {output}: try it by `snn-bert serve {shlex.quote(str(output))}`")
 
@@ -310,10 +244,3 @@ def tokenize(rows: Labelled, tokenizer: PreTrainedTokenizerBase) -> list[dict[st
         {**{name: values[i] for name, values in encoded.items()}, "labels": label}
         for i, label in enumerate(rows.labels)
     ]
-
-
-def check_finite(model: PreTrainedModel, option: str) -> None:
-    """Raise a `ValueError` that names the learning rate if a weight of `model` is not finite any more."""
-    parameters: Sequence[torch.Tensor] = list(model.parameters())
-    if not all(bool(parameter.isfinite().all()) for parameter in parameters):
-        raise ValueError(f"training diverged, weights are not finite any more: lower {option}")
