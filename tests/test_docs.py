@@ -11,6 +11,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from command_line import run_command
 from snippets import BERT, FENCE, ROOT, agrees, check_page, python_blocks, relative_links, run_page, shown_outputs
 
 import modeling_snn_bert
@@ -29,10 +30,22 @@ def test_snippets_run_and_print_what_is_shown(page, hub_cache, tmp_path):
     assert shown_outputs(page)[0] or not first, "a guide shows what its first block prints"
 
 
+# The guides whose first block is for the shell, and what it leaves behind.
+SHELL_PAGES = {
+    "cli": {"spikes.png", "my-snn-bert", "energy"},
+    "scaling": {"train.py"},
+    "training_scripts": {"outputs/first/model.safetensors", "outputs/reviews/results.json"},
+}
+
+
 @pytest.mark.slow
-def test_the_command_line_prints_what_is_shown(hub_cache, tmp_path):
-    commands, shown = list(FENCE.finditer((DOCS / "cli.md").read_text(encoding="utf-8")))[:2]
+@pytest.mark.parametrize("page", SHELL_PAGES)
+def test_the_first_block_for_the_shell_prints_what_is_shown(page, hub_cache, tmp_path):
+    commands, shown = list(FENCE.finditer((DOCS / f"{page}.md").read_text(encoding="utf-8")))[:2]
     assert commands["language"] == "bash" and shown["language"] == "text"
+    # As in a clone, but for what the block writes.
+    for folder in ("docs", "examples"):
+        (tmp_path / folder).symlink_to(ROOT / folder, target_is_directory=True)
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -43,7 +56,27 @@ def test_the_command_line_prints_what_is_shown(hub_cache, tmp_path):
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert agrees(shown["code"], result.stdout), result.stdout
-    assert {"spikes.png", "my-snn-bert", "energy"} <= {path.name for path in tmp_path.iterdir()}
+    assert not [name for name in SHELL_PAGES[page] if not (tmp_path / name).exists()]
+
+
+def test_the_rows_that_install_shows():
+    """What stands in them is of a machine; without kernels there is no level."""
+    _, shown = list(FENCE.finditer((DOCS / "install.md").read_text(encoding="utf-8")))[:2]
+    rows, printed = (
+        [re.split(r" {2,}", line.strip())[0] for line in text.splitlines()]
+        for text in (shown["code"], run_command("info").stdout)
+    )
+    assert len(printed) >= 2 and printed == rows[: len(printed)]
+
+
+def test_every_guide_begins_with_a_block_and_what_it_prints():
+    """All but those that only tell: a guide that teaches is pasted before it is read."""
+    telling = {"at_a_glance", "benchmarks", "choose", "errors", "index", "log", "results", "works_with"}
+    for page in PAGES:
+        if page.stem not in telling:
+            first, second, *_ = FENCE.finditer(page.read_text(encoding="utf-8"))
+            kinds = (first["language"], second["language"])
+            assert kinds in (("bash", "text"), ("python", "text")), page.name
 
 
 @pytest.mark.parametrize("page", LINKED, ids=lambda page: page.stem)
