@@ -11,23 +11,20 @@ the other scripts start from there.
 
 import time
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from fetch_inputs import minilm_folder
 from transformers import AutoConfig, AutoTokenizer, BertModel, HfArgumentParser, MPNetModel, PreTrainedModel, set_seed
-from transformers.hf_argparser import HfArg
 
 from modeling_snn_bert import SNNBertModel
-from modeling_snn_bert.atomic_writes import write_json
 from modeling_snn_bert.batches import Batches
 from modeling_snn_bert.conversion import convert_bert
 from modeling_snn_bert.distillation import check_same_shape, embedding_loss, hidden_state_loss
 from modeling_snn_bert.seeds import checkpoint_of
-from modeling_snn_bert.settings import parse_settings
+from modeling_snn_bert.settings import ConversionArguments
 from modeling_snn_bert.text_blocks import TextArguments, TextBlocks
 from modeling_snn_bert.trainer import DistillationTrainer, DistillationTrainingArguments
 
@@ -36,7 +33,7 @@ TEACHERS = {"bert": BertModel, "mpnet": MPNetModel}
 
 
 @dataclass
-class StudentArguments:
+class StudentArguments(ConversionArguments):
     """Teacher and student."""
 
     model_name_or_path: str | None = field(
@@ -45,18 +42,9 @@ class StudentArguments:
     student_name_or_path: str | None = field(
         default=None, metadata={"help": "an SNN-BERT to go on from, in place of a calibrated one"}
     )
-    firing_rate: float = field(default=0.2, metadata={"help": "firing rate at calibration"})
     threshold_per: Literal["channel", "layer"] = field(
         default="channel", metadata={"help": "at calibration, a threshold for each channel, or one for a neuron layer"}
     )
-    config_overrides: str | None = HfArg(
-        default=None, aliases=["--setting"], help="settings of SNNBertConfig: spike_type=ternary,decay=0.1"
-    )
-    freeze_embeddings: bool = field(default=False, metadata={"help": "keep the BERT's embeddings as they are"})
-
-    def __post_init__(self) -> None:
-        if not 0 < self.firing_rate < 1:
-            raise ValueError(f"--firing_rate must lie in (0, 1), got {self.firing_rate}")
 
 
 @dataclass
@@ -75,37 +63,15 @@ class Arguments(DistillationTrainingArguments):
             )
 
 
-def parse_args(arguments: list[str] | None = None) -> tuple[StudentArguments, TextArguments, Arguments]:
-    parser = HfArgumentParser([StudentArguments, TextArguments, Arguments], description=__doc__)
-    return parser.parse_args_into_dataclasses(arguments)
-
-
 def main() -> None:
-    student_args, text_args, args = parse_args()
-    trainer, results = distil(student_args, text_args, args)
-    trainer.model.embeddings.requires_grad_(True)
-    trainer.save_model()
-    if trainer.is_world_process_zero():
-        flags = {**asdict(student_args), **asdict(text_args)}
-        write_json(Path(args.output_dir) / RESULTS_FILE, {**results, "arguments": flags})
-    if args.push_to_hub:
-        trainer.push_to_hub()
-
-
-def distil(
-    student_args: StudentArguments, text_args: TextArguments, args: Arguments
-) -> tuple[DistillationTrainer, dict[str, Any]]:
-    """Train the student as the arguments say: the trainer that has run, and what the results say.
-
-    Raises:
-        ValueError: if arguments, models and text do not fit together.
-    """
+    parser = HfArgumentParser([StudentArguments, TextArguments, Arguments], description=__doc__)
+    student_args, text_args, args = parser.parse_args_into_dataclasses()
     set_seed(args.seed)
     teacher_path = student_args.model_name_or_path or str(minilm_folder())
     tokenizer = AutoTokenizer.from_pretrained(teacher_path)
     teacher = load_teacher(teacher_path, text_args.max_seq_length, args.attention_weight > 0).to(args.device)
     with args.main_process_first(desc="tokenize the text"):
-        blocks = text_args.blocks(tokenizer, Path(args.output_dir), args.seed)
+        blocks = text_args.blocks(tokenizer, args.seed)
     checkpoint = checkpoint_of(args.output_dir, args.resume_from_checkpoint)
     # A checkpoint brings the weights, so that a little text will do.
     calibration = blocks.calibration(1 if checkpoint else text_args.calibration_tokens)
@@ -113,7 +79,6 @@ def distil(
     student = make_student(student_args, teacher, calibration, attention_of(args.attention_weight > 0))
     calibration_seconds = time.perf_counter() - started
     check_same_shape(student.config, teacher.config)
-    student.embeddings.requires_grad_(not student_args.freeze_embeddings)
     # Dropout off in both: the student is to hit the teacher's states, and noise in either only blurs them. The student
     # is in training mode all the same: gradient checkpointing works in that mode only.
     for module in student.modules():
@@ -123,27 +88,23 @@ def distil(
         student.train(),
         args,
         teacher=teacher,
-        train_dataset=Batches(
-            lambda number: blocks.batch(number, args.per_device_train_batch_size, args.process_index, args.world_size),
-            args.max_steps * args.gradient_accumulation_steps,
-        ),
+        train_dataset=Batches.of_run(blocks.of_run(args), args),
         processing_class=tokenizer,
         figures_of=lambda model: evaluate_states(
             trainer.accelerator, model, teacher, blocks, args.per_device_eval_batch_size
         ),
     )
     before = None if checkpoint else trainer.evaluate()
-    seconds = {"calibration": round(calibration_seconds, 1)}
-    if args.do_train:
-        result = trainer.train(resume_from_checkpoint=checkpoint)
-        seconds["training"] = round(result.metrics["train_runtime"], 1)
-    return trainer, {
+    training_seconds = trainer.train_as_told()
+    results = {
         **trainer.results(),
         "teacher": teacher_path,
         "text_tokens": blocks.blocks.size,
         "before_training": before,
-        "seconds": seconds,
+        "seconds": {"calibration": round(calibration_seconds, 1), "training": training_seconds},
+        "arguments": {**asdict(student_args), **asdict(text_args)},
     }
+    trainer.save_run(RESULTS_FILE, results)
 
 
 def load_teacher(path: str, max_seq_length: int, attention_weights: bool) -> BertModel | MPNetModel:
@@ -181,7 +142,7 @@ def make_student(
     attention: str,
 ) -> PreTrainedModel:
     """The SNN-BERT that training starts from, with that implementation of attention."""
-    settings = parse_settings(args.config_overrides)
+    settings = args.settings()
     if args.student_name_or_path:
         settings |= {"attn_implementation": attention, "dtype": torch.float32}
         return SNNBertModel.from_pretrained(args.student_name_or_path, **settings).to(teacher.device)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from modeling_snn_bert.atomic_writes import folder_written_whole
+from modeling_snn_bert.text_blocks import cache_folder
 
 
 class PackageFile(NamedTuple):
@@ -60,11 +61,6 @@ RATED_SENTENCES = PackageFile(
 # Inside the second one.
 REVIEWS_ARCHIVE = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
 REVIEWS_FILE = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
-
-
-def cache_folder() -> Path:
-    """Where inputs are kept: `$SNN_BERT_CACHE`, or `~/.cache/snn-bert`."""
-    return Path(os.environ.get("SNN_BERT_CACHE", Path.home() / ".cache" / "snn-bert"))
 
 
 def minilm_folder() -> Path:

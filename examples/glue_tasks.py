@@ -25,6 +25,7 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BertForSequenceClassification,
     PreTrainedConfig,
@@ -34,9 +35,11 @@ from transformers import (
 from transformers.hf_argparser import HfArg
 
 from modeling_snn_bert import SNNBertConfig, SNNBertForSequenceClassification
+from modeling_snn_bert.batches import batches_in_order
 from modeling_snn_bert.conversion import convert_bert
 from modeling_snn_bert.energy import energy_report
-from modeling_snn_bert.settings import parse_settings
+from modeling_snn_bert.fine_tuning import label_names
+from modeling_snn_bert.settings import ConversionArguments
 from modeling_snn_bert.text_files import read_rows
 
 METRICS_FROM = f"scikit-learn {sklearn.__version__}, scipy {scipy.__version__}"
@@ -360,6 +363,31 @@ def check_vocabulary(teacher_path: str, tokenizer: PreTrainedTokenizerBase) -> N
         raise ValueError("the teacher must have the vocabulary of the model, their tokenizers differ")
 
 
+def load_teacher(
+    path: str, attention_weights: bool, tokenizer: PreTrainedTokenizerBase | None, otherwise: str = ""
+) -> PreTrainedModel:
+    """The classifier that teaches.
+
+    Args:
+        path: folder or Hub id.
+        attention_weights: whether it is asked for them.
+        tokenizer: of the student, whose inputs it is to read; `None` if it has its own.
+        otherwise: what the message about a model of another type advises.
+
+    Raises:
+        ValueError: if it cannot read them: it is neither a BERT nor an MPNet, or its tokenizer gives other token ids.
+    """
+    if tokenizer is not None:
+        model_type = AutoConfig.from_pretrained(path).model_type
+        if model_type not in TEACHERS_OF_STATES:
+            raise ValueError(
+                f"--teacher_name_or_path must be a BERT or an MPNet, {path} is of the type {model_type!r}{otherwise}"
+            )
+        check_vocabulary(path, tokenizer)
+    attention = "eager" if attention_weights else None
+    return AutoModelForSequenceClassification.from_pretrained(path, attn_implementation=attention, dtype=torch.float32)
+
+
 def attention_implementation(weights: bool, device: torch.device, dropout: float) -> str | None:
     """The attention to train with, or `None` for the default.
 
@@ -370,32 +398,29 @@ def attention_implementation(weights: bool, device: torch.device, dropout: float
 
 
 @dataclass
-class ClassifierArguments:
+class RunsArguments:
+    """The runs, and what is measured of their models."""
+
+    seeds: list[int] | None = field(
+        default=None, metadata={"help": "a run for each seed, and mean and spread of their figures (default: --seed)"}
+    )
+    energy_samples: int = field(
+        default=256, metadata={"help": "dev rows on which firing rates and energy are measured; 0 measures nothing"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.energy_samples < 0:
+            raise ValueError(f"--energy_samples must be >= 0, got {self.energy_samples}")
+
+
+@dataclass(kw_only=True)
+class ClassifierArguments(ConversionArguments):
     """The classifier that is trained: an SNN-BERT, a BERT, or a BERT that becomes an SNN-BERT first."""
 
     model_name_or_path: str = field(metadata={"help": "an SNN-BERT or a BERT: folder or Hub id"})
     convert: bool = field(
         default=False, metadata={"help": "convert the BERT to an SNN-BERT by calibration on the training rows"}
     )
-    firing_rate: float = field(default=0.2, metadata={"help": "firing rate at calibration"})
-    config_overrides: str | None = HfArg(
-        default=None, aliases=["--setting"], help="settings of SNNBertConfig: spike_type=ternary,decay=0.1"
-    )
-    freeze_embeddings: bool = field(
-        default=False, metadata={"help": "keep the embeddings as they are: less to learn, and to share"}
-    )
-
-    def __post_init__(self) -> None:
-        if not 0 < self.firing_rate < 1:
-            raise ValueError(f"--firing_rate must lie in (0, 1), got {self.firing_rate}")
-        self.settings()
-
-    def settings(self) -> dict[str, Any]:
-        """The settings of `SNNBertConfig` that the flags change."""
-        try:
-            return parse_settings(self.config_overrides)
-        except ValueError as error:
-            raise ValueError(f"--config_overrides: {error}") from error
 
     def load(
         self,
@@ -440,19 +465,18 @@ class ClassifierArguments:
         ).to(device)
         if self.convert:
             model = convert_bert(model, calibration_batches(train, collate), self.firing_rate, **settings).train()
-        model.base_model.embeddings.requires_grad_(not self.freeze_embeddings)
         return model
 
 
 def calibration_batches(train: Dataset, collate: Callable) -> list[dict[str, torch.Tensor]]:
-    """Batches of some 10,000 tokens from the first rows of `train`, without labels."""
+    """Batches of some 10,000 tokens from the first rows of `train`."""
     batches: list[dict[str, torch.Tensor]] = []
     tokens = 0
-    while tokens < CALIBRATION_TOKENS and 32 * len(batches) < len(train):
-        start = 32 * len(batches)
-        rows = train.select(range(start, min(start + 32, len(train)))).remove_columns("labels")
-        batches.append(dict(collate(list(rows))))
-        tokens += int(batches[-1]["attention_mask"].sum())
+    for batch in batches_in_order(train, collate, 32):
+        batches.append(batch)
+        tokens += int(batch["attention_mask"].sum())
+        if tokens >= CALIBRATION_TOKENS:
+            break
     return batches
 
 
@@ -466,10 +490,7 @@ def measure_energy(
     if samples == 0 or model.config.model_type != SNNBertConfig.model_type:
         return None
     rows = rows.select(range(min(samples, len(rows))))
-    rows = rows.remove_columns([name for name in rows.column_names if name == "labels"])
-    starts = range(0, len(rows), batch_size)
-    batches = [dict(collate([rows[i] for i in range(x, min(x + batch_size, len(rows)))])) for x in starts]
-    report = energy_report(model.eval(), batches, run_lengths=False)
+    report = energy_report(model.eval(), batches_in_order(rows, collate, batch_size), run_lengths=False)
     rates = report.firing_rates()
     return {
         "sequences": len(rows),
@@ -485,7 +506,7 @@ def measure_energy(
 
 def label_settings(tasks: Sequence[Task]) -> dict[str, Any]:
     """The settings of a configuration that give a model the heads of `tasks`."""
-    return _named_labels([f"{task.name}:{label}" for task in tasks for label in labels_of(task)])
+    return label_names([f"{task.name}:{label}" for task in tasks for label in labels_of(task)])
 
 
 def labels_of(task: Task) -> tuple[str, ...]:
@@ -496,15 +517,7 @@ def labels_of(task: Task) -> tuple[str, ...]:
 def settings_of(task: Task) -> dict[str, Any]:
     """The settings of a configuration that make a model one of `task` alone."""
     problem_type = "regression" if task.is_regression else "single_label_classification"
-    return {**_named_labels(labels_of(task)), "problem_type": problem_type}
-
-
-def _named_labels(names: Sequence[str]) -> dict[str, Any]:
-    return {
-        "num_labels": len(names),
-        "id2label": dict(enumerate(names)),
-        "label2id": {name: index for index, name in enumerate(names)},
-    }
+    return {**label_names(labels_of(task)), "problem_type": problem_type}
 
 
 def heads_of(config: PreTrainedConfig) -> dict[str, slice]:

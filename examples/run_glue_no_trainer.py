@@ -35,6 +35,7 @@ class LoopArguments:
         default=None, metadata={"help": "of thresholds, decays and resets (default: 10 times --learning_rate)"}
     )
     weight_decay: float = 0.01
+    freeze_embeddings: bool = field(default=False, metadata={"help": "keep the embeddings as they are"})
     max_grad_norm: float = field(default=1.0, metadata={"help": "gradients are clipped at this norm"})
     per_device_train_batch_size: int = 32
     per_device_eval_batch_size: int = 32
@@ -64,6 +65,7 @@ def main() -> None:
         data = {split: tokenize(part, task, tokenizer, task_args.max_seq_length) for split, part in rows.items()}
     model = model_args.load(task, data["train"], collate, accelerator.device).train()
 
+    model.base_model.embeddings.requires_grad_(not args.freeze_embeddings)
     process, processes = accelerator.process_index, accelerator.num_processes
     batch_of = RowBatches(
         data["train"], collate, args.per_device_train_batch_size, args.seed, part=process, parts=processes

@@ -10,7 +10,6 @@ TrainingArguments. Writes a Hub-ready folder with tokenizer, and mlm_results.jso
 
 import math
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -24,14 +23,11 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
-from transformers.hf_argparser import HfArg
 
 from modeling_snn_bert import SNNBertConfig, SNNBertForMaskedLM
-from modeling_snn_bert.atomic_writes import write_json
 from modeling_snn_bert.batches import Batch, Batches
 from modeling_snn_bert.conversion import convert_bert
-from modeling_snn_bert.seeds import checkpoint_of
-from modeling_snn_bert.settings import parse_settings
+from modeling_snn_bert.settings import ConversionArguments
 from modeling_snn_bert.text_blocks import TextArguments, TextBlocks
 from modeling_snn_bert.trainer import DistillationTrainer, DistillationTrainingArguments
 
@@ -39,7 +35,7 @@ RESULTS_FILE = "mlm_results.json"
 
 
 @dataclass
-class ModelArguments:
+class ModelArguments(ConversionArguments):
     """The model, and how much of the text is masked."""
 
     model_name_or_path: str | None = field(
@@ -50,22 +46,18 @@ class ModelArguments:
     )
     tokenizer_name: str | None = field(default=None, metadata={"help": "default: the model's"})
     convert: bool = field(default=False, metadata={"help": "convert the BERT by calibration on the text"})
-    firing_rate: float = field(default=0.2, metadata={"help": "firing rate at calibration"})
-    config_overrides: str | None = HfArg(
-        default=None, aliases=["--setting"], help="settings of SNNBertConfig: spike_type=ternary,decay=0.1"
-    )
     mlm_probability: float = field(default=0.15, metadata={"help": "share of tokens that are to be predicted"})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if bool(self.model_name_or_path) == bool(self.config_name):
             raise ValueError("give either --model_name_or_path or, to train from scratch, --config_name")
         if self.config_name and not self.tokenizer_name:
             raise ValueError("--config_name needs --tokenizer_name")
         if self.convert and not self.model_name_or_path:
             raise ValueError("--convert needs --model_name_or_path, a BERT")
-        for name in ("firing_rate", "mlm_probability"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"--{name} must lie in (0, 1), got {getattr(self, name)}")
+        if not 0 < self.mlm_probability < 1:
+            raise ValueError(f"--mlm_probability must lie in (0, 1), got {self.mlm_probability}")
 
 
 @dataclass
@@ -85,45 +77,37 @@ def main() -> None:
         raise ValueError("the tokenizer must have a mask token")
     config = load_config(model_args, text_args.max_seq_length, tokenizer)
     with args.main_process_first(desc="tokenize the text"):
-        blocks = text_args.blocks(tokenizer, Path(args.output_dir), args.seed)
+        blocks = text_args.blocks(tokenizer, args.seed)
     if model_args.convert:
         bert = BertForMaskedLM.from_pretrained(model_args.model_name_or_path, dtype=torch.float32).to(args.device)
         calibration = blocks.calibration(text_args.calibration_tokens)
-        settings = parse_settings(model_args.config_overrides)
-        model = convert_bert(bert, calibration, model_args.firing_rate, **settings)
+        model = convert_bert(bert, calibration, model_args.firing_rate, **model_args.settings())
     elif model_args.model_name_or_path:
         weights = {"config": config, "dtype": torch.float32}
         model = SNNBertForMaskedLM.from_pretrained(model_args.model_name_or_path, **weights)
     else:
         model = SNNBertForMaskedLM(config)
+    blocks_of = blocks.of_run(args)
     collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=model_args.mlm_probability)
 
     def batch_of(number: int) -> Batch:
         # Masks follow from seed and number too, so that a run is resumed exactly.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed((args.seed * 1_000_003 + number) * args.world_size + args.process_index)
-            return masked(
-                collator, blocks.batch(number, args.per_device_train_batch_size, args.process_index, args.world_size)
-            )
+            return masked(collator, blocks_of(number))
 
     trainer = DistillationTrainer(
         model,
         args,
-        train_dataset=Batches(batch_of, args.max_steps * args.gradient_accumulation_steps),
+        train_dataset=Batches.of_run(batch_of, args),
         processing_class=tokenizer,
         figures_of=lambda model: evaluate_masked_lm(
             trainer.accelerator, model, collator, blocks, args.per_device_eval_batch_size
         ),
     )
-    if args.do_train:
-        trainer.train(resume_from_checkpoint=checkpoint_of(args.output_dir, args.resume_from_checkpoint))
-    results = {"text_tokens": blocks.blocks.size, **trainer.results()}
-    trainer.save_model()
-    if trainer.is_world_process_zero():
-        flags = {**asdict(model_args), **asdict(text_args)}
-        write_json(Path(args.output_dir) / RESULTS_FILE, {**results, "arguments": flags})
-    if args.push_to_hub:
-        trainer.push_to_hub()
+    trainer.train_as_told()
+    flags = {**asdict(model_args), **asdict(text_args)}
+    trainer.save_run(RESULTS_FILE, {**trainer.results(), "text_tokens": blocks.blocks.size, "arguments": flags})
 
 
 def load_config(args: ModelArguments, max_seq_length: int, tokenizer: PreTrainedTokenizerBase) -> SNNBertConfig:
@@ -139,7 +123,7 @@ def load_config(args: ModelArguments, max_seq_length: int, tokenizer: PreTrained
         raise ValueError(f"{path} must be of the type {wanted!r}, it is {config.model_type!r} (--convert takes a BERT)")
     if not args.convert:
         sizes = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id} if args.config_name else {}
-        config = SNNBertConfig.from_pretrained(path, **{**sizes, **parse_settings(args.config_overrides)})
+        config = SNNBertConfig.from_pretrained(path, **{**sizes, **args.settings()})
     if config.vocab_size < len(tokenizer):
         raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model only {config.vocab_size}")
     if max_seq_length > config.max_position_embeddings:

@@ -12,18 +12,14 @@ the threshold that has the most training pairs right. Takes all flags of Trainin
 seed, which SentenceTransformer loads, and results.json: figures before training and at the last step.
 """
 
-import dataclasses
 import itertools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate.utils import gather_object
 from datasets import Dataset, DatasetDict
-from glue_tasks import METRICS_FROM, Task, TaskArguments, check_vocabulary, measure_energy, score
+from glue_tasks import METRICS_FROM, RunsArguments, Task, TaskArguments, check_vocabulary, measure_energy, score
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -32,22 +28,21 @@ from transformers import (
     HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    set_seed,
 )
 
 from modeling_snn_bert.batches import Batch, Batches, Collate, Row, RowBatches
 from modeling_snn_bert.distillation import embedding_loss, hidden_state_loss
+from modeling_snn_bert.fine_tuning import NO_DROPOUT
 from modeling_snn_bert.pair_similarity import SIMILARITIES, cosine
-from modeling_snn_bert.seeds import checkpoint_of, run_seeds, write_runs
+from modeling_snn_bert.seeds import run_seeds
 from modeling_snn_bert.sparsity import add_penalty
 from modeling_snn_bert.trainer import DistillationTrainer, DistillationTrainingArguments
 
 ALIKE = ("equivalent", "duplicate", "entailment")
-NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
-@dataclass
-class RunArguments:
+@dataclass(kw_only=True)
+class RunArguments(RunsArguments):
     """Model and teacher, what similarity is, and the runs."""
 
     model_name_or_path: str = field(metadata={"help": "an SNN-BERT or a BERT: folder or Hub id"})
@@ -59,18 +54,11 @@ class RunArguments:
         metadata={"help": "of the mean embeddings, or by the best match of each token: of both, of the second"},
     )
     max_score: float = field(default=5.0, metadata={"help": "score of two that say the same"})
-    seeds: list[int] | None = field(
-        default=None, metadata={"help": "a run for each seed, and mean and spread of their figures (default: --seed)"}
-    )
-    energy_samples: int = field(
-        default=256, metadata={"help": "dev sentences that energy is measured on; 0 measures nothing"}
-    )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.max_score > 0:
             raise ValueError(f"--max_score must be positive, got {self.max_score}")
-        if self.energy_samples < 0:
-            raise ValueError(f"--energy_samples must be >= 0, got {self.energy_samples}")
 
 
 @dataclass
@@ -92,27 +80,51 @@ def main() -> None:
     with args.main_process_first(desc="tokenize"):
         data = tokenize(rows, task, tokenizer, task_args.max_seq_length, run_args.max_score)
 
-    def train_one(seed: int, folder: Path) -> dict[str, Any]:
-        set_seed(seed)
-        teacher = load_teacher(run_args, tokenizer)
-        # Without a teacher there is nothing of it to learn.
-        weight = args.embedding_weight if teacher is not None else 0.0
-        seed_args = dataclasses.replace(args, seed=seed, output_dir=str(folder), embedding_weight=weight)
-        return train(run_args, seed_args, task, data, tokenizer, teacher)
+    def collate(rows: Sequence[Row]) -> Batch:
+        """One padded batch of all first sentences, then all second ones: both go through the model at once."""
+        ids = [row["input_ids"] for row in rows] + [row["second_ids"] for row in rows]
+        batch = dict(tokenizer.pad({"input_ids": ids}, return_tensors="pt"))
+        return {**batch, "labels": torch.tensor([row["labels"] for row in rows])}
 
-    flags = {**vars(run_args), **vars(task_args), **args.to_sanitized_dict()}
-    runs = run_seeds(
-        run_args.seeds or [args.seed],
-        args.output_dir,
-        train_one,
-        flags,
-        resume=args.resume_from_checkpoint is not None,
-        is_main_process=args.process_index == 0,
-    )
-    if args.process_index == 0:
-        counts = {split: len(part) for split, part in data.items()}
-        name = f"{task.name} as a sentence encoder"
-        write_runs(args.output_dir, name, runs, flags, args.device, metrics_from=METRICS_FROM, rows=counts)
+    def train_one(args: Arguments) -> dict[str, Any]:
+        """Train with one seed; what the results say of it."""
+        teacher = load_teacher(run_args, tokenizer)
+        if teacher is None:
+            args.embedding_weight = 0.0
+        model = AutoModel.from_pretrained(run_args.model_name_or_path, dtype=torch.float32, **NO_DROPOUT)
+        batches = RowBatches(
+            data["train"], collate, args.per_device_train_batch_size, args.seed, args.process_index, args.world_size
+        )
+
+        def figures_of(model: PreTrainedModel) -> dict[str, float]:
+            splits = ["validation"] if task.is_regression else ["train", "validation"]
+            return score_pairs(task, **{split: trainer.similarities(data[split], collate) for split in splits})
+
+        trainer = PairTrainer(
+            model,
+            args,
+            similarity=SIMILARITIES[run_args.similarity],
+            teacher=teacher,
+            train_dataset=Batches.of_run(batches, args, batches.per_epoch),
+            processing_class=tokenizer,
+            figures_of=figures_of,
+        )
+        before = trainer.evaluate() if args.do_train else None
+        seconds = trainer.train_as_told(only_own_checkpoints=True)
+        metrics = without_prefix(trainer.results()["evaluation"])
+        trainer.save_model()
+        ids = [row[name] for row in data["validation"] for name in ("input_ids", "second_ids")]
+        sentences = Dataset.from_dict({"input_ids": ids})
+        pad = DataCollatorWithPadding(tokenizer)
+        energy = measure_energy(model, sentences, pad, run_args.energy_samples, args.per_device_eval_batch_size)
+        if args.push_to_hub:
+            trainer.push_to_hub()
+        before = before and without_prefix(before)
+        return {**trainer.run_of_seed(seconds, metrics), "before_training": before, "energy": energy}
+
+    counts = {split: len(part) for split, part in data.items()}
+    name, flags = f"{task.name} as a sentence encoder", {**vars(run_args), **vars(task_args)}
+    run_seeds(args, run_args.seeds, train_one, flags, name, metrics_from=METRICS_FROM, rows=counts)
 
 
 def load_pairs(args: TaskArguments, max_score: float) -> tuple[Task, DatasetDict]:
@@ -166,60 +178,8 @@ def alike_label(task: Task) -> int:
     return next((i for i, name in enumerate(task.labels) if name in ALIKE), 1)
 
 
-def train(
-    run_args: RunArguments,
-    args: Arguments,
-    task: Task,
-    data: DatasetDict,
-    tokenizer: PreTrainedTokenizerBase,
-    teacher: PreTrainedModel | None,
-) -> dict[str, Any]:
-    """Train with one seed; what the results say of it."""
-
-    def collate(rows: Sequence[Row]) -> Batch:
-        """One padded batch of all first sentences, then all second ones: both go through the model at once."""
-        ids = [row["input_ids"] for row in rows] + [row["second_ids"] for row in rows]
-        batch = dict(tokenizer.pad({"input_ids": ids}, return_tensors="pt"))
-        return {**batch, "labels": torch.tensor([row["labels"] for row in rows])}
-
-    model = AutoModel.from_pretrained(run_args.model_name_or_path, dtype=torch.float32, **NO_DROPOUT)
-    batches = RowBatches(
-        data["train"], collate, args.per_device_train_batch_size, args.seed, args.process_index, args.world_size
-    )
-    if args.max_steps <= 0:
-        args.max_steps = max(1, math.ceil(args.num_train_epochs * batches.per_epoch / args.gradient_accumulation_steps))
-
-    def figures_of(model: PreTrainedModel) -> dict[str, float]:
-        splits = ["validation"] if task.is_regression else ["train", "validation"]
-        return score_pairs(task, **{split: trainer.similarities(data[split], collate) for split in splits})
-
-    trainer = PairTrainer(
-        model,
-        args,
-        similarity=SIMILARITIES[run_args.similarity],
-        teacher=teacher,
-        train_dataset=Batches(batches, args.max_steps * args.gradient_accumulation_steps),
-        processing_class=tokenizer,
-        figures_of=figures_of,
-    )
-    run: dict[str, Any] = {"seed": args.seed, "before_training": None, "last_step": 0, "seconds": 0.0}
-    if args.do_train:
-        before = trainer.evaluate()
-        run["before_training"] = {name.removeprefix("eval_"): x for name, x in before.items()}
-        checkpoint = checkpoint_of(args.output_dir, args.resume_from_checkpoint, only_own=True)
-        result = trainer.train(resume_from_checkpoint=checkpoint)
-        run |= {"last_step": trainer.state.global_step, "seconds": round(result.metrics["train_runtime"], 1)}
-    results = trainer.results()
-    trainer.save_model()
-    ids = [row[name] for row in data["validation"] for name in ("input_ids", "second_ids")]
-    sentences = Dataset.from_dict({"input_ids": ids})
-    pad = DataCollatorWithPadding(tokenizer)
-    energy = measure_energy(model, sentences, pad, run_args.energy_samples, args.per_device_eval_batch_size)
-    if args.push_to_hub:
-        trainer.push_to_hub()
-    metrics = {name.removeprefix("eval_"): x for name, x in results["evaluation"].items()}
-    tokens = results["training_tokens"]
-    return {**run, "training_tokens": tokens, "metrics": metrics, "energy": energy, "log": results["log"]}
+def without_prefix(figures: dict[str, float]) -> dict[str, float]:
+    return {name.removeprefix("eval_"): x for name, x in figures.items()}
 
 
 class PairTrainer(DistillationTrainer):
@@ -249,19 +209,13 @@ class PairTrainer(DistillationTrainer):
 
     def similarities(self, rows: Dataset, collate: Collate) -> list[tuple[float, float]]:
         """Similarity and label of every pair, from all processes."""
-        found: list[tuple[float, float]] = []
-        batch_size, process, processes = (
-            self.args.per_device_eval_batch_size,
-            self.args.process_index,
-            self.args.world_size,
-        )
-        for start in range(0, len(rows), batch_size)[process::processes]:
-            batch = collate([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
-            batch = {name: x.to(self.args.device) for name, x in batch.items()}
+
+        def answer(batch: Batch) -> Iterable[tuple[float, float]]:
             mask = batch["attention_mask"]
             states = self.model(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state
-            found += zip(self.similarity(states, mask).tolist(), batch["labels"].tolist(), strict=True)
-        return gather_object(found)
+            return zip(self.similarity(states, mask).tolist(), batch["labels"].tolist(), strict=True)
+
+        return self.answers(rows, collate, answer)
 
 
 def score_pairs(

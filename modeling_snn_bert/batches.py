@@ -6,11 +6,14 @@
 
 import math
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import Dataset
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 Batch = dict[str, torch.Tensor]
 Row = Mapping[str, Any]
@@ -29,6 +32,15 @@ class Batches(Dataset):
 
     def __init__(self, batch_of: Callable[[int], Batch], count: int) -> None:
         self.batch_of, self.count = batch_of, count
+
+    @classmethod
+    def of_run(
+        cls, batch_of: Callable[[int], Batch], args: "TrainingArguments", per_epoch: int | None = None
+    ) -> "Batches":
+        """The batches of the run of `args`, which get `max_steps` for their epochs of `per_epoch` batches."""
+        if per_epoch is not None and args.max_steps <= 0:
+            args.max_steps = max(1, math.ceil(args.num_train_epochs * per_epoch / args.gradient_accumulation_steps))
+        return cls(batch_of, args.max_steps * args.gradient_accumulation_steps)
 
     def __len__(self) -> int:
         return self.count
@@ -72,6 +84,12 @@ class RowBatches:
         lengths = [len(row["input_ids"]) for row in self.rows]
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         return batches_by_length(lengths, self.global_batch_size, generator)
+
+
+def batches_in_order(rows: Sequence[Row], collate: Collate, batch_size: int) -> Iterator[Batch]:
+    """Each row once, in the order of the rows; the last batch may be smaller."""
+    for start in range(0, len(rows), batch_size):
+        yield dict(collate([rows[i] for i in range(start, min(start + batch_size, len(rows)))]))
 
 
 def batches_by_length(lengths: Sequence[int], batch_size: int, generator: torch.Generator) -> list[list[int]]:

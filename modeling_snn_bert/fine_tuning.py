@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from .batches import Batch, Row, RowBatches
+from .batches import Batch, Row, RowBatches, batches_in_order
 from .configuration_snn_bert import SNNBertConfig
 from .conversion import convert_bert
 from .distillation import check_same_shape, hidden_state_loss, label_and_logit_loss, parameter_groups
@@ -69,11 +69,15 @@ class Trained(NamedTuple):
     energy: EnergyReport
 
 
+def label_names(names: Sequence[str]) -> dict[str, Any]:
+    """The settings of a configuration that has these labels."""
+    return {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+
+
 def classifier_settings(names: Sequence[str]) -> dict[str, Any]:
     """Arguments of `from_pretrained` for a classifier of texts with these labels, trained in float32."""
     return {
-        "id2label": dict(enumerate(names)),
-        "label2id": {name: index for index, name in enumerate(names)},
+        **label_names(names),
         "problem_type": "single_label_classification",
         "ignore_mismatched_sizes": True,
         "dtype": torch.float32,
@@ -130,10 +134,11 @@ def train_classifier(
     check_finite(spiking, "--learning_rate")
     with timed(seconds, "score"):
         # Scores do not depend on the order, and texts of like length need no padding.
-        by_length = _padded(sorted(validation, key=lambda row: len(row["input_ids"])), collate, 2 * recipe.batch_size)
-        found = {name: predictions(model, by_length) for name, model in models.items()}
-        energy_batches = _padded(validation[:ENERGY_TEXTS], collate, 2 * recipe.batch_size)
-        energy = energy_report(spiking, energy_batches, run_lengths=False)
+        by_length = sorted(validation, key=lambda row: len(row["input_ids"]))
+        size = 2 * recipe.batch_size
+        found = {name: predictions(model, batches_in_order(by_length, collate, size)) for name, model in models.items()}
+        first = batches_in_order(validation[:ENERGY_TEXTS], collate, size)
+        energy = energy_report(spiking, first, run_lengths=False)
     right = found["SNN-BERT"][1]
     found["majority class"] = torch.full_like(right, int(right.bincount().argmax())), right
     results = {
@@ -150,10 +155,6 @@ def train_classifier(
         "seed": recipe.seed,
     }
     return Trained(spiking, results, energy)
-
-
-def _padded(rows: Sequence[Row], collate: Callable, batch_size: int) -> list[Batch]:
-    return [dict(collate(list(rows[i : i + batch_size]))) for i in range(0, len(rows), batch_size)]
 
 
 def make_student(

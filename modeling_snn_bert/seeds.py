@@ -1,5 +1,6 @@
 """A run for each seed: where it is kept, what an interrupted call has done already, mean and spread of the figures."""
 
+import dataclasses
 import importlib.metadata
 import json
 import platform
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from .atomic_writes import write_json
@@ -20,38 +22,49 @@ FREE_FLAGS = ("resume_from_checkpoint", "seeds", "seed", "output_dir", "logging_
 
 
 def run_seeds(
-    seeds: Sequence[int],
-    output_dir: str | Path,
-    train_one: Callable[[int, Path], Run],
+    args: TrainingArguments,
+    seeds: Sequence[int] | None,
+    train_one: Callable[[Any], Run],
     flags: Mapping[str, Any],
-    *,
-    resume: bool = False,
-    is_main_process: bool = True,
+    task_name: str,
+    **further: Any,
 ) -> list[Run]:
-    """What `train_one` returns for each seed and its folder, which is also written to `RESULTS_FILE` in the folder.
+    """Train with each seed in a folder of its own, write all runs with mean and spread, and print the summary.
+
+    What `train_one` returns is written to `RESULTS_FILE` in the seed's folder, `seed_<seed>` in that of `args`. A call
+    that resumes leaves out the seeds that an interrupted call with the same flags has done. The main process writes.
 
     Args:
-        seeds: the seeds.
-        output_dir: a seed's folder is `seed_<seed>` in it.
-        train_one: trains with a seed; what it returns is written as JSON.
-        flags: all settings of the run as JSON takes them; they are written with the results.
-        resume: leave out the seeds that an interrupted call with the same flags has done.
-        is_main_process: the one that writes.
+        args: of all runs.
+        seeds: the seeds; `None` for that of `args` alone.
+        train_one: trains with arguments that have the seed and its folder; what it returns is written as JSON, and has
+            `"seed"` and `"metrics"`.
+        flags: the settings beside `args`, as JSON takes them; all are written with the results.
+        task_name: of the summary.
+        further: what else the results are to say.
 
     Raises:
         ValueError: if two seeds are the same, or a seed was done with other flags.
     """
+    seeds, flags = seeds or [args.seed], {**flags, **args.to_sanitized_dict()}
     if len(set(seeds)) != len(seeds):
         raise ValueError(f"--seeds must differ from each other, got {list(seeds)}")
+    is_main_process = args.process_index == 0
     runs = []
     for seed in seeds:
-        folder = Path(output_dir) / f"seed_{seed}"
-        run = _finished(folder / RESULTS_FILE, flags) if resume else None
+        folder = Path(args.output_dir or ".") / f"seed_{seed}"
+        run = _finished(folder / RESULTS_FILE, flags) if args.resume_from_checkpoint is not None else None
         if run is None:
-            run = train_one(seed, folder)
+            set_seed(seed)
+            run = train_one(dataclasses.replace(args, seed=seed, output_dir=str(folder)))
             if is_main_process:
                 write_json(folder / RESULTS_FILE, {**run, "arguments": flags})
         runs.append(run)
+    if is_main_process:
+        summary = summarize(runs)
+        results = {"task": task_name, **summary, **further, "runs": runs, "arguments": flags}
+        write_json(Path(args.output_dir or ".") / RESULTS_FILE, {**results, "environment": environment(args.device)})
+        print(summary_line(task_name, summary))
     return runs
 
 
@@ -110,21 +123,6 @@ def summary_line(name: str, summary: Mapping[str, Any]) -> str:
         parts.append(f"{figure} {100 * mean:.1f}" + ("" if spread is None else f" +- {100 * spread:.1f}"))
     count = len(summary["seeds"])
     return f"{name}: {', '.join(parts)} (last step, {count} seed{'s' if count > 1 else ''})"
-
-
-def write_runs(
-    output_dir: str | Path,
-    task_name: str,
-    runs: Sequence[Run],
-    flags: Mapping[str, Any],
-    device: torch.device,
-    **further: Any,
-) -> None:
-    """Write `RESULTS_FILE` with all runs, mean and spread, and what is `further` to be known; print the summary."""
-    summary = summarize(runs)
-    results = {"task": task_name, **summary, **further, "runs": runs, "arguments": flags}
-    write_json(Path(output_dir) / RESULTS_FILE, {**results, "environment": environment(device)})
-    print(summary_line(task_name, summary))
 
 
 def environment(device: torch.device) -> dict[str, Any]:

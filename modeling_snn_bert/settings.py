@@ -4,7 +4,10 @@ import dataclasses
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
+
+from transformers.hf_argparser import HfArg
 
 from .configuration_snn_bert import SNNBertConfig
 
@@ -36,3 +39,25 @@ def parse_settings(words: str | Sequence[str] | None) -> dict[str, Any]:
                 # A word is itself; Python's spelling of the constants is taken too.
                 settings[name] = {"True": True, "False": False, "None": None}.get(text, text)
     return settings
+
+
+@dataclass
+class ConversionArguments:
+    """How a BERT becomes an SNN-BERT; `HfArgumentParser` makes flags of it."""
+
+    firing_rate: float = field(default=0.2, metadata={"help": "firing rate at calibration"})
+    config_overrides: str | None = HfArg(
+        default=None, aliases=["--setting"], help="settings of SNNBertConfig: spike_type=ternary,decay=0.1"
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 < self.firing_rate < 1:
+            raise ValueError(f"--firing_rate must lie in (0, 1), got {self.firing_rate}")
+        self.settings()
+
+    def settings(self) -> dict[str, Any]:
+        """The settings of `SNNBertConfig` that the flags change."""
+        try:
+            return parse_settings(self.config_overrides)
+        except ValueError as error:
+            raise ValueError(f"--config_overrides: {error}") from error

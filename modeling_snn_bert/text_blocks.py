@@ -1,19 +1,20 @@
 """Unlabelled text as blocks of tokens of one length, for masked-LM training and distillation.
 
 The text is read as a stream, from files or from a dataset on the Hub, tokenised once, and kept in one file of token
-ids beside the run. What a training step sees follows from the seed and the step alone, so a run that is resumed goes on
-with the very data that it would have seen.
+ids in `cache_folder`. What a training step sees follows from the seed and the step alone, so a run that is resumed goes
+on with the very data that it would have seen.
 """
 
 import csv
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,6 +22,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .atomic_writes import written_whole
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 COMPRESSIONS = (".xz", ".gz", ".bz2", ".zst")
 KINDS = {".txt": "text", ".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -75,21 +79,20 @@ class TextArguments:
         data = load_dataset(self.dataset_name, self.dataset_config_name, split="train", streaming=True)
         return [_pieces(data, self.dataset_name, self.text_column, PIECE_CHARACTERS)]
 
-    def blocks(self, tokenizer: PreTrainedTokenizerBase, folder: Path, seed: int) -> "TextBlocks":
-        """The text as blocks of tokens, which are kept in `folder`.
+    def blocks(self, tokenizer: PreTrainedTokenizerBase, seed: int) -> "TextBlocks":
+        """The text as blocks of tokens, which are kept in `cache_folder`, not beside the model that learns from them.
 
         Raises:
             ValueError: if the text has no tokens, or too few to hold out `validation_blocks`.
         """
-        return TextBlocks(
-            token_file(self, tokenizer, folder),
-            tokenizer,
-            self.max_seq_length,
-            validation_blocks=self.validation_blocks,
-            pair_probability=self.pair_probability,
-            short_probability=self.short_probability,
-            seed=seed,
-        )
+        names = ("max_seq_length", "validation_blocks", "pair_probability", "short_probability")
+        settings = {name: getattr(self, name) for name in names}
+        return TextBlocks(token_file(self, tokenizer, cache_folder() / "tokens"), tokenizer, seed=seed, **settings)
+
+
+def cache_folder() -> Path:
+    """Where texts and their tokens are kept: `$SNN_BERT_CACHE`, or `~/.cache/snn-bert`."""
+    return Path(os.environ.get("SNN_BERT_CACHE", Path.home() / ".cache" / "snn-bert"))
 
 
 def check_text_files(name: str, files: Sequence[str]) -> None:
@@ -255,6 +258,12 @@ class TextBlocks:
         if self.short_probability and generator.random() < self.short_probability:
             length = int(generator.integers(MIN_SEQ_LENGTH, length + 1))
         return self._assemble(indices, generator, length)
+
+    def of_run(self, args: "TrainingArguments") -> Callable[[int], dict[str, torch.Tensor]]:
+        """Makes this process' batch of a number in the run of `args`."""
+        return partial(
+            self.batch, batch_size=args.per_device_train_batch_size, part=args.process_index, parts=args.world_size
+        )
 
     def validation(self, batch_size: int, part: int = 0, parts: int = 1) -> Iterator[dict[str, torch.Tensor]]:
         """The held-out blocks of one of `parts` processes."""

@@ -1,8 +1,9 @@
 """transformers' Trainer for an SNN-BERT: the neurons' own learning rate, and a BERT as the teacher."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerControl, TrainingArguments
 from transformers.utils import ModelOutput
 
-from .batches import Batch, Batches
+from .atomic_writes import write_json
+from .batches import Batch, Batches, Collate, Row
 from .distillation import (
     attention_loss,
     embedding_loss,
@@ -19,7 +21,7 @@ from .distillation import (
     logit_loss,
     parameter_groups,
 )
-from .seeds import environment
+from .seeds import checkpoint_of, environment
 from .sparsity import add_penalty
 
 
@@ -45,6 +47,9 @@ class DistillationTrainingArguments(TrainingArguments):
         default="non_padding", metadata={"help": "tokens to count: non_padding, all or no"}
     )
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "leave out of the log what is not finite"})
+    freeze_embeddings: bool = field(
+        default=False, metadata={"help": "keep the embeddings as they are: less to learn, and to share"}
+    )
     logit_weight: float = field(
         default=0.5, metadata={"help": "share of the teacher's logits in the loss, the labels having the rest"}
     )
@@ -111,6 +116,8 @@ class DistillationTrainer(Trainer):
         for name in ("hidden_weight", "attention_weight", "embedding_weight"):
             if getattr(args, name) and teacher is None:
                 raise ValueError(f"`{name}` needs a teacher")
+        if args.freeze_embeddings:
+            model.base_model.embeddings.requires_grad_(False)
         if figures_of is not None:
             kwargs.setdefault("eval_dataset", [])  # Trainer asks for one
         super().__init__(model, args, **kwargs)
@@ -229,6 +236,57 @@ class DistillationTrainer(Trainer):
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def answers(self, rows: Sequence[Row], collate: Collate, answer: Callable[[Batch], Iterable[Any]]) -> list[Any]:
+        """What `answer` says of every row, in the order of the rows, from all processes.
+
+        Args:
+            rows: rows with `input_ids`; those of like length go together, so that there is little to pad.
+            collate: makes a batch of a list of rows.
+            answer: gives something for each row of a batch.
+        """
+        # As Trainer itself: the module can be imported without.
+        from accelerate.utils import gather_object
+
+        order = sorted(range(len(rows)), key=lambda row: len(rows[row]["input_ids"]))
+        size = self.args.per_device_eval_batch_size
+        mine: list[tuple[int, Any]] = []
+        for start in range(0, len(rows), size)[self.args.process_index :: self.args.world_size]:
+            indices = order[start : start + size]
+            batch = {name: x.to(self.args.device) for name, x in collate([rows[i] for i in indices]).items()}
+            mine += zip(indices, answer(batch), strict=True)
+        return [found for _, found in sorted(gather_object(mine), key=lambda pair: pair[0])]
+
+    def train_as_told(self, *, only_own_checkpoints: bool = False) -> float:
+        """Train, unless the arguments say otherwise, and return the seconds that it took.
+
+        It goes on from the checkpoint that they name, if any. With `only_own_checkpoints` it starts anew where that is
+        another run's.
+        """
+        if not self.args.do_train:
+            return 0.0
+        wanted = self.args.resume_from_checkpoint
+        checkpoint = checkpoint_of(self.args.output_dir, wanted, only_own=only_own_checkpoints)
+        return round(self.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"], 1)
+
+    def run_of_seed(self, seconds: float, metrics: dict[str, float]) -> dict[str, Any]:
+        """What the results say of a run that is one of several, after training for `seconds`."""
+        return {
+            "seed": self.args.seed,
+            "last_step": self.state.global_step,
+            "seconds": seconds,
+            "training_tokens": self.state.num_input_tokens_seen,
+            "metrics": metrics,
+            "log": self.state.log_history,
+        }
+
+    def save_run(self, file: str, results: dict[str, Any]) -> None:
+        """Save the model with its results as JSON in `file` beside it, and send both to the Hub if that is wanted."""
+        self.save_model()
+        if self.is_world_process_zero():
+            write_json(Path(self.args.output_dir) / file, results)
+        if self.args.push_to_hub:
+            self.push_to_hub()
 
     def results(self) -> dict[str, Any]:
         """What a file of results says of every run: figures at the last step, log, flags, versions and machine.

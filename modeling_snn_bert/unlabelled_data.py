@@ -10,11 +10,12 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from .text_blocks import Separators, read_documents
+from .text_blocks import Separators, check_text_files, read_documents
 
 # Words of a group take each other's place; any of them is put in.
 FUNCTION_WORDS = (
@@ -461,3 +462,46 @@ def negation(words: list[str], rng: random.Random) -> list[str]:
         if word in AUXILIARIES:
             return [*words[: place + 1], rng.choice(NEGATIONS), *words[place + 1 :]]
     return [*rng.choice(DENIALS), *words]
+
+
+@dataclass
+class UnlabelledArguments:
+    """A teacher, and text for it to label; `HfArgumentParser` makes flags of it."""
+
+    teacher_name_or_path: str | None = field(
+        default=None, metadata={"help": "a BERT fine-tuned on the task or tasks, to learn from: folder or Hub id"}
+    )
+    unlabelled_file: list[str] | None = field(
+        default=None, metadata={"help": "text for the teacher to label: .txt, .csv, .tsv, .json, or packed as .xz"}
+    )
+    unlabelled_sentences: int = field(default=60_000, metadata={"help": "taken from it"})
+
+    def __post_init__(self) -> None:
+        if self.unlabelled_sentences < 1:
+            raise ValueError(f"--unlabelled_sentences must be >= 1, got {self.unlabelled_sentences}")
+        check_text_files("--unlabelled_file", self.unlabelled_file or [])
+        if self.unlabelled_file and not self.teacher_name_or_path:
+            raise ValueError("--unlabelled_file needs --teacher_name_or_path, to label it")
+
+    def rows(
+        self,
+        tasks: Iterable[Sequence[Sequence[str]]],
+        tokenizer: PreTrainedTokenizerBase,
+        max_seq_length: int,
+        **options: Any,
+    ) -> UnlabelledRows:
+        """Draws rows made of the files, and of the one or two columns of texts of each task.
+
+        Args:
+            tasks: the columns of each task.
+            tokenizer, max_seq_length, options: as for `UnlabelledRows`.
+        """
+        singles: list[str] = []
+        pairs: list[tuple[str, str]] = []
+        for texts in tasks:
+            if len(texts) == 1:
+                singles += texts[0]
+            else:
+                pairs += zip(*texts, strict=True)
+        passages = read_passages(self.unlabelled_file, self.unlabelled_sentences) if self.unlabelled_file else []
+        return UnlabelledRows(passages, singles, pairs, tokenizer, max_seq_length, **options)

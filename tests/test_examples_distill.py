@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from example_scripts import interrupted_after, refused, run_script
+from push_to_hub import choose_files
 from safetensors.torch import load_file
 from small_bert import bert_fixture, write_half_precision, write_mpnet
 from transformers import AutoTokenizer, BertForMaskedLM, MPNetModel
@@ -13,6 +14,12 @@ from transformers import AutoTokenizer, BertForMaskedLM, MPNetModel
 from modeling_snn_bert import SNNBertForMaskedLM, SNNBertModel
 
 bert = bert_fixture(BertForMaskedLM)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SNN_BERT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +41,8 @@ def assert_same_weights(one, other):
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_distillation(tmp_path, bert, text_file, tokenizer, texts, assert_spikes_flow):
-    """The loss on held-out text falls, and the folder loads as a checkpoint with its tokenizer."""
+def test_distillation(tmp_path, cache, bert, text_file, tokenizer, texts, assert_spikes_flow):
+    """The loss on held-out text falls, and the folder loads as a checkpoint with its tokenizer, and can be sent."""
     output = tmp_path / "out"
     arguments = ["--model_name_or_path", bert, "--train_file", text_file, *COMMON, "--calibration_tokens", 256]
     arguments += [
@@ -61,6 +68,11 @@ def test_distillation(tmp_path, bert, text_file, tokenizer, texts, assert_spikes
         any("attention_loss" in entry for entry in report["log"])
         and report["environment"]["torch"] == torch.__version__
     )
+    # The tokens of the text are no part of the model.
+    files, _, problems = choose_files(output)
+    assert output / "model.safetensors" in files and not problems
+    (tokens,) = (cache / "tokens").iterdir()
+    assert tokens.name.startswith("tokens-") and tokens.stat().st_size > 0
     student = SNNBertModel.from_pretrained(output)
     assert student.config.spike_type == "ternary" and student.config.decay == 0.1
     teacher = load_file(bert / "model.safetensors")["bert.embeddings.word_embeddings.weight"]
