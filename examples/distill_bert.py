@@ -76,7 +76,14 @@ def main() -> None:
     # A checkpoint brings the weights, so that a little text will do.
     calibration = blocks.calibration(1 if checkpoint else text_args.calibration_tokens)
     started = time.perf_counter()
-    student = make_student(student_args, teacher, calibration, attention_of(args.attention_weight > 0))
+    attention, settings = "eager" if args.attention_weight else "sdpa", student_args.settings()
+    if student_args.student_name_or_path:
+        settings |= {"attn_implementation": attention, "dtype": torch.float32}
+        student = SNNBertModel.from_pretrained(student_args.student_name_or_path, **settings).to(args.device)
+    else:
+        rate, threshold_per = student_args.firing_rate, student_args.threshold_per
+        student = convert_bert(teacher, calibration, rate, threshold_per=threshold_per, **settings)
+        student.set_attn_implementation(attention)
     calibration_seconds = time.perf_counter() - started
     check_same_shape(student.config, teacher.config)
     # Dropout off in both: the student is to hit the teacher's states, and noise in either only blurs them. The student
@@ -126,29 +133,8 @@ def load_teacher(path: str, max_seq_length: int, attention_weights: bool) -> Ber
             f"--max_seq_length must be at most {positions}, the positions that {path} has; got {max_seq_length}"
         )
     # transformers' MPNet has no other attention.
-    attention = "eager" if config.model_type == "mpnet" else attention_of(attention_weights)
+    attention = "eager" if config.model_type == "mpnet" or attention_weights else "sdpa"
     return TEACHERS[config.model_type].from_pretrained(path, attn_implementation=attention, dtype=torch.float32).eval()
-
-
-def attention_of(attention_weights: bool) -> str:
-    """The implementation of attention: only the eager one can return its weights."""
-    return "eager" if attention_weights else "sdpa"
-
-
-def make_student(
-    args: StudentArguments,
-    teacher: BertModel | MPNetModel,
-    batches: list[dict[str, torch.Tensor]],
-    attention: str,
-) -> PreTrainedModel:
-    """The SNN-BERT that training starts from, with that implementation of attention."""
-    settings = args.settings()
-    if args.student_name_or_path:
-        settings |= {"attn_implementation": attention, "dtype": torch.float32}
-        return SNNBertModel.from_pretrained(args.student_name_or_path, **settings).to(teacher.device)
-    student = convert_bert(teacher, batches, args.firing_rate, threshold_per=args.threshold_per, **settings)
-    student.set_attn_implementation(attention)
-    return student
 
 
 def evaluate_states(

@@ -109,9 +109,9 @@ def main() -> None:
             processing_class=tokenizer,
             figures_of=figures_of,
         )
-        before = trainer.evaluate() if args.do_train else None
+        before = trainer.evaluate() if args.do_train else {}
         seconds = trainer.train_as_told(only_own_checkpoints=True)
-        metrics = without_prefix(trainer.results()["evaluation"])
+        after = trainer.results()["evaluation"]
         trainer.save_model()
         ids = [row[name] for row in data["validation"] for name in ("input_ids", "second_ids")]
         sentences = Dataset.from_dict({"input_ids": ids})
@@ -119,8 +119,8 @@ def main() -> None:
         energy = measure_energy(model, sentences, pad, run_args.energy_samples, args.per_device_eval_batch_size)
         if args.push_to_hub:
             trainer.push_to_hub()
-        before = before and without_prefix(before)
-        return {**trainer.run_of_seed(seconds, metrics), "before_training": before, "energy": energy}
+        before, metrics = ({name.removeprefix("eval_"): x for name, x in f.items()} for f in (before, after))
+        return {**trainer.run_of_seed(seconds, metrics), "before_training": before or None, "energy": energy}
 
     counts = {split: len(part) for split, part in data.items()}
     name, flags = f"{task.name} as a sentence encoder", {**vars(run_args), **vars(task_args)}
@@ -176,10 +176,6 @@ def tokenize(
 def alike_label(task: Task) -> int:
     """Which of two labels stands for alike: the one that says so by its name, else the second."""
     return next((i for i, name in enumerate(task.labels) if name in ALIKE), 1)
-
-
-def without_prefix(figures: dict[str, float]) -> dict[str, float]:
-    return {name.removeprefix("eval_"): x for name, x in figures.items()}
 
 
 class PairTrainer(DistillationTrainer):

@@ -20,20 +20,18 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import gradio as gr
 import pandas as pd
 import torch
-import transformers
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from modeling_snn_bert import SNNBertConfig, SNNBertPreTrainedModel
-from modeling_snn_bert.configuration_snn_bert import AUTO_MAP
+from modeling_snn_bert import SNNBertPreTrainedModel
 from modeling_snn_bert.energy import EnergyReport, energy_report
 from modeling_snn_bert.energy.plots import RASTER_TOKENS, plot_spikes, raster_panels
 from modeling_snn_bert.energy.tables import markdown_table
 from modeling_snn_bert.layer_places import place_of
-from modeling_snn_bert.loading import tokenized_batches
+from modeling_snn_bert.loading import load_model, tokenized_batches
 
 EXAMPLES = [
     "A gripping, beautifully acted film that stays with you for days.",
@@ -42,8 +40,6 @@ EXAMPLES = [
 ]
 MAX_CHARACTERS = 2000
 OVERVIEW = "near the input, in the middle, near the output"
-# The Auto class of each architecture that a checkpoint may name.
-AUTO_CLASSES = {path.split(".")[-1]: getattr(transformers, name) for name, path in AUTO_MAP.items()}
 CSS = """
 .gradio-container {max-width: 1180px !important; margin: auto}
 #headline {font-size: 1.05rem}
@@ -151,23 +147,16 @@ def check_request(sentence: str, checkpoint: str, default: str) -> None:
 
 @functools.lru_cache(maxsize=2)
 def load(checkpoint: str) -> tuple[SNNBertPreTrainedModel, PreTrainedTokenizerBase]:
-    """Model, with the head that it was saved with, and tokenizer, through the Auto classes.
+    """Model, with the head that it was saved with, and tokenizer.
 
-    `trust_remote_code` stays off: the package is installed and its classes are registered, so code from the
-    checkpoint's repository is not needed, and a visitor may name any repository.
+    Both are of the package's own classes: code from the checkpoint's repository is not needed, and a visitor may name
+    any repository.
 
     Raises:
         ValueError: if it is another kind of model.
         OSError: if there is no such checkpoint.
     """
-    config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
-    if config.model_type != SNNBertConfig.model_type:
-        raise ValueError(f"{checkpoint} must be an SNN-BERT, its model_type is {config.model_type!r}")
-    architecture = (config.architectures or ["SNNBertModel"])[0]
-    if architecture not in AUTO_CLASSES:
-        raise ValueError(f"{checkpoint} names the architecture {architecture!r}, which is none of {list(AUTO_CLASSES)}")
-    model = AUTO_CLASSES[architecture].from_pretrained(checkpoint, trust_remote_code=False)
-    return model.eval(), AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
+    return load_model(checkpoint).eval(), AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
 
 
 @torch.no_grad()
