@@ -5,9 +5,9 @@ import random
 
 import pytest
 import torch
-from transformers import DataCollatorWithPadding
+from transformers import DataCollatorWithPadding, TrainingArguments
 
-from modeling_snn_bert.batches import Batches, DrawnBatches, RowBatches, alternating
+from modeling_snn_bert.batches import Batches, DrawnBatches, RowBatches, alternating, batches_in_order
 from modeling_snn_bert.unlabelled_data import UnlabelledRows
 
 SENTENCES = [
@@ -94,3 +94,19 @@ def test_batches_follow_from_seed_and_step(rows, tokenizer):
     assert [int(x.max()) for x in lengths] != [int(x.max()) for x in ordered]
     pairs = torch.cat([batch["token_type_ids"].any(1) for batch in forwards])
     assert len(pairs) == 160 and 0.5 < pairs.float().mean() < 0.9
+
+
+def test_the_batches_of_a_run(tmp_path):
+    """Epochs become steps, unless the run has steps; accumulated batches are counted."""
+    made = []
+    epochs = TrainingArguments(str(tmp_path), use_cpu=True, num_train_epochs=1.5, gradient_accumulation_steps=2)
+    batches = Batches.of_run(lambda number: made.append(number) or {"number": number}, epochs, per_epoch=5)
+    assert epochs.max_steps == 4 and len(batches) == 8 and batches[7] == {"number": 7} and made == [7]
+    steps = TrainingArguments(str(tmp_path), use_cpu=True, max_steps=3)
+    assert len(Batches.of_run(made.append, steps, per_epoch=5)) == 3 and steps.max_steps == 3
+
+
+def test_batches_in_order():
+    rows = [{"input_ids": [i]} for i in range(5)]
+    batches = list(batches_in_order(rows, lambda part: {"ids": [row["input_ids"][0] for row in part]}, 2))
+    assert [batch["ids"] for batch in batches] == [[0, 1], [2, 3], [4]]

@@ -134,6 +134,33 @@ def test_figures_of_the_callers_own(make_trainer, batch):
     assert trainer.results()["evaluation"] == seen[0] and len(seen) == 1
 
 
+def test_answers_come_in_the_order_of_the_rows(make_trainer):
+    """Rows of like length go together, and each process' part comes back to its place."""
+    rows = [{"input_ids": [number] * length} for number, length in enumerate((3, 1, 2, 1, 3))]
+    trainer = make_trainer(per_device_eval_batch_size=2)
+    lengths = []
+
+    def collate(part):
+        lengths.append([len(row["input_ids"]) for row in part])
+        return {"numbers": torch.tensor([row["input_ids"][0] for row in part])}
+
+    assert trainer.answers(rows, collate, lambda batch: batch["numbers"].tolist()) == [0, 1, 2, 3, 4]
+    assert lengths == [[1, 1], [2, 3], [3]]
+
+
+def test_frozen_embeddings_do_not_move(make_trainer, batch):
+    trainer = make_trainer([batch], freeze_embeddings=True, learning_rate=1e-2)
+    before = {name: x.clone() for name, x in trainer.model.named_parameters()}
+    assert trainer.train_as_told() > 0 and trainer.run_of_seed(1.0, {})["last_step"] == 1
+    same = {name: torch.equal(x, before[name]) for name, x in trainer.model.named_parameters()}
+    assert all(same[name] for name in same if ".embeddings." in name) and not all(same.values())
+
+
+def test_a_run_that_is_not_to_train(make_trainer, batch):
+    trainer = make_trainer([batch], do_train=False)
+    assert trainer.train_as_told() == 0 and trainer.state.global_step == 0
+
+
 def test_a_loss_that_is_not_finite_ends_the_run(make_trainer, batch):
     trainer = make_trainer([batch] * 3, logging_steps=1)
     with torch.no_grad():
