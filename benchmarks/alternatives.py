@@ -33,14 +33,15 @@ from typing import Any
 import torch
 from measure import (
     check_firing_rate,
-    environment,
     in_fresh_process,
     interleaved_seconds,
+    onnx_session,
     peak_resident_bytes,
+    quantized_onnx,
     ratio,
     spread,
 )
-from report import Table
+from report import Table, write_results
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import InputModule, Pooling, StaticEmbedding
 from transformers import AutoTokenizer, BertModel, PreTrainedTokenizerBase
@@ -113,11 +114,8 @@ def build_snn_bert(sources: Sources, target: Path) -> None:
 
 
 def build_onnx(sources: Sources, target: Path) -> None:
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
     with tempfile.TemporaryDirectory() as folder:
-        export(sources, Path(folder) / "float32.onnx")
-        quantize_dynamic(Path(folder) / "float32.onnx", target / "int8.onnx", weight_type=QuantType.QInt8)
+        quantized_onnx(export(sources, folder), target / "int8.onnx")
     save_tokenizer(sources, target)
 
 
@@ -129,8 +127,7 @@ def build_openvino(sources: Sources, target: Path) -> None:
     rows = [tokenizer(sentence, return_tensors="np") for sentence in sources.calibration]
     dataset = nncf.Dataset([{name: row[name] for name in INPUT_NAMES} for row in rows])
     with tempfile.TemporaryDirectory() as folder:
-        export(sources, Path(folder) / "float32.onnx")
-        model = openvino.convert_model(Path(folder) / "float32.onnx")
+        model = openvino.convert_model(export(sources, folder))
         model = nncf.quantize(model, dataset, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(rows))
     openvino.save_model(model, target / "int8.xml")
     save_tokenizer(sources, target)
@@ -143,9 +140,10 @@ def build_static(sources: Sources, target: Path) -> None:
     model.save_pretrained(str(target))
 
 
-def export(sources: Sources, path: Path) -> None:
-    """Write the BERT as ONNX in float32; `export_onnx` holds the file to the model."""
-    export_onnx(BertModel.from_pretrained(sources.bert, add_pooling_layer=False).eval(), path, INPUT_NAMES)
+def export(sources: Sources, folder: str) -> Path:
+    """Write the BERT as ONNX in float32 into `folder`; `export_onnx` holds the file to the model."""
+    bert = BertModel.from_pretrained(sources.bert, add_pooling_layer=False).eval()
+    return export_onnx(bert, Path(folder, "float32.onnx"), INPUT_NAMES)
 
 
 def save_tokenizer(sources: Sources, target: Path) -> None:
@@ -170,11 +168,7 @@ def load_event_driven(folder: Path, threads: int) -> SentenceTransformer:
 
 
 def load_onnx(folder: Path, threads: int) -> SentenceTransformer:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(folder / "int8.onnx", options, providers=["CPUExecutionProvider"])
+    session = onnx_session(folder / "int8.onnx", threads)
     return with_mean(folder, lambda inputs: session.run(None, inputs)[0])
 
 
@@ -339,7 +333,6 @@ def main(arguments: list[str] | None = None) -> None:
         for size in BATCH_SIZES:
             add_speeds(rows, encoders, sentences, size, args.repeats)
     table = Table(
-        "alternatives",
         f"Sentence encoders, {len(sentences)} sentences of STS-B's dev set, {args.threads} threads",
         {
             "label": "model",
@@ -361,16 +354,8 @@ def main(arguments: list[str] | None = None) -> None:
     print(table.markdown())
     used = {package for name in rows for package in (*SUBJECTS[name].packages, *SUBJECTS[name].tools)}
     packages = sorted({package.partition(".")[0] for package in used})
-    result = {
-        "benchmark": "alternatives",
-        "command": " ".join(
-            ["python", "benchmarks/alternatives.py", *(sys.argv[1:] if arguments is None else arguments)]
-        ),
-        "environment": environment(args.threads, args.seed),
-        "packages": {name: importlib.metadata.version(name) for name in ["sentence-transformers", *packages]},
-        "tables": [table.to_dict()],
-    }
-    write_json(args.output_dir / "alternatives.json", result, allow_nan=False)
+    versions = {name: importlib.metadata.version(name) for name in ["sentence-transformers", *packages]}
+    write_results(args.output_dir / "alternatives.json", args, [table], packages=versions)
 
 
 def sample(texts: list[str], count: int, seed: int) -> list[str]:

@@ -14,22 +14,21 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from measure import check_firing_rate, ratio, spread
-from registry import Settings, benchmark
+from measure import interleaved_seconds, speeds, spread
+from neuron import GROUPS, Pass, Subject
+from registry import Benchmark, Section, Settings
 from report import Table
-from torch import nn
 from torch.profiler import ProfilerActivity
-from training import LEARNING_RATE, MASKED_LM, MIB, QUICK, Classifier, MaskedLM, Shape, masked_labels, model_config
+from training import COMPILED, MASKED_LM, MIB, QUICK, Shape, TrainingStep, compiled, model_config
 from transformers import AutoModel
 
 from modeling_snn_bert import BPSN, bpsn_triton
 
-GROUPS = 12
 HIDDEN = 768
 # Rows times tokens are constant: [batch, tokens] from 256 x 128 to 1 x 32,768.
 LENGTHS = (128, 512, 2048, 4096, 8192, 32768)
@@ -41,7 +40,6 @@ INFERENCE_BATCHES = (1, 32, 256)
 PROFILED_STEPS = 5
 LARGEST = 15
 COPY = "copy"
-COMPILED = " compiled"
 
 
 class NeuronShape(NamedTuple):
@@ -83,7 +81,6 @@ def chosen_lengths(settings: Settings) -> list[int]:
 def floors(settings: Settings) -> Iterator[Table]:
     """The time that memory allows the neuron, at a nominal bandwidth; nothing is measured."""
     table = Table(
-        "floors",
         f"Floors of one neuron layer, bfloat16, at {settings.bandwidth / 1e12:g} TB/s",
         {
             "shape": "[batch, tokens, channels]",
@@ -108,35 +105,21 @@ def floors(settings: Settings) -> Iterator[Table]:
     yield table
 
 
-def check_cuda(section: str) -> None:
-    """End the program with one line unless there is a GPU."""
+def on_gpu(section: Section, settings: Settings) -> Iterator[Table]:
+    """The tables of a section that measures; ends the program with one line unless there is a GPU."""
     if not torch.cuda.is_available():
         raise SystemExit(
-            f"the section `{section}` of the benchmark `gpu` needs a CUDA device, and torch sees none; "
+            f"the section `{section.__name__}` of the benchmark `gpu` needs a CUDA device, and torch sees none; "
             "`--sections floors` runs anywhere"
         )
+    yield from section(settings)
 
 
-def gpu_seconds(subjects: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds per call on the GPU's own clock, in rounds in which each subject is measured once.
+def gpu_clock(call: Callable[[], object], times: int) -> float:
+    """Seconds per call by the GPU's own clock, of `times` calls in a row.
 
-    A sample is several calls in a row, so that the time to launch one hides behind the one before, as in a model.
+    So the time to launch one hides behind the one before, as in a model.
     """
-    calls = {}
-    for name, call in subjects.items():
-        for _ in range(3):
-            call()
-        calls[name] = max(1, round(0.01 / max(_gpu_sample(call, 3), 1e-6)))
-    samples: dict[str, list[float]] = {name: [] for name in subjects}
-    names = list(subjects)
-    for round_number in range(repeats):
-        shift = round_number % len(names)
-        for name in names[shift:] + names[:shift]:
-            samples[name].append(_gpu_sample(subjects[name], calls[name]))
-    return samples
-
-
-def _gpu_sample(call: Callable[[], object], times: int) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()
@@ -147,34 +130,28 @@ def _gpu_sample(call: Callable[[], object], times: int) -> float:
     return start.elapsed_time(end) / 1e3 / times
 
 
-@torch.no_grad()
-def run_forward(layer: nn.Module, current: torch.Tensor) -> torch.Tensor:
-    """The spikes, with nothing kept for a backward pass."""
-    return layer(current)
+gpu_seconds = partial(interleaved_seconds, warmup=3, clock=gpu_clock)
 
 
-def run_both(layer: nn.Module, current: torch.Tensor, gradient: torch.Tensor) -> None:
-    """Forward and backward, to the currents and to every parameter."""
-    torch.autograd.grad(layer(current), [current, *layer.parameters()], gradient)
+def neuron_pass(implementation: str, shape: NeuronShape, seed: int) -> Pass:
+    """A call runs a layer of BPSN in bfloat16, forward and backward."""
+    subject = Subject(lambda tokens, channels: BPSN(channels, GROUPS, implementation=implementation))
+    return Pass(subject, shape, seed, "cuda", torch.bfloat16)
 
 
 def neuron(settings: Settings) -> Iterator[Table]:
     """The neuron's bandwidth against a copy's, kernels and scans."""
-    check_cuda("neuron")
     for shape in neuron_shapes(settings):
-        torch.manual_seed(settings.seed)
-        current = torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-        gradient, target = torch.randn_like(current), torch.empty_like(current)
-        layers = {name: BPSN(shape.channels, GROUPS, implementation=name).cuda() for name in ("auto", "chunked")}
-
-        calls: dict[str, Callable[[], object]] = {COPY: partial(target.copy_, current.detach())}
-        for name, layer in layers.items():
-            calls[f"{name} forward"] = partial(run_forward, layer, current)
-            calls[f"{name} forward + backward"] = partial(run_both, layer, current, gradient)
+        passes = {name: neuron_pass(name, shape, settings.seed) for name in ("auto", "chunked")}
+        source = passes["auto"].current.detach()
+        calls: dict[str, Callable[[], object]] = {COPY: partial(torch.empty_like(source).copy_, source)}
+        moved = {COPY: 4.0 * shape.elements}
+        for name, both in passes.items():
+            calls |= {f"{name} forward": both.forward, f"{name} forward + backward": both}
+            moved[f"{name} forward"] = shape.forward_bytes()
+            moved[f"{name} forward + backward"] = shape.forward_bytes() + shape.backward_bytes()
         samples = gpu_seconds(calls, settings.repeats)
-        copied = 4.0 * shape.elements
         table = Table(
-            "neuron",
             f"One neuron layer, bfloat16, {list(shape)}, on {torch.cuda.get_device_name()}",
             {
                 "subject": "subject",
@@ -186,67 +163,28 @@ def neuron(settings: Settings) -> Iterator[Table]:
             notes=["`auto` is the Triton kernel where triton is there, `chunked` the same by torch's operations."],
         )
         for name, times in samples.items():
-            moved = copied
-            if name != COPY:
-                moved = shape.forward_bytes() + (shape.backward_bytes() if "backward" in name else 0)
-            copy_share = [moved / t / (copied / c) for t, c in zip(times, samples[COPY], strict=True)]
-            rate = None
-            if name != COPY:
-                spikes = run_forward(layers[name.split()[0]], current)
-                rate = check_firing_rate(name, spikes.count_nonzero().item() / spikes.numel())
+            share = moved[name] / moved[COPY]
             table.rows.append(
                 {
                     "subject": name,
                     "shape": list(shape),
                     "microseconds": spread(times, 1e6),
-                    "gigabytes_per_second": moved / statistics.median(times) / 1e9,
-                    "share_of_copy": spread(copy_share),
-                    "firing_rate": rate,
+                    "gigabytes_per_second": moved[name] / statistics.median(times) / 1e9,
+                    "share_of_copy": spread([share * c / t for t, c in zip(times, samples[COPY], strict=True)]),
+                    "firing_rate": None if name == COPY else passes[name.split()[0]].firing_rate(),
                 }
             )
         yield table
 
 
-class GPUStep:
-    """A call is a training step of `subject` in bfloat16 autocast: forward, loss, backward, fused AdamW."""
-
-    network: type[Classifier | MaskedLM] = Classifier
-
-    def __init__(self, subject: str, shape: Shape, seed: int) -> None:
-        torch.manual_seed(seed)
-        network = self.network(model_config(subject.removesuffix(COMPILED), shape)).cuda().train()
-        self.model: Callable[..., torch.Tensor] = network
-        if subject.endswith(COMPILED):
-            torch.compiler.reset()
-            self.model = torch.compile(network)
-        self.optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, fused=True)
-        self.input_ids = torch.randint(shape.vocab_size, (shape.batch_size, shape.length), device="cuda")
-        if self.network is MaskedLM:
-            self.labels = masked_labels(self.input_ids)
-        else:
-            self.labels = torch.randint(2, (shape.batch_size,), device="cuda")
-
-    def __call__(self) -> None:
-        self.optimizer.zero_grad(set_to_none=False)
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = self.model(self.input_ids, self.labels)
-        loss.backward()
-        self.optimizer.step()
-
-    def peak_bytes(self) -> int:
-        """The most that a step holds above what it starts from: weights, gradients and optimiser state."""
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        self()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-
-
-class GPUMaskedLMStep(GPUStep):
-    """The same with a masked-LM head."""
-
-    network = MaskedLM
+def peak_bytes(call: Callable[[], object]) -> int:
+    """The most that a step holds above what it starts from: weights, gradients and optimiser state."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def training_shapes(settings: Settings) -> list[Shape]:
@@ -272,43 +210,64 @@ def inference_shapes(settings: Settings) -> list[Shape]:
     return shapes
 
 
-def measure_apart(
-    kind: "type[GPUStep | GPUInference]", shape: Shape, settings: Settings
-) -> tuple[dict[str, list[float]], dict[str, int | None]]:
-    """Times, and peaks of memory or `None`, of subjects that are on the GPU one at a time; who has no room is left out.
+def training_step(variant: str, subject: str, shape: Shape, seed: int) -> TrainingStep:
+    """A call is a training step of `subject` in bfloat16 autocast: forward, loss, backward, fused AdamW."""
+    return TrainingStep(subject, shape, variant, seed, "cuda")
 
-    Subjects so large do not fit side by side, so their rounds are not interleaved.
+
+class Inference:
+    """A call is a forward pass of the encoder of `subject` in bfloat16."""
+
+    def __init__(self, subject: str, shape: Shape, seed: int) -> None:
+        torch.manual_seed(seed)
+        config = model_config(subject, shape)
+        model = AutoModel.from_config(config, attn_implementation="sdpa", add_pooling_layer=False)
+        self.model: Callable[..., object] = model.to("cuda", torch.bfloat16).eval()
+        if subject.endswith(COMPILED):
+            self.model = compiled(model)
+        self.input_ids = torch.randint(shape.vocab_size, (shape.batch_size, shape.length), device="cuda")
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        self.model(input_ids=self.input_ids)
+
+
+def free_memory() -> None:
+    """Give back what nothing refers to any more."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def measure_one(
+    make: Callable[..., Callable[[], object]], name: str, shape: Shape, settings: Settings, memory: bool
+) -> tuple[list[float], int | None]:
+    """Times and peak of one subject, which is gone from the GPU afterwards."""
+    call = make(name, shape, settings.seed)
+    return gpu_seconds({name: call}, settings.repeats)[name], peak_bytes(call) if memory else None
+
+
+def model_table(
+    title: str,
+    make: Callable[..., Callable[[], object]],
+    shape: Shape,
+    settings: Settings,
+    *,
+    variant: str = "plain",
+    memory: bool = True,
+) -> Table:
+    """Times and, if wanted, peaks of all subjects, and the ratios of the first one's to theirs.
+
+    They are on the GPU one at a time, so their rounds are not interleaved: side by side such large ones do not fit.
     """
     times: dict[str, list[float]] = {}
     peaks: dict[str, int | None] = {}
     for name in settings.subjects:
-        try:
-            measured = measure_one(kind, name, shape, settings)
-        except torch.cuda.OutOfMemoryError:
-            measured = None
+        with suppress(torch.cuda.OutOfMemoryError):
+            times[name], peaks[name] = measure_one(make, name, shape, settings, memory)
         # What did not fit is let go of here, outside the handler that holds on to it.
-        gc.collect()
-        torch.cuda.empty_cache()
-        if measured is not None:
-            times[name], peaks[name] = measured
-    return times, peaks
-
-
-def measure_one(
-    kind: "type[GPUStep | GPUInference]", name: str, shape: Shape, settings: Settings
-) -> tuple[list[float], int | None]:
-    """Times and peak of one subject, which is gone from the GPU afterwards."""
-    call = kind(name, shape, settings.seed)
-    return gpu_seconds({name: call}, settings.repeats)[name], call.peak_bytes()
-
-
-def model_table(
-    section: str, title: str, shape: Shape, subjects: tuple[str, ...], times: dict, peaks: dict, variant: str = "plain"
-) -> Table:
-    """Times and peaks of all subjects, and the ratios of the first one's to theirs."""
-    reference = subjects[0]
+        free_memory()
+    reference = settings.subjects[0]
     table = Table(
-        section,
         f"{title}, {shape}, on {torch.cuda.get_device_name()}",
         {
             "subject": "model",
@@ -319,65 +278,36 @@ def model_table(
         },
         notes=["A dash stands for what did not fit into the GPU's memory, or was not measured."],
     )
-    for name in subjects:
-        row: dict = {"subject": name, "variant": variant, "shape": shape._asdict()}
+    for name in settings.subjects:
+        row: dict[str, Any] = {"subject": name, "variant": variant, "shape": shape._asdict()}
         if name in times:
-            row["milliseconds"] = spread(times[name], 1e3)
-            if peaks[name] is not None:
-                row["mebibytes"] = peaks[name] / MIB
-            if reference in times:
-                row["reference_over_subject"] = ratio(times, reference, name)
-                if peaks[name]:
-                    row["memory_reference_over_subject"] = peaks[reference] / peaks[name]
+            row |= speeds(times, name, reference)
+            if peak := peaks[name]:
+                row["mebibytes"] = peak / MIB
+                if at_reference := peaks.get(reference):
+                    row["memory_reference_over_subject"] = at_reference / peak
         table.rows.append(row)
     return table
 
 
 def training(settings: Settings) -> Iterator[Table]:
     """Time and peak memory of a training step, compiled and not."""
-    check_cuda("training")
     for shape in training_shapes(settings):
-        times, peaks = measure_apart(GPUStep, shape, settings)
-        yield model_table("training", "Training step, bfloat16 autocast", shape, settings.subjects, times, peaks)
+        make = partial(training_step, "plain")
+        yield model_table("Training step, bfloat16 autocast", make, shape, settings)
 
 
 def masked_lm(settings: Settings) -> Iterator[Table]:
     """The same of masked language modelling, at the first shape."""
-    check_cuda("masked_lm")
-    shape = training_shapes(settings)[0]
-    times, peaks = measure_apart(GPUMaskedLMStep, shape, settings)
+    make = partial(training_step, MASKED_LM)
     title = "Training step, masked LM, bfloat16 autocast"
-    yield model_table("masked_lm", title, shape, settings.subjects, times, peaks, MASKED_LM)
-
-
-class GPUInference:
-    """A call is a forward pass of the encoder in bfloat16."""
-
-    def __init__(self, subject: str, shape: Shape, seed: int) -> None:
-        torch.manual_seed(seed)
-        config = model_config(subject.removesuffix(COMPILED), shape)
-        model = AutoModel.from_config(config, attn_implementation="sdpa", add_pooling_layer=False)
-        self.model: Callable[..., object] = model.to("cuda", torch.bfloat16).eval()
-        if subject.endswith(COMPILED):
-            torch.compiler.reset()
-            self.model = torch.compile(self.model)
-        self.input_ids = torch.randint(shape.vocab_size, (shape.batch_size, shape.length), device="cuda")
-
-    def peak_bytes(self) -> None:
-        """`None`: the memory of a forward pass is not measured."""
-        return None
-
-    @torch.no_grad()
-    def __call__(self) -> None:
-        self.model(input_ids=self.input_ids)
+    yield model_table(title, make, training_shapes(settings)[0], settings, variant=MASKED_LM)
 
 
 def inference(settings: Settings) -> Iterator[Table]:
     """Time of a forward pass, compiled and not."""
-    check_cuda("inference")
     for shape in inference_shapes(settings):
-        times, peaks = measure_apart(GPUInference, shape, settings)
-        yield model_table("inference", "Forward pass, bfloat16", shape, settings.subjects, times, peaks)
+        yield model_table("Forward pass, bfloat16", Inference, shape, settings, memory=False)
 
 
 class KernelRun(NamedTuple):
@@ -442,10 +372,8 @@ def host_seconds(call: Callable[[], object]) -> float:
 
 def profile(settings: Settings) -> Iterator[Table]:
     """A training step taken apart: wall, GPU and host time of each subject, and its largest kernels."""
-    check_cuda("profile")
     for shape in training_shapes(settings):
         apart = Table(
-            "profile",
             f"Training step taken apart, {shape}, on {torch.cuda.get_device_name()}",
             {
                 "subject": "model",
@@ -459,7 +387,7 @@ def profile(settings: Settings) -> Iterator[Table]:
             ],
         )
         for subject in settings.subjects:
-            step = GPUStep(subject, shape, settings.seed)
+            step = training_step("plain", subject, shape, settings.seed)
             wall = gpu_seconds({subject: step}, settings.repeats)[subject]
             host = [host_seconds(step) for _ in range(settings.repeats)]
             runs = kernel_runs(step, PROFILED_STEPS)
@@ -475,10 +403,9 @@ def profile(settings: Settings) -> Iterator[Table]:
             )
             title = f"The {LARGEST} largest kernels of {subject}, {shape}, on {torch.cuda.get_device_name()}"
             columns = {"kernel": "kernel", "launches": "launches", "milliseconds": "ms a step", "share": "share"}
-            yield Table("profile", title, columns, largest_kernels(runs, PROFILED_STEPS))
+            yield Table(title, columns, largest_kernels(runs, PROFILED_STEPS))
             del step
-            gc.collect()
-            torch.cuda.empty_cache()
+            free_memory()
         for row in apart.rows:
             row["ratio"] = row["wall"]["median"] / apart.rows[-1]["wall"]["median"]
         yield apart
@@ -510,45 +437,27 @@ def using_tile(length: int, tile: tuple[int, int]) -> Iterator[None]:
 
 def tiles(settings: Settings) -> Iterator[Table]:
     """The neuron with programs of other sizes; the best line of each length belongs into `bpsn_triton`."""
-    check_cuda("tiles")
     lengths = [32] if settings.quick else [length for length in bpsn_triton.FORWARD_TILES if length >= 64]
     for length in lengths:
         shape = NeuronShape(2, 32, 96) if settings.quick else NeuronShape(TOKENS // length, length, HIDDEN)
-        current = torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-        gradient, layer = torch.randn_like(current), BPSN(shape.channels, GROUPS).cuda()
+        both = neuron_pass("auto", shape, settings.seed)
         columns = {"tile": "[channels, warps]", "forward": "forward, us", "both": "forward + backward, us"}
         title = f"Sizes of the neuron's programs, bfloat16, {list(shape)}, on {torch.cuda.get_device_name()}"
         now = [list(table[length]) for table in (bpsn_triton.FORWARD_TILES, bpsn_triton.BACKWARD_TILES)]
-        table = Table("tiles", title, columns, notes=[f"In use: {now[0]} forward, {now[1]} backward."])
+        table = Table(title, columns, notes=[f"In use: {now[0]} forward, {now[1]} backward."])
         for tile in tile_choices(length):
-            calls: dict[str, Callable[[], object]] = {
-                "forward": partial(run_forward, layer, current),
-                "both": partial(run_both, layer, current, gradient),
-            }
             with using_tile(length, tile):
-                times = gpu_seconds(calls, settings.repeats)
+                times = gpu_seconds({"forward": both.forward, "both": both}, settings.repeats)
             rows = {name: spread(samples, 1e6) for name, samples in times.items()}
             table.rows.append({"tile": list(tile), "shape": list(shape), **rows})
         yield table
 
 
-SECTIONS = {
-    "floors": floors,
-    "neuron": neuron,
-    "tiles": tiles,
-    "training": training,
-    "profile": profile,
-    "masked_lm": masked_lm,
-    "inference": inference,
-}
-MODELS = ("snn_bert", "snn_bert compiled", "lif_repeat4", "bert", "bert compiled")
-
-
-@benchmark("gpu", sections=tuple(SECTIONS), subjects=MODELS, repeats=15)
-def gpu(settings: Settings) -> Iterator[Table]:
-    """The neuron and the model on a GPU, and the floors that memory sets."""
-    for section in settings.sections:
-        if section != "floors":
-            check_cuda(section)
-    for section in settings.sections:
-        yield from SECTIONS[section](settings)
+MEASURED = (neuron, tiles, training, profile, masked_lm, inference)
+BENCHMARK = Benchmark(
+    "gpu",
+    "The neuron and the model on a GPU, and the floors that memory sets.",
+    {"floors": floors, **{section.__name__: partial(on_gpu, section) for section in MEASURED}},
+    ("snn_bert", "snn_bert compiled", "lif_repeat4", "bert", "bert compiled"),
+    repeats=15,
+)

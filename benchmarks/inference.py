@@ -8,18 +8,18 @@ tokens so that each channel fires at the imposed rate; the rate that is met is i
 timed in turns, round by round, and the ratios are taken round by round. Natural lengths are those of short film
 reviews, padded to the longest of the batch. The ONNX models are exports of the very BERT that is timed, checked against
 it. The section `linears` times the products of one layer alone, `levels` the whole encoder at each level of the
-instruction set that the processor has. Writes inference.json.
+instruction set that the processor has. This is `run.py inference`, whose options it takes, and writes what that does.
 
 ONNX Runtime and its tools are needed for two of the subjects only:
 
     pip install onnx onnxruntime onnxscript
 """
 
-import argparse
 import copy
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,21 +27,25 @@ from typing import Any
 import torch
 from measure import (
     check_firing_rate,
-    environment,
     in_fresh_process,
     interleaved_seconds,
+    mean_firing_rate,
+    onnx_session,
     peak_allocated_bytes,
+    quantized_onnx,
     ratio,
+    speeds,
     spread,
+    within,
     without_kernels,
 )
-from registry import Settings, benchmark
+from registry import Benchmark, Settings
 from report import Table
 from torch import nn
-from transformers import BertModel, PreTrainedModel
+from training import QUICK, Shape, compiled, model_config
+from transformers import BertModel
 
 from modeling_snn_bert import SNNBertConfig, SNNBertModel, SpikingNeuron, cpu_kernels
-from modeling_snn_bert.atomic_writes import write_json
 from modeling_snn_bert.conversion import bert_config
 from modeling_snn_bert.event_driven import EventDrivenLinear, dense_rates, event_driven
 from modeling_snn_bert.event_kernels import PackedSpikes, event_linear, tiles_available
@@ -49,32 +53,32 @@ from modeling_snn_bert.export import export_onnx
 from modeling_snn_bert.packed_spikes import pack
 
 REFERENCE = "bert_float32"
-# Name of the subject: weights of the event-driven model, and whether on the compiled kernels.
-EVENT_DRIVEN = {
+# The spiking subjects: weights of the event-driven model, `None` for dense products, and whether on the compiled
+# kernels.
+SPIKING = {
     "event_float32": ("float32", True),
     "event_bfloat16": ("bfloat16", True),
     "event_int8": ("int8", True),
     "torch_bfloat16": ("bfloat16", False),
     "torch_int8": ("int8", False),
+    "snn_dense": (None, True),
+    "snn_dense_torch": (None, False),
 }
 ONNX = ("onnx_float32", "onnx_int8")
-# The model with dense products: whether on the compiled kernels.
-DENSE = {"snn_dense": True, "snn_dense_torch": False}
-SUBJECTS = (*EVENT_DRIVEN, *DENSE, REFERENCE, "bert_bfloat16", "bert_compiled", *ONNX)
+SUBJECTS = (*SPIKING, REFERENCE, "bert_bfloat16", "bert_compiled", *ONNX)
 RATES = (0.05, 0.1, 0.2, 0.3)
-SHAPES = {"6x384": (6, 384, 1536, 12), "12x768": (12, 768, 3072, 12)}
+SHAPES = {"6x384": Shape(), "12x768": Shape(12, 768, 3072)}
 BATCH_SIZES = (1, 8, 32)
 LENGTH = 128
 # The firing rate whose cost the section `linears` compares with, and the tokens of a product there.
 REFERENCE_RATE = 0.2
 LINEAR_TOKENS = 1024
-SECTIONS = (*SHAPES, "linears", "levels")
 # Batch and firing rate of the section `levels`.
 LEVELS_BATCH, LEVELS_RATE = 8, 0.1
 TILES = "any, on AMX"
 # Token counts of short film reviews (SST-2's validation sentences): mean, standard deviation, and the range.
 NATURAL_LENGTHS = (25.0, 12.0, 5, 64)
-VOCAB_SIZE = 30522
+MEDIANS = "Median of interleaved rounds (quartiles)."
 BISECTION_STEPS = 10
 
 Inputs = dict[str, torch.Tensor]
@@ -126,42 +130,19 @@ def impose_firing_rate(model: SNNBertModel, rate: float, inputs: Inputs) -> None
             handle.remove()
 
 
-@torch.no_grad()
-def firing_rates(model: PreTrainedModel, inputs: Inputs) -> list[float]:
-    """Mean rate of each neuron layer on `inputs`; an error if one is dead or saturated."""
-    rates = model(**inputs, output_firing_rates=True).firing_rates
-    names = model.neuron_names()
-    return [check_firing_rate(name, rate.mean().item()) for name, rate in zip(names, rates, strict=True)]
-
-
-class TorchOnly:
-    """A call of `model` as where there are no compiled kernels."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def __call__(self, **inputs: torch.Tensor) -> Any:
-        with without_kernels():
-            return self.model(**inputs)
-
-
-def event_driven_subject(name: str, model: SNNBertModel) -> SNNBertModel | TorchOnly:
-    """The event-driven form of a copy of `model` that the subject `name` stands for."""
-    weight_dtype, on_kernels = EVENT_DRIVEN[name]
-    if on_kernels and not cpu_kernels.available():
-        raise SystemExit(
-            f"the subject {name} needs the compiled kernels: install the package where there is a C compiler, "
-            f"or leave it out with --subjects"
-        )
-    if on_kernels:
-        return event_driven(copy.deepcopy(model), weight_dtype)
-    with without_kernels():
-        return TorchOnly(event_driven(copy.deepcopy(model), weight_dtype))
-
-
-def dense_subject(name: str, model: SNNBertModel) -> SNNBertModel | TorchOnly:
-    """`model` itself as the subject `name` runs it."""
-    return model if DENSE[name] else TorchOnly(model)
+def spiking_subject(name: str, model: SNNBertModel) -> tuple[SNNBertModel, Callable[..., Any]]:
+    """The form of `model` that the subject `name` stands for, and how it is called."""
+    weight_dtype, on_kernels = SPIKING[name]
+    context = nullcontext if on_kernels else without_kernels
+    if weight_dtype is not None:
+        if on_kernels and not cpu_kernels.available():
+            raise SystemExit(
+                f"the subject {name} needs the compiled kernels: install the package where there is a C compiler, "
+                f"or leave it out with --subjects"
+            )
+        with context():
+            model = event_driven(copy.deepcopy(model), weight_dtype)
+    return model, within(context, model)
 
 
 def onnx_subject(name: str, bert: BertModel, threads: int, folder: Path) -> Callable[..., Any]:
@@ -170,49 +151,29 @@ def onnx_subject(name: str, bert: BertModel, threads: int, folder: Path) -> Call
     Raises:
         RuntimeError: if the export does not compute what `bert` does.
     """
-    path, quantized = folder / "float32.onnx", folder / "int8.onnx"
+    path = folder / "float32.onnx"
     try:
         if not path.exists():
             export_onnx(bert, path, ("input_ids", "attention_mask"))
-        import onnxruntime
-        from onnxruntime.quantization import QuantType, quantize_dynamic
+        if name == "onnx_int8":
+            path = quantized_onnx(path, folder / "int8.onnx")
+        session = onnx_session(path, threads)
     except ImportError as error:
         raise SystemExit(f"the subject {name}: {error}\nor leave the subject out with --subjects") from error
-    if name == "onnx_int8":
-        quantize_dynamic(path, quantized, weight_type=QuantType.QInt8)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(
-        quantized if name == "onnx_int8" else path, options, providers=["CPUExecutionProvider"]
-    )
-
-    def run(**inputs: torch.Tensor) -> torch.Tensor:
-        return session.run(None, {key: x.numpy() for key, x in inputs.items()})[0]
-
-    return run
+    return lambda **inputs: session.run(None, {key: x.numpy() for key, x in inputs.items()})[0]
 
 
 def rival(name: str, bert: BertModel) -> Callable[..., Any]:
     """The BERT that the subject `name` stands for."""
     if name == "bert_bfloat16":
         return copy.deepcopy(bert).bfloat16()
-    if name == "bert_compiled":
-        torch.compiler.reset()
-        return torch.compile(copy.deepcopy(bert))
-    return bert
+    return compiled(copy.deepcopy(bert)) if name == "bert_compiled" else bert
 
 
-def build_spiking(shape: tuple[int, int, int, int], seed: int) -> SNNBertModel:
-    layers, hidden, intermediate, heads = shape
+def build_spiking(shape: Shape, seed: int) -> SNNBertModel:
+    """A random SNN-BERT of that size."""
     torch.manual_seed(seed)
-    config = SNNBertConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        intermediate_size=intermediate,
-    )
-    return SNNBertModel(config, add_pooling_layer=False).eval()
+    return SNNBertModel(model_config("snn_bert", shape), add_pooling_layer=False).eval()
 
 
 def bert_like(config: SNNBertConfig) -> BertModel:
@@ -225,11 +186,10 @@ def bert_like(config: SNNBertConfig) -> BertModel:
 def peak_bytes(name: str, config: SNNBertConfig, state: dict[str, torch.Tensor], inputs: Inputs) -> int:
     """Peak of the memory that one call of a PyTorch subject holds above its weights; runs in a process of its own."""
     with torch.inference_mode():
-        call: Callable[..., Any]
-        if name in EVENT_DRIVEN or name in DENSE:
+        if name in SPIKING:
             model = SNNBertModel(config, add_pooling_layer=False).eval()
             model.load_state_dict(state)
-            call = dense_subject(name, model) if name in DENSE else event_driven_subject(name, model)
+            _, call = spiking_subject(name, model)
         else:
             call = rival(name, bert_like(config))
         call(**inputs)
@@ -237,42 +197,40 @@ def peak_bytes(name: str, config: SNNBertConfig, state: dict[str, torch.Tensor],
 
 
 def compare(
-    title: str, section: str, model: SNNBertModel, batches: dict[str, Inputs], settings: Settings, memory: bool
+    title: str, model: SNNBertModel, batches: dict[str, Inputs], settings: Settings, memory: bool
 ) -> Iterator[Table]:
     """One table per batch of `batches`, on a model whose rates are set."""
-    rates = firing_rates(model, next(reversed(batches.values())))
+    mean_firing_rate(model, next(reversed(batches.values())))
     bert = bert_like(model.config)
     threads = settings.threads
     with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
         calls: dict[str, Callable[..., Any]] = {}
         crossovers = {}
         for name in settings.subjects:
-            if name in EVENT_DRIVEN:
-                subject = event_driven_subject(name, model)
-                calls[name] = subject
-                crossovers[name] = dense_rates(subject.model if isinstance(subject, TorchOnly) else subject)
+            if name in SPIKING:
+                spiking, calls[name] = spiking_subject(name, model)
+                crossovers[name] = dense_rates(spiking)
             elif name in ONNX:
                 with torch.inference_mode(False), torch.no_grad():
                     calls[name] = onnx_subject(name, bert, threads, Path(folder))
             else:
-                calls[name] = dense_subject(name, model) if name in DENSE else rival(name, bert)
+                calls[name] = rival(name, bert)
         for label, inputs in batches.items():
             rows = len(inputs["input_ids"])
             samples = interleaved_seconds({n: partial(c, **inputs) for n, c in calls.items()}, settings.repeats, 2)
-            rate = sum(firing_rates(model, inputs)) / len(rates) if any(n in EVENT_DRIVEN for n in calls) else None
+            rate = mean_firing_rate(model, inputs) if crossovers else None
             table = Table(
-                section,
                 f"{title}, batch {label}, {threads} threads",
                 {
                     "subject": "model",
                     "milliseconds": "ms",
                     "sentences_per_second": "sentences / s",
-                    "speedup": f"{REFERENCE} / model",
+                    "reference_over_subject": f"{REFERENCE} / model",
                     "speedup_onnx_int8": "onnx_int8 / model",
                     "peak_mib": "peak MiB",
                     "firing_rate": "firing rate",
                 },
-                notes=["Median of interleaved rounds (quartiles). Peak: what tensors hold at most beside the weights."],
+                notes=[f"{MEDIANS} Peak: what tensors hold at most beside the weights."],
             )
             for name in calls:
                 peak = None
@@ -280,12 +238,11 @@ def compare(
                     peak = in_fresh_process(peak_bytes, threads, name, model.config, model.state_dict(), inputs) / 2**20
                 row = {
                     "subject": name,
-                    "milliseconds": spread(samples[name], 1e3),
+                    **speeds(samples, name, REFERENCE),
                     "sentences_per_second": spread([rows / x for x in samples[name]]),
-                    "speedup": ratio(samples, REFERENCE, name) if REFERENCE in samples else None,
                     "speedup_onnx_int8": ratio(samples, "onnx_int8", name) if "onnx_int8" in samples else None,
                     "peak_mib": peak,
-                    "firing_rate": rate if name in EVENT_DRIVEN or name in DENSE else None,
+                    "firing_rate": rate if name in SPIKING else None,
                     "dense_above": crossovers.get(name),
                 }
                 table.rows.append(row)
@@ -311,12 +268,12 @@ def products(model: SNNBertModel, rate: float, tokens: int, generator: torch.Gen
     return run
 
 
-def linear_tables(settings: Settings, rates: tuple[float, ...]) -> Iterator[Table]:
+def linears(settings: Settings) -> Iterator[Table]:
     """What the Linears of one layer cost at each firing rate, against that at 0.2 and against dense float32."""
-    rates = tuple(sorted({*rates, REFERENCE_RATE}))
+    rates = sorted({*(settings.rates or RATES), REFERENCE_RATE})
     tokens = 16 if settings.quick else LINEAR_TOKENS
-    for _, hidden, intermediate, heads in SHAPES.values():
-        shape = (1, 48, 96, 4) if settings.quick else (1, hidden, intermediate, heads)
+    for full_shape in SHAPES.values():
+        shape = (QUICK if settings.quick else full_shape)._replace(num_layers=1)
         for weight_dtype in ("float32", "int8"):
             generator = torch.Generator().manual_seed(settings.seed)
             model = build_spiking(shape, settings.seed)
@@ -332,29 +289,25 @@ def linear_tables(settings: Settings, rates: tuple[float, ...]) -> Iterator[Tabl
                 calls[TILES] = products(on_tiles, REFERENCE_RATE, tokens, generator)
             with torch.inference_mode():
                 samples = interleaved_seconds({**calls, "dense": dense}, settings.repeats, 2)
-            table = Table(
-                "linears",
-                f"The Linears of one layer, {shape[1]} wide, {weight_dtype} weights, {tokens} tokens, "
+            yield Table(
+                f"The Linears of one layer, {shape.hidden_size} wide, {weight_dtype} weights, {tokens} tokens, "
                 f"{settings.threads} threads",
                 {
                     "rate": "firing rate",
                     "milliseconds": "ms",
                     "over_reference": f"time / that at {REFERENCE_RATE}",
-                    "speedup": "dense float32 / time",
+                    "reference_over_subject": "dense float32 / time",
                 },
-                notes=[
-                    "Median of interleaved rounds (quartiles). From packed spikes: finding the active ones is in it."
+                [
+                    {
+                        "rate": name,
+                        **speeds(samples, name, "dense"),
+                        "over_reference": ratio(samples, name, str(REFERENCE_RATE)),
+                    }
+                    for name in calls
                 ],
+                [f"{MEDIANS} From packed spikes: finding the active ones is in it."],
             )
-            for name in calls:
-                row = {
-                    "rate": name,
-                    "milliseconds": spread(samples[name], 1e3),
-                    "over_reference": ratio(samples, name, str(REFERENCE_RATE)),
-                    "speedup": ratio(samples, "dense", name),
-                }
-                table.rows.append(row)
-            yield table
 
 
 def run_dense(linears: list[nn.Linear], inputs: list[torch.Tensor]) -> None:
@@ -363,131 +316,82 @@ def run_dense(linears: list[nn.Linear], inputs: list[torch.Tensor]) -> None:
         nn.functional.linear(x, linear.weight, linear.bias)
 
 
-class AtLevel:
-    """A call of `model` with the kernels at one level of the instruction set."""
-
-    def __init__(self, model: nn.Module, level: str) -> None:
-        self.model = model
-        self.level = level
-
-    def __call__(self, **inputs: torch.Tensor) -> Any:
-        before = cpu_kernels.cpu_level()
-        assert before is not None  # whoever makes levels has kernels
-        cpu_kernels.cap_cpu_level(self.level)
-        try:
-            return self.model(**inputs)
-        finally:
-            cpu_kernels.cap_cpu_level(before)
+@contextmanager
+def at_level(level: str) -> Iterator[None]:
+    """A context with the kernels at one level of the instruction set."""
+    before = cpu_kernels.cpu_level()
+    assert before is not None  # whoever makes levels has kernels
+    cpu_kernels.cap_cpu_level(level)
+    try:
+        yield
+    finally:
+        cpu_kernels.cap_cpu_level(before)
 
 
-def level_tables(settings: Settings) -> Iterator[Table]:
+def levels(settings: Settings) -> Iterator[Table]:
     """The encoder at each level of the instruction set against BERT, every product by events, or on AMX by tiles."""
     if not cpu_kernels.available():
         raise SystemExit("the section levels needs the compiled kernels: install the package where there is a compiler")
     for shape_name, full_shape in SHAPES.items():
-        shape, length = ((2, 48, 96, 4), 16) if settings.quick else (full_shape, LENGTH)
+        shape = QUICK if settings.quick else full_shape
         model = build_spiking(shape, settings.seed)
-        inputs = make_batches((LEVELS_BATCH,), length, VOCAB_SIZE, settings.seed)[f"{LEVELS_BATCH} x {length}"]
+        (inputs, _) = make_batches((LEVELS_BATCH,), shape.length, shape.vocab_size, settings.seed).values()
         impose_firing_rate(model, LEVELS_RATE, inputs)
-        firing_rates(model, inputs)
+        mean_firing_rate(model, inputs)
         calls: dict[str, Callable[..., Any]] = {REFERENCE: bert_like(model.config)}
         for weight_dtype in ("float32", "int8"):
             for level in cpu_kernels.levels_here():
-                if level != "amx":
-                    calls[f"{weight_dtype}, {level}"] = AtLevel(
-                        event_driven(copy.deepcopy(model), weight_dtype, dense_above=1.0), level
-                    )
-                elif weight_dtype == "int8":
-                    calls["int8, amx"] = AtLevel(event_driven(copy.deepcopy(model), "int8", dense_above=0.0), level)
+                if level == "amx" and weight_dtype != "int8":
+                    continue
+                dense_above = 0.0 if level == "amx" else 1.0
+                spiking = event_driven(copy.deepcopy(model), weight_dtype, dense_above=dense_above)
+                calls[f"{weight_dtype}, {level}"] = within(partial(at_level, level), spiking)
         with torch.inference_mode():
             samples = interleaved_seconds({n: partial(c, **inputs) for n, c in calls.items()}, settings.repeats, 2)
-        table = Table(
-            "levels",
-            f"{shape_name}, batch {LEVELS_BATCH} x {length}, rate {LEVELS_RATE}, {settings.threads} threads",
-            {"subject": "weights, level", "milliseconds": "ms", "speedup": f"{REFERENCE} / time"},
-            notes=["Median of interleaved rounds (quartiles)."],
+        yield Table(
+            f"{shape_name}, batch {LEVELS_BATCH} x {shape.length}, rate {LEVELS_RATE}, {settings.threads} threads",
+            {"subject": "weights, level", "milliseconds": "ms", "reference_over_subject": f"{REFERENCE} / time"},
+            [{"subject": name, **speeds(samples, name, REFERENCE)} for name in calls],
+            [MEDIANS],
         )
-        for name in calls:
-            row = {"milliseconds": spread(samples[name], 1e3), "speedup": ratio(samples, REFERENCE, name)}
-            table.rows.append({"subject": name, **row})
-        yield table
 
 
-@benchmark("inference", sections=SECTIONS, subjects=SUBJECTS, repeats=7)
-def inference(settings: Settings) -> Iterator[Table]:
-    """Inference: event-driven SNN-BERT against BERT in transformers and ONNX Runtime, at imposed firing rates."""
-    yield from tables_of(settings, RATES, BATCH_SIZES, memory=not settings.quick)
+def at_imposed_rates(full_shape: Shape, settings: Settings) -> Iterator[Table]:
+    """Models of one size at each firing rate."""
+    shape = QUICK if settings.quick else full_shape
+    model = build_spiking(shape, settings.seed)
+    batch_sizes = (1, 2) if settings.quick else settings.batch_sizes or BATCH_SIZES
+    batches = make_batches(batch_sizes, shape.length, shape.vocab_size, settings.seed)
+    rates = settings.rates or RATES
+    for rate in rates[:1] if settings.quick else rates:
+        impose_firing_rate(model, rate, next(iter(reversed(batches.values()))))
+        title = f"{shape.num_layers} layers x {shape.hidden_size}, rate {rate}"
+        yield from compare(title, model, batches, settings, settings.memory and rate == 0.1)
 
 
-def tables_of(
-    settings: Settings, rates: tuple[float, ...], batch_sizes: tuple[int, ...], memory: bool
-) -> Iterator[Table]:
-    """The tables of the sections that were asked for."""
-    if "linears" in settings.sections:
-        yield from linear_tables(settings, rates)
-    if "levels" in settings.sections:
-        yield from level_tables(settings)
-    yield from at_imposed_rates(settings, rates, batch_sizes, memory)
+def of_checkpoint(settings: Settings) -> Iterator[Table]:
+    """A trained model at its own rates."""
+    name = settings.model_name_or_path
+    model = SNNBertModel.from_pretrained(name, add_pooling_layer=False).eval()
+    length = min(LENGTH, model.config.max_position_embeddings)
+    batches = make_batches(settings.batch_sizes or BATCH_SIZES, length, model.config.vocab_size, settings.seed)
+    yield from compare(str(name), model, batches, settings, settings.memory)
 
 
-def at_imposed_rates(
-    settings: Settings, rates: tuple[float, ...], batch_sizes: tuple[int, ...], memory: bool
-) -> Iterator[Table]:
-    for section in (name for name in SHAPES if name in settings.sections):
-        shape, length = (2, 48, 96, 4) if settings.quick else SHAPES[section], 16 if settings.quick else LENGTH
-        model = build_spiking(shape, settings.seed)
-        batches = make_batches((1, 2) if settings.quick else batch_sizes, length, VOCAB_SIZE, settings.seed)
-        for rate in rates[:1] if settings.quick else rates:
-            impose_firing_rate(model, rate, next(iter(reversed(batches.values()))))
-            title = f"{shape[0]} layers x {shape[1]}, rate {rate}"
-            yield from compare(title, section, model, batches, settings, memory and rate == 0.1)
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_name_or_path", help="an SNN-BERT: folder or Hub id, measured at its own rates")
-    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
-    parser.add_argument("--subjects", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
-    parser.add_argument("--rates", nargs="+", type=float, default=list(RATES))
-    parser.add_argument("--batch_sizes", nargs="+", type=int, default=list(BATCH_SIZES))
-    parser.add_argument("--no_memory", action="store_true", help="leave out the peaks of memory")
-    parser.add_argument("--threads", type=int, default=min(2, torch.get_num_threads()))
-    parser.add_argument("--repeats", type=int, default=7, help="interleaved rounds")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/benchmarks"))
-    args = parser.parse_args()
-    if args.threads < 1 or args.repeats < 1 or min(args.batch_sizes) < 1:
-        parser.error("--threads, --repeats and --batch_sizes must be >= 1")
-    if not all(0 < rate < 1 for rate in args.rates):
-        parser.error(f"--rates must lie in (0, 1), got {args.rates}")
-    return args
-
-
-def main() -> None:
-    args = parse_args()
-    torch.set_num_threads(args.threads)
-    settings = Settings(tuple(args.sections), tuple(args.subjects), False, args.threads, args.repeats, args.seed)
-    if args.model_name_or_path is not None:
-        model = SNNBertModel.from_pretrained(args.model_name_or_path, add_pooling_layer=False).eval()
-        length = min(LENGTH, model.config.max_position_embeddings)
-        batches = make_batches(tuple(args.batch_sizes), length, model.config.vocab_size, args.seed)
-        tables = compare(args.model_name_or_path, "checkpoint", model, batches, settings, not args.no_memory)
-    else:
-        tables = tables_of(settings, tuple(args.rates), tuple(args.batch_sizes), not args.no_memory)
-    done = []
-    for table in tables:
-        done.append(table.to_dict())
-        print(table.markdown(), flush=True)
-    result = {
-        "benchmark": "inference",
-        "command": " ".join(["python", "benchmarks/inference.py", *sys.argv[1:]]),
-        "environment": environment(args.threads, args.seed),
-        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
-        "tables": done,
-    }
-    write_json(args.output_dir / "inference.json", result, allow_nan=False)
-    print(f"written to {args.output_dir / 'inference.json'}")
-
+BENCHMARK = Benchmark(
+    "inference",
+    "Inference: event-driven SNN-BERT against BERT in transformers and ONNX Runtime, at imposed firing rates.",
+    {
+        **{name: partial(at_imposed_rates, shape) for name, shape in SHAPES.items()},
+        "linears": linears,
+        "levels": levels,
+    },
+    SUBJECTS,
+    repeats=7,
+    of_checkpoint=of_checkpoint,
+)
 
 if __name__ == "__main__":
-    main()
+    from run import main
+
+    main(["inference", *sys.argv[1:]])

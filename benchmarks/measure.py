@@ -4,15 +4,16 @@ import ctypes
 import datetime
 import gc
 import hashlib
+import importlib
 import multiprocessing
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 from unittest import mock
@@ -20,6 +21,7 @@ from unittest import mock
 import torch
 import transformers
 from torch.profiler import ProfilerActivity
+from transformers import PreTrainedModel
 
 import modeling_snn_bert
 from modeling_snn_bert import cpu_kernels, event_driven
@@ -33,8 +35,24 @@ M_MMAP_THRESHOLD = -3
 ENVIRONMENT_PREFIXES = ("OMP_", "MKL_", "KMP_", "GOMP_", "MALLOC_", "LD_PRELOAD", "TORCH", "SNN_BERT_", "ATEN_")
 
 
+def wall_seconds(call: Callable[[], object], times: int) -> float:
+    """Seconds per call of `times` calls in a row, by the clock on the wall."""
+    gc.collect()
+    gc.disable()
+    try:
+        started = time.perf_counter()
+        for _ in range(times):
+            call()
+        return (time.perf_counter() - started) / times
+    finally:
+        gc.enable()
+
+
 def interleaved_seconds(
-    subjects: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1
+    subjects: Mapping[str, Callable[[], object]],
+    repeats: int,
+    warmup: int = 1,
+    clock: Callable[[Callable[[], object], int], float] = wall_seconds,
 ) -> dict[str, list[float]]:
     """Seconds per call of each subject, one sample per round.
 
@@ -49,27 +67,15 @@ def interleaved_seconds(
     calls = {}
     for name, call in subjects.items():
         for _ in range(warmup):
-            seconds = _seconds(call, 1)
+            seconds = clock(call, 1)
         calls[name] = max(1, round(MIN_SAMPLE_SECONDS / seconds))
     samples: dict[str, list[float]] = {name: [] for name in subjects}
     names = list(subjects)
     for round_number in range(repeats):
         shift = round_number % len(names)
         for name in names[shift:] + names[:shift]:
-            samples[name].append(_seconds(subjects[name], calls[name]))
+            samples[name].append(clock(subjects[name], calls[name]))
     return samples
-
-
-def _seconds(call: Callable[[], object], times: int) -> float:
-    gc.collect()
-    gc.disable()
-    try:
-        started = time.perf_counter()
-        for _ in range(times):
-            call()
-        return (time.perf_counter() - started) / times
-    finally:
-        gc.enable()
 
 
 def spread(samples: list[float], scale: float = 1.0) -> dict[str, Any]:
@@ -84,6 +90,12 @@ def ratio(samples: dict[str, list[float]], numerator: str, denominator: str) -> 
     return spread([a / b for a, b in zip(samples[numerator], samples[denominator], strict=True)])
 
 
+def speeds(samples: dict[str, list[float]], name: str, reference: str) -> dict[str, Any]:
+    """The cells of the subject `name`: its milliseconds, and how many times its time the subject `reference` takes."""
+    faster = ratio(samples, reference, name) if reference in samples else None
+    return {"milliseconds": spread(samples[name], 1e3), "reference_over_subject": faster}
+
+
 def check_firing_rate(name: str, rate: float) -> float:
     """`rate` itself.
 
@@ -93,6 +105,20 @@ def check_firing_rate(name: str, rate: float) -> float:
     if not 0 < rate < 1:
         raise RuntimeError(f"{name} has the firing rate {rate}: it is dead or saturated, so its figures mean nothing")
     return rate
+
+
+@torch.no_grad()
+def mean_firing_rate(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> float | None:
+    """Mean over the neuron layers of `model` of the rate on `inputs`; `None` for a model without neurons.
+
+    Raises:
+        RuntimeError: if a layer is dead or saturated.
+    """
+    if not hasattr(model, "neuron_names"):
+        return None
+    rates = model(**inputs, output_firing_rates=True).firing_rates
+    named = zip(model.neuron_names(), rates, strict=True)
+    return statistics.fmean(check_firing_rate(name, rate.mean().item()) for name, rate in named)
 
 
 def in_fresh_process(function: Callable[..., Result], threads: int, *arguments: Any) -> Result:
@@ -109,12 +135,45 @@ def in_fresh_process(function: Callable[..., Result], threads: int, *arguments: 
             raise RuntimeError(f"the process that measured {arguments} died; out of memory?") from error
 
 
-def without_kernels() -> ExitStack:
+@contextmanager
+def without_kernels() -> Iterator[None]:
     """A context in which the library behaves as if it had been installed without a compiler."""
-    stack = ExitStack()
-    stack.enter_context(mock.patch.object(cpu_kernels, "_LIBRARY", None))
-    stack.enter_context(mock.patch.object(event_driven, "available", lambda: False))
-    return stack
+    without_library = mock.patch.object(cpu_kernels, "_LIBRARY", None)
+    with without_library, mock.patch.object(event_driven, "available", lambda: False):
+        yield
+
+
+def within(context: Callable[[], AbstractContextManager], call: Callable[..., Result]) -> Callable[..., Result]:
+    """`call`, of which each call runs in a `context` of its own."""
+
+    def run(*args: Any, **kwargs: Any) -> Result:
+        with context():
+            return call(*args, **kwargs)
+
+    return run
+
+
+def onnx_session(path: Path, threads: int) -> Any:
+    """ONNX Runtime on the model in `path`, on the CPU.
+
+    Raises:
+        ImportError: if onnxruntime is not installed.
+    """
+    onnxruntime = importlib.import_module("onnxruntime")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def quantized_onnx(source: Path, target: Path) -> Path:
+    """`target`, which is the ONNX model `source` with weights in int8 and activations that are rounded as they come.
+
+    Raises:
+        ImportError: if onnxruntime or onnx is not installed.
+    """
+    quantization = importlib.import_module("onnxruntime.quantization")
+    quantization.quantize_dynamic(source, target, weight_type=quantization.QuantType.QInt8)
+    return target
 
 
 def peak_allocated_bytes(call: Callable[[], object]) -> int:

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
-from measure import check_firing_rate, interleaved_seconds, ratio, spread
-from registry import Settings, benchmark
+from measure import check_firing_rate, interleaved_seconds, ratio, speeds, spread
+from registry import Benchmark, Settings
 from report import Table
 from torch import nn
 
@@ -96,27 +96,38 @@ def own_subjects() -> list[str]:
 
 
 class Pass:
-    """A call runs `neuron` forward and backward once, to the currents and to every parameter.
+    """A call runs the neuron `subject` forward and backward once, to the currents and to every parameter.
 
     Currents are drawn from a standard normal distribution, `[batch, tokens, channels]`, in the neuron's own layout.
     """
 
-    def __init__(self, subject: Subject, shape: tuple[int, int, int], seed: int) -> None:
+    def __init__(
+        self,
+        subject: Subject,
+        shape: tuple[int, int, int],
+        seed: int,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         batch, tokens, channels = shape
         torch.manual_seed(seed)
-        self.neuron = subject.build(tokens, channels)
+        self.neuron = subject.build(tokens, channels).to(device)
         size = (tokens, batch, channels) if subject.tokens_first else shape
-        self.current = torch.randn(size, requires_grad=True)
-        self.gradient = torch.randn(size)
+        self.current = torch.randn(size, device=device, dtype=dtype, requires_grad=True)
+        self.gradient = torch.randn(size, device=device, dtype=dtype)
         self.inputs = [self.current, *self.neuron.parameters()]
 
     def __call__(self) -> None:
         torch.autograd.grad(self.neuron(self.current), self.inputs, self.gradient)
 
     @torch.no_grad()
+    def forward(self) -> torch.Tensor:
+        """The spikes, with nothing kept for a backward pass."""
+        return self.neuron(self.current)
+
     def firing_rate(self) -> float:
         """Share of the outputs that are spikes; an error if the neuron is dead or saturated."""
-        rate = self.neuron(self.current).count_nonzero().item() / self.current.numel()
+        rate = self.forward().count_nonzero().item() / self.current.numel()
         return check_firing_rate(self.neuron.__class__.__name__, rate)
 
 
@@ -127,8 +138,7 @@ def peers(settings: Settings) -> Iterator[Table]:
     for shape in shapes:
         passes = {name: Pass(SUBJECTS[name], shape, settings.seed) for name in settings.subjects}
         samples = interleaved_seconds(passes, settings.repeats, warmup=3)
-        table = Table(
-            "peers",
+        yield Table(
             f"Forward + backward, [batch, tokens, channels] = {list(shape)}",
             {
                 "subject": "neuron",
@@ -136,21 +146,15 @@ def peers(settings: Settings) -> Iterator[Table]:
                 "reference_over_subject": f"{reference} / neuron",
                 "firing_rate": "firing rate",
             },
-            notes=[
+            [
+                {"subject": name, "shape": shape, **speeds(samples, name, reference), "firing_rate": call.firing_rate()}
+                for name, call in passes.items()
+            ],
+            [
                 "Median of interleaved rounds (quartiles); the ratio is taken round by round. Gradients go to the "
                 "currents and to all parameters that a neuron has; spikingjelly's LIF has none."
             ],
         )
-        for name, call in passes.items():
-            row = {
-                "subject": name,
-                "shape": shape,
-                "milliseconds": spread(samples[name], 1e3),
-                "reference_over_subject": ratio(samples, reference, name),
-                "firing_rate": call.firing_rate(),
-            }
-            table.rows.append(row)
-        yield table
 
 
 def implementations(settings: Settings) -> Iterator[Table]:
@@ -175,20 +179,19 @@ def implementations(settings: Settings) -> Iterator[Table]:
 
         calls = {name: partial(forward_backward, name, [current, *decays], gradient) for name in names}
         samples = interleaved_seconds(calls, settings.repeats)
-        table = Table(
-            "implementations",
+        yield Table(
             f"leaky_integration, forward + backward, {list(shape)}",
             {"implementation": "implementation", "milliseconds": "ms", "over_auto": "time / auto's"},
+            [
+                {
+                    "implementation": name,
+                    "shape": shape,
+                    "milliseconds": spread(samples[name], 1e3),
+                    "over_auto": ratio(samples, name, "auto"),
+                }
+                for name in names
+            ],
         )
-        for name in names:
-            row = {
-                "implementation": name,
-                "shape": shape,
-                "milliseconds": spread(samples[name], 1e3),
-                "over_auto": ratio(samples, name, "auto"),
-            }
-            table.rows.append(row)
-        yield table
 
 
 def length(settings: Settings) -> Iterator[Table]:
@@ -202,8 +205,7 @@ def length(settings: Settings) -> Iterator[Table]:
             for length in lengths
         }
         samples = interleaved_seconds(passes, settings.repeats)
-        table = Table(
-            "length",
+        yield Table(
             f"{subject}: time per token, {tokens:,} tokens in sequences of one length, {channels} channels",
             {
                 "length": "length",
@@ -211,24 +213,23 @@ def length(settings: Settings) -> Iterator[Table]:
                 "over_shortest": f"time / that at {lengths[0]}",
                 "firing_rate": "firing rate",
             },
+            [
+                {
+                    "subject": subject,
+                    "length": int(name),
+                    "nanoseconds_per_token": spread(samples[name], 1e9 / tokens),
+                    "over_shortest": ratio(samples, name, str(lengths[0])),
+                    "firing_rate": call.firing_rate(),
+                }
+                for name, call in passes.items()
+            ],
         )
-        for name, call in passes.items():
-            row = {
-                "subject": subject,
-                "length": int(name),
-                "nanoseconds_per_token": spread(samples[name], 1e9 / tokens),
-                "over_shortest": ratio(samples, name, str(lengths[0])),
-                "firing_rate": call.firing_rate(),
-            }
-            table.rows.append(row)
-        yield table
 
 
-SECTIONS = {"peers": peers, "implementations": implementations, "length": length}
-
-
-@benchmark("neuron", sections=tuple(SECTIONS), subjects=tuple(SUBJECTS), repeats=9)
-def neuron(settings: Settings) -> Iterator[Table]:
-    """Forward and backward of one layer of neurons: BPSN against its peers, its implementations, its lengths."""
-    for section in settings.sections:
-        yield from SECTIONS[section](settings)
+BENCHMARK = Benchmark(
+    "neuron",
+    "Forward and backward of one layer of neurons: BPSN against its peers, its implementations, its lengths.",
+    {"peers": peers, "implementations": implementations, "length": length},
+    tuple(SUBJECTS),
+    repeats=9,
+)

@@ -1,10 +1,10 @@
-"""The list of benchmarks. A new one is a module beside this one with a function under `@benchmark`, named below.
+"""The list of benchmarks. A new one is a module beside this one with a `BENCHMARK`, named below.
 
 Importing this module does not import the benchmarks; `load_benchmarks` does.
 """
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from report import Table
@@ -24,43 +24,50 @@ class Settings:
     seed: int
     # Bytes per second that `gpu` works out its floors with.
     bandwidth: float = 4.8e12
-    # Tokens in a row of the shapes of `gpu`; empty for all that it has.
+    # Tokens in a row of the shapes of `gpu`, firing rates and batch sizes of `inference`; empty for all that it has.
     lengths: tuple[int, ...] = ()
+    rates: tuple[float, ...] = ()
+    batch_sizes: tuple[int, ...] = ()
+    # Whether `inference` measures peaks of memory, and the checkpoint that it measures in place of its sections.
+    memory: bool = True
+    model_name_or_path: str | None = None
+
+
+Section = Callable[[Settings], Iterator[Table]]
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A function from settings to tables, the sections and subjects to choose from, and the default of `repeats`."""
+    """The sections of a benchmark by name, each a function from settings to tables.
+
+    Args:
+        name: what it is called.
+        description: what it measures.
+        sections: its parts.
+        subjects: what to choose from.
+        repeats: the default of the interleaved rounds.
+        of_checkpoint: measures the checkpoint of the settings, if it can be told one.
+    """
 
     name: str
-    run: Callable[[Settings], Iterator[Table]]
-    sections: tuple[str, ...]
+    description: str
+    sections: Mapping[str, Section]
     subjects: tuple[str, ...]
     repeats: int
+    of_checkpoint: Section | None = None
 
-    @property
-    def description(self) -> str:
-        """The first line of the function's docstring."""
-        return (self.run.__doc__ or "").strip().splitlines()[0]
-
-
-BENCHMARKS: dict[str, Benchmark] = {}
-
-
-def benchmark(name: str, *, sections: tuple[str, ...], subjects: tuple[str, ...], repeats: int):
-    """Register the decorated function, which yields one table after the other, as the benchmark `name`."""
-
-    def register(run: Callable[[Settings], Iterator[Table]]) -> Callable[[Settings], Iterator[Table]]:
-        if name in BENCHMARKS:
-            raise ValueError(f"there is already a benchmark named {name!r}")
-        BENCHMARKS[name] = Benchmark(name, run, sections, subjects, repeats)
-        return run
-
-    return register
+    def run(self, settings: Settings) -> Iterator[Table]:
+        """The tables of the sections that are asked for, or of the checkpoint, one after the other."""
+        parts = {name: self.sections[name] for name in settings.sections}
+        if settings.model_name_or_path is not None and self.of_checkpoint is not None:
+            parts = {"checkpoint": self.of_checkpoint}
+        for name, section in parts.items():
+            for table in section(settings):
+                table.section = name
+                yield table
 
 
 def load_benchmarks() -> dict[str, Benchmark]:
-    """Import every module of `MODULES`, which fills the registry."""
-    for module in MODULES:
-        importlib.import_module(module)
-    return BENCHMARKS
+    """Import every module of `MODULES` and return its benchmark by its name."""
+    benchmarks = [importlib.import_module(module).BENCHMARK for module in MODULES]
+    return {benchmark.name: benchmark for benchmark in benchmarks}

@@ -10,18 +10,16 @@ A run writes `<output_dir>/<benchmark>.json`, or `<benchmark>-<sections>.json` f
 import argparse
 import math
 import os
-import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from measure import environment
 from registry import Benchmark, Settings, load_benchmarks
+from report import write_results
 
-from modeling_snn_bert.atomic_writes import write_json
 
-
-def parse_args(benchmarks: dict[str, Benchmark]) -> argparse.Namespace:
+def parse_args(benchmarks: dict[str, Benchmark], arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "names",
@@ -44,12 +42,20 @@ def parse_args(benchmarks: dict[str, Benchmark]) -> argparse.Namespace:
         help="memory bandwidth for the floors of `gpu`, TB/s (default: 4.8, the nominal figure of an H200)",
     )
     parser.add_argument("--lengths", nargs="+", type=int, default=[], help="of `gpu`: only shapes of such a length")
-    args = parser.parse_args()
-    for name in ("threads", "repeats"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name} must be >= 1, got {getattr(args, name)}")
+    inference = parser.add_argument_group("of `inference`")
+    inference.add_argument("--model_name_or_path", help="an SNN-BERT: folder or Hub id, measured at its own rates")
+    inference.add_argument("--rates", nargs="+", type=float, default=[], help="firing rates (default: 0.05 to 0.3)")
+    inference.add_argument("--batch_sizes", nargs="+", type=int, default=[], help="(default: 1, 8, 32)")
+    inference.add_argument("--no_memory", action="store_true", help="leave out the peaks of memory")
+    args = parser.parse_args(arguments)
+    for name in ("threads", "repeats", "batch_sizes"):
+        value = getattr(args, name)
+        if min([value] if isinstance(value, int) else value or [1]) < 1:
+            parser.error(f"--{name} must be >= 1, got {value}")
     if not 0 < args.bandwidth < math.inf:
         parser.error(f"--bandwidth must be positive and finite, got {args.bandwidth}")
+    if not all(0 < rate < 1 for rate in args.rates):
+        parser.error(f"--rates must lie in (0, 1), got {args.rates}")
     unknown = [name for name in args.names if name not in benchmarks]
     if unknown:
         parser.error(f"no benchmark is named {', '.join(unknown)}; there are {', '.join(sorted(benchmarks))}")
@@ -68,13 +74,13 @@ def parse_args(benchmarks: dict[str, Benchmark]) -> argparse.Namespace:
     return args
 
 
-def choose(chosen: list[str], available: tuple[str, ...]) -> tuple[str, ...]:
+def choose(chosen: list[str], available: Iterable[str]) -> tuple[str, ...]:
     """Those of `available` that are chosen, in their own order; all of them if the choice is empty."""
     return tuple(name for name in available if not chosen or name in chosen)
 
 
-def run_benchmark(benchmark: Benchmark, args: argparse.Namespace) -> Path:
-    """Run it, print its tables as they come, and return the path of the JSON file."""
+def run_benchmark(benchmark: Benchmark, args: argparse.Namespace) -> None:
+    """Run it, print its tables as they come, and write the JSON file."""
     settings = Settings(
         sections=choose(args.sections, benchmark.sections),
         subjects=choose(args.subjects, benchmark.subjects),
@@ -84,6 +90,10 @@ def run_benchmark(benchmark: Benchmark, args: argparse.Namespace) -> Path:
         seed=args.seed,
         bandwidth=1e12 * args.bandwidth,
         lengths=tuple(args.lengths),
+        rates=tuple(args.rates),
+        batch_sizes=tuple(args.batch_sizes),
+        memory=not (args.no_memory or args.quick),
+        model_name_or_path=args.model_name_or_path,
     )
     started = time.perf_counter()
     tables = []
@@ -91,23 +101,14 @@ def run_benchmark(benchmark: Benchmark, args: argparse.Namespace) -> Path:
     for table in benchmark.run(settings):
         tables.append(table)
         print(table.markdown(), flush=True)
-    result = {
-        "benchmark": benchmark.name,
-        "command": " ".join(["python", "benchmarks/run.py", *sys.argv[1:]]),
-        "environment": environment(args.threads, args.seed),
-        "settings": vars(settings),
-        "seconds": time.perf_counter() - started,
-        "tables": [table.to_dict() for table in tables],
-    }
-    part = settings.sections if settings.sections != benchmark.sections else ()
+    part = settings.sections if settings.sections != tuple(benchmark.sections) else ()
     path = args.output_dir / f"{'-'.join([benchmark.name, *part])}.json"
-    write_json(path, result, allow_nan=False)
-    return path
+    write_results(path, vars(settings), tables, seconds=time.perf_counter() - started)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     benchmarks = load_benchmarks()
-    args = parse_args(benchmarks)
+    args = parse_args(benchmarks, arguments)
     if args.list:
         for name, entry in benchmarks.items():
             print(f"{name}: {entry.description}")
@@ -116,8 +117,7 @@ def main() -> None:
         return
     torch.set_num_threads(args.threads)
     for name in args.names:
-        path = run_benchmark(benchmarks[name], args)
-        print(f"written to {path}\n", flush=True)
+        run_benchmark(benchmarks[name], args)
 
 
 if __name__ == "__main__":

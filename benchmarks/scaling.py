@@ -121,7 +121,6 @@ def scaling_table(config: SNNBertConfig, speed: Speed, args: argparse.Namespace)
     activations = per_step * (sizes.activation_bytes + sizes.logit_bytes)
     state = STATE_BYTES * sizes.parameters
     table = Table(
-        "scaling",
         f"{sizes.parameters / 1e6:.1f} M parameters, {speed.batch_size} x {speed.length} tokens a device and step, "
         f"{speed.tokens_per_second:,.0f} tokens/s a device ({'measured' if speed.measured else 'assumed*'})",
         {

@@ -10,7 +10,6 @@ to that text by itself; one that is lost, late or another text's ends the progra
 
 import argparse
 import asyncio
-import json
 import os
 import re
 import statistics
@@ -22,12 +21,11 @@ from typing import Any
 
 import httpx
 import torch
-from measure import environment
+from report import Table, write_results
 
 from modeling_snn_bert.commands.classifier import TextClassifier
 from modeling_snn_bert.commands.common import load_classifier
 from modeling_snn_bert.commands.predict import predict_all
-from modeling_snn_bert.energy.tables import markdown_table
 from modeling_snn_bert.event_kernels import WEIGHT_TYPES
 from modeling_snn_bert.text_files import read_texts
 
@@ -79,28 +77,28 @@ def main(arguments: list[str] | None = None) -> None:
                     rows.append(asyncio.run(under_load(address[0], texts, expected, count, size)))
         finally:
             server.terminate()
-    header = ("", "texts a second", "of the batches' (as they come)", "median, ms", "p95, ms")
-    base = rows[1]["texts_per_second"]
-    cells = [
-        (
-            row["what"],
-            f"{row['texts_per_second']:.1f}",
-            f"{row['texts_per_second'] / base:.2f}",
-            *(f"{1000 * row[name]:.1f}" if name in row else "" for name in ("median", "p95")),
-        )
-        for row in rows
-    ]
-    print("\n".join(markdown_table(header, cells)))
+    for row in rows:
+        row["of_batches"] = row["texts_per_second"] / rows[1]["texts_per_second"]
     lengths = [len(classifier.tokenizer(text)["input_ids"]) for text in texts]
-    print(
-        f"{len(texts)} texts of {statistics.mean(lengths):.1f} tokens on average, batches of at most "
-        f"{args.batch_size}, {args.weight_dtype} weights, {args.threads} threads; all answers came, the "
-        f"probabilities within {max(row.get('largest_difference', 0.0) for row in rows):.1e} of a text by itself"
+    table = Table(
+        "Texts a second, served and in batches",
+        {
+            "what": "",
+            "texts_per_second": "texts a second",
+            "of_batches": "of the batches' (as they come)",
+            "median_milliseconds": "median, ms",
+            "p95_milliseconds": "p95, ms",
+        },
+        rows,
+        [
+            f"{len(texts)} texts of {statistics.mean(lengths):.1f} tokens on average, batches of at most "
+            f"{args.batch_size}, {args.weight_dtype} weights, {args.threads} threads; all answers came, the "
+            f"probabilities within {max(row.get('largest_difference', 0.0) for row in rows):.1e} of a text by itself"
+        ],
     )
+    print(table.markdown())
     if args.output_file is not None:
-        args.output_file.parent.mkdir(parents=True, exist_ok=True)
-        results = {"rows": rows, "environment": environment(args.threads, 0)}
-        args.output_file.write_text(json.dumps(results, indent=2), encoding="utf-8")
+        write_results(args.output_file, args, [table])
 
 
 async def under_load(
@@ -135,14 +133,15 @@ async def under_load(
         seconds = time.perf_counter() - begun
     if answered != len(texts):
         raise SystemExit(f"{len(texts) - answered} texts got no answer")
+    p95 = statistics.quantiles(latencies, n=20, method="inclusive")[-1] if len(latencies) > 1 else latencies[0]
     return {
         "what": f"served, {clients} clients, {texts_per_request} texts a request",
         "clients": clients,
         "texts_per_request": texts_per_request,
         "texts_per_second": len(texts) / seconds,
         "largest_difference": largest,
-        "median": statistics.median(latencies),
-        "p95": statistics.quantiles(latencies, n=20, method="inclusive")[-1] if len(latencies) > 1 else latencies[0],
+        "median_milliseconds": 1000 * statistics.median(latencies),
+        "p95_milliseconds": 1000 * p95,
     }
 
 

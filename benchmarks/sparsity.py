@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import check_firing_rate, environment, interleaved_seconds, spread
-from registry import Settings, benchmark
-from report import Table
+from measure import check_firing_rate, interleaved_seconds, spread
+from registry import Benchmark, Settings
+from report import Table, write_results
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForSequenceClassification,
@@ -38,7 +38,6 @@ from transformers import (
     PreTrainedModel,
 )
 
-from modeling_snn_bert.atomic_writes import write_json
 from modeling_snn_bert.batches import RowBatches
 from modeling_snn_bert.energy import energy_report
 from modeling_snn_bert.energy.plots import import_pyplot, save_figure
@@ -98,18 +97,17 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-@benchmark("sparsity", sections=("film_reviews",), subjects=TARGETS, repeats=5)
-def sparsity(settings: Settings) -> Iterator[Table]:
-    """Accuracy, energy and speed of models that were trained with a target of the firing rate."""
-    arguments = ["--targets", *settings.subjects, "--threads", str(settings.threads), "--seed", str(settings.seed)]
-    arguments += ["--repeats", str(settings.repeats)]
+def film_reviews(settings: Settings) -> Iterator[Table]:
+    """What the command does with the default data; the picture goes beside its others."""
+    arguments = ["--targets", *settings.subjects]
+    for name in ("threads", "seed", "repeats"):
+        arguments += [f"--{name}", str(getattr(settings, name))]
     with tempfile.TemporaryDirectory() as folder:
         if settings.quick:
             arguments += ["--distillation_steps", "1", "--steps", "1", "--batch_size", "4"]
             arguments += tiny_inputs(Path(folder))
         args = parse_args(arguments)
         table = measure(args)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     draw(table, args.output_dir / "sparsity.png")
     yield table
 
@@ -158,7 +156,6 @@ def measure(args: argparse.Namespace) -> Table:
     truth = torch.tensor(data["validation"]["labels"])
     majority = truth.bincount().max().item() / len(truth)
     table = Table(
-        "film_reviews" if args.train_file is None else "own_data",
         f"Accuracy against energy and speed, {len(data['validation']):,} held-out sentences, {args.distillation_steps} "
         f"steps of distillation and {args.steps} of fine-tuning of {args.batch_size} sentences, seed {args.seed}",
         {
@@ -275,22 +272,22 @@ def draw(table: Table, path: Path) -> None:
     save_figure(figure, path)
 
 
+BENCHMARK = Benchmark(
+    "sparsity",
+    "Accuracy, energy and speed of models that were trained with a target of the firing rate.",
+    {"film_reviews": film_reviews},
+    TARGETS,
+    repeats=5,
+)
+
+
 def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
     table = measure(args)
     print(table.markdown())
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    result = {
-        "benchmark": "sparsity",
-        "command": " ".join(["python", "benchmarks/sparsity.py", *sys.argv[1:]]),
-        "environment": environment(args.threads, args.seed),
-        "settings": settings,
-        "tables": [table.to_dict()],
-    }
-    write_json(args.output_dir / "sparsity.json", result, allow_nan=False)
     draw(table, args.output_dir / "sparsity.png")
-    print(f"written to {args.output_dir}: sparsity.json, sparsity.png")
+    write_results(args.output_dir / "sparsity.json", args, [table])
 
 
 if __name__ == "__main__":

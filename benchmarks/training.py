@@ -10,24 +10,25 @@ hold above them: what is saved for the backward pass, and what comes and goes.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from measure import (
-    check_firing_rate,
     in_fresh_process,
     interleaved_seconds,
+    mean_firing_rate,
     peak_allocated_bytes,
     peak_resident_bytes,
     physical_memory,
     ratio,
+    speeds,
     spread,
     without_kernels,
 )
-from registry import Settings, benchmark
+from registry import Benchmark, Settings
 from report import Table
 from torch import nn
 from torch.profiler import ProfilerActivity
@@ -58,6 +59,8 @@ MAIN = ("snn_bert", BASELINE, "bert")
 PAIR = ("snn_bert", "bert")
 MASKED_LM = "masked LM"
 VARIANTS = ("plain", "gradient checkpointing", "bfloat16 autocast", "torch.compile", MASKED_LM)
+# A subject whose name ends so is compiled, whatever the variant.
+COMPILED = " compiled"
 
 
 class Shape(NamedTuple):
@@ -80,7 +83,7 @@ QUICK = Shape(2, 48, 96, 4, 2, 16, 200)
 
 def model_config(subject: str, shape: Shape) -> PreTrainedConfig:
     """The configuration of a subject at a shape."""
-    return SUBJECTS[subject](
+    return SUBJECTS[subject.removesuffix(COMPILED)](
         vocab_size=shape.vocab_size,
         hidden_size=shape.hidden_size,
         num_hidden_layers=shape.num_layers,
@@ -120,42 +123,44 @@ class MaskedLM(nn.Module):
         return self.model(input_ids=input_ids, labels=labels).loss
 
 
-def masked_labels(input_ids: torch.Tensor) -> torch.Tensor:
-    """Labels of a masked LM: a random 15% of the tokens."""
-    return input_ids.masked_fill(torch.rand(input_ids.shape, device=input_ids.device) >= 0.15, -100)
+def compiled(network: nn.Module) -> Callable[..., Any]:
+    """`network` by `torch.compile`, which forgets what it compiled before."""
+    torch.compiler.reset()
+    return torch.compile(network)
 
 
 class TrainingStep:
-    """A call is one step of `subject` at `shape`, in one of the `VARIANTS`."""
+    """A call is one step of `subject` at `shape`, in one of the `VARIANTS`; on a GPU in bfloat16 autocast always."""
 
-    def __init__(self, subject: str, shape: Shape, variant: str, seed: int) -> None:
+    def __init__(self, subject: str, shape: Shape, variant: str, seed: int, device: str = "cpu") -> None:
         torch.manual_seed(seed)
-        self.subject = subject
+        self.subject, self.device = subject, device
         config = model_config(subject, shape)
         self.network: Classifier | MaskedLM = MaskedLM(config) if variant == MASKED_LM else Classifier(config)
-        self.network.train()
+        self.network.to(device).train()
         self.model: Callable[..., torch.Tensor] = self.network
         if variant == "gradient checkpointing":
             self.network.encoder.gradient_checkpointing_enable()
-        elif variant == "torch.compile":
-            torch.compiler.reset()
-            self.model = torch.compile(self.network)
-        self.autocast = variant == "bfloat16 autocast"
+        elif variant == "torch.compile" or subject.endswith(COMPILED):
+            self.model = compiled(self.network)
+        self.autocast = variant == "bfloat16 autocast" or device == "cuda"
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=LEARNING_RATE, fused=True)
-        self.input_ids = torch.randint(shape.vocab_size, (shape.batch_size, shape.length))
-        self.labels = torch.randint(2, (shape.batch_size,))
+        self.input_ids = torch.randint(shape.vocab_size, (shape.batch_size, shape.length), device=device)
+        self.labels = torch.randint(2, (shape.batch_size,), device=device)
         if variant == MASKED_LM:
-            self.labels = masked_labels(self.input_ids)
+            # A random 15% of the tokens.
+            self.labels = self.input_ids.masked_fill(torch.rand(self.input_ids.shape, device=device) >= 0.15, -100)
 
     def __call__(self) -> None:
-        self.optimizer.zero_grad()
+        # On a GPU the peak of a whole step is measured, above the gradients that are there and stay.
+        self.optimizer.zero_grad(set_to_none=self.device != "cuda")
         self.forward_backward()
         self.optimizer.step()
 
     def forward_backward(self) -> None:
         """Forward, loss and backward, on top of the gradients that are there."""
         with without_kernels() if self.subject == TORCH_ONLY else nullcontext():
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+            with torch.autocast(self.device, torch.bfloat16, enabled=self.autocast):
                 loss = self.model(self.input_ids, self.labels)
             loss.backward()
 
@@ -166,16 +171,9 @@ class TrainingStep:
         tensors = parameters + [p.grad for p in parameters if p.grad is not None] + states
         return sum(tensor.nbytes for tensor in tensors)
 
-    @torch.no_grad()
     def firing_rate(self) -> float | None:
         """Mean firing rate of all neuron layers on the batch, `None` for BERT; an error if one is dead or saturated."""
-        encoder = self.network.encoder
-        if not hasattr(encoder, "neuron_names"):
-            return None
-        rates = encoder(input_ids=self.input_ids, output_firing_rates=True).firing_rates
-        for name, rate in zip(encoder.neuron_names(), rates, strict=True):
-            check_firing_rate(f"{self.subject}'s {name}", rate.mean().item())
-        return sum(rate.mean().item() for rate in rates) / len(rates)
+        return mean_firing_rate(self.network.encoder, {"input_ids": self.input_ids})
 
 
 def measure_memory(subject: str, variant: str, seed: int, shapes: list[Shape]) -> list[dict[str, Any]]:
@@ -199,9 +197,12 @@ def measure_memory(subject: str, variant: str, seed: int, shapes: list[Shape]) -
     return results
 
 
-def small_shape(settings: Settings) -> Shape:
-    """6 x 384."""
-    return QUICK if settings.quick else Shape()
+Sized = Callable[[Settings, tuple[str, ...]], tuple[Shape, list[str]]]
+
+
+def small_shape(settings: Settings, subjects: tuple[str, ...] = ()) -> tuple[Shape, list[str]]:
+    """6 x 384, and no notes."""
+    return QUICK if settings.quick else Shape(), []
 
 
 def large_shape(settings: Settings, subjects: tuple[str, ...]) -> tuple[Shape, list[str]]:
@@ -224,35 +225,28 @@ def among(settings: Settings, wanted: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name for name in settings.subjects if name in wanted) or settings.subjects
 
 
-def step_384(settings: Settings) -> Iterator[Table]:
-    """Time of a step, 6 x 384."""
-    shape = small_shape(settings)
-    yield time_table("step_384", f"Training step, {shape}", settings, settings.subjects, shape)
+def one_table(
+    table: Callable[..., Table], sized: Sized, wanted: tuple[str, ...], settings: Settings, variant: str = "plain"
+) -> Iterator[Table]:
+    """`time_table` or `memory_table` of the wanted subjects at a size."""
+    subjects = among(settings, wanted)
+    yield table(settings, subjects, *sized(settings, subjects), variant)
 
 
-def step_768(settings: Settings) -> Iterator[Table]:
-    """Time of a step, 12 x 768."""
-    subjects = among(settings, (*MAIN, TORCH_ONLY))
-    shape, notes = large_shape(settings, subjects)
-    yield time_table("step_768", f"Training step, {shape}", settings, subjects, shape, notes=notes)
+def described(what: str, variant: str, shape: Shape) -> str:
+    """The title of a table."""
+    return ", ".join([what, *([variant] if variant != "plain" else []), str(shape)])
 
 
 def time_table(
-    section: str,
-    title: str,
-    settings: Settings,
-    subjects: tuple[str, ...],
-    shape: Shape,
-    variant: str = "plain",
-    notes: Iterable[str] = (),
+    settings: Settings, subjects: tuple[str, ...], shape: Shape, notes: list[str], variant: str = "plain"
 ) -> Table:
     """Time of each subject's step, and its ratios to the first one's."""
     steps = {name: TrainingStep(name, shape, variant, settings.seed) for name in subjects}
     samples = interleaved_seconds(steps, settings.repeats)
     reference = subjects[0]
-    table = Table(
-        section,
-        title,
+    return Table(
+        described("Training step", variant, shape),
         {
             "subject": "model",
             "milliseconds": "ms",
@@ -260,60 +254,23 @@ def time_table(
             "reference_over_subject": f"{reference} / model",
             "firing_rate": "firing rate",
         },
-        notes=["Medians of interleaved rounds (quartiles); ratios are taken round by round.", *notes],
+        [
+            {
+                "subject": name,
+                "variant": variant,
+                "shape": shape._asdict(),
+                **speeds(samples, name, reference),
+                "subject_over_reference": ratio(samples, name, reference),
+                "firing_rate": call.firing_rate(),
+            }
+            for name, call in steps.items()
+        ],
+        ["Medians of interleaved rounds (quartiles); ratios are taken round by round.", *notes],
     )
-    for name, call in steps.items():
-        row = {
-            "subject": name,
-            "variant": variant,
-            "shape": shape._asdict(),
-            "milliseconds": spread(samples[name], 1e3),
-            "subject_over_reference": ratio(samples, name, reference),
-            "reference_over_subject": ratio(samples, reference, name),
-            "firing_rate": call.firing_rate(),
-        }
-        table.rows.append(row)
-    return table
-
-
-def step_mlm_384(settings: Settings) -> Iterator[Table]:
-    """Time of a step of masked language modelling, 6 x 384."""
-    shape = small_shape(settings)
-    title = f"Training step, masked LM, {shape}"
-    yield time_table("step_mlm_384", title, settings, among(settings, PAIR), shape, MASKED_LM)
-
-
-def step_mlm_768(settings: Settings) -> Iterator[Table]:
-    """Time of a step of masked language modelling, 12 x 768."""
-    subjects = among(settings, PAIR)
-    shape, notes = large_shape(settings, subjects)
-    title = f"Training step, masked LM, {shape}"
-    yield time_table("step_mlm_768", title, settings, subjects, shape, MASKED_LM, notes)
-
-
-def memory_384(settings: Settings) -> Iterator[Table]:
-    """Peak memory of a step, 6 x 384."""
-    shape = small_shape(settings)
-    title = f"Peak memory of forward + backward, {shape}"
-    yield memory_table("memory_384", title, settings, among(settings, MAIN), shape)
-
-
-def memory_768(settings: Settings) -> Iterator[Table]:
-    """Peak memory of a step, 12 x 768."""
-    subjects = among(settings, MAIN)
-    shape, notes = large_shape(settings, subjects)
-    title = f"Peak memory of forward + backward, {shape}"
-    yield memory_table("memory_768", title, settings, subjects, shape, notes=notes)
 
 
 def memory_table(
-    section: str,
-    title: str,
-    settings: Settings,
-    subjects: tuple[str, ...],
-    shape: Shape,
-    variant: str = "plain",
-    notes: Iterable[str] = (),
+    settings: Settings, subjects: tuple[str, ...], shape: Shape, notes: list[str], variant: str = "plain"
 ) -> Table:
     """Peaks of each subject, and the ratios of the exact ones to the first subject's."""
     measured = {
@@ -322,8 +279,7 @@ def memory_table(
     }
     reference = subjects[0]
     table = Table(
-        section,
-        title,
+        described("Peak memory of forward + backward", variant, shape),
         {
             "subject": "model",
             "mebibytes": "peak above state, MiB",
@@ -349,38 +305,20 @@ def memory_table(
     return table
 
 
-def checkpointing(settings: Settings) -> Iterator[Table]:
-    """Time and memory with gradient checkpointing."""
-    yield from variant_tables("checkpointing", settings, "gradient checkpointing")
-
-
-def autocast(settings: Settings) -> Iterator[Table]:
-    """Time and memory with bfloat16 autocast."""
-    yield from variant_tables("autocast", settings, "bfloat16 autocast")
-
-
-def compiled(settings: Settings) -> Iterator[Table]:
-    """Time and memory with torch.compile."""
-    problem = compile_problem()
-    if problem:
-        note = f"Not measured, torch.compile does not work here: {problem}"
-        yield Table("compile", "torch.compile", {"problem": "problem"}, [{"problem": problem}], [note])
-    else:
-        yield from variant_tables("compile", settings, "torch.compile")
-
-
-def variant_tables(section: str, settings: Settings, variant: str) -> Iterator[Table]:
+def plain_and(variant: str, settings: Settings) -> Iterator[Table]:
     """Time and memory, plain and in `variant`, at a quarter of the batch to save time."""
-    shape = small_shape(settings)
+    if variant == "torch.compile" and (problem := compile_problem()):
+        note = f"Not measured, torch.compile does not work here: {problem}"
+        yield Table("torch.compile", {"problem": "problem"}, [{"problem": problem}], [note])
+        return
+    shape, notes = small_shape(settings)
     shape = shape._replace(batch_size=math.ceil(shape.batch_size / 4))
     if variant == "torch.compile":
         # Compiling takes minutes a layer, and every layer compiles to the same.
         shape = shape._replace(num_layers=1)
     for name in ("plain", variant):
-        title = f"{name}, {shape}"
-        yield time_table(section, f"Training step, {title}", settings, among(settings, MAIN), shape, name)
-        title = f"Peak memory of forward + backward, {title}"
-        yield memory_table(section, title, settings, among(settings, MAIN), shape, name)
+        yield time_table(settings, among(settings, MAIN), shape, notes, name)
+        yield memory_table(settings, among(settings, MAIN), shape, notes, name)
 
 
 def compile_problem() -> str | None:
@@ -418,7 +356,7 @@ def growth(settings: Settings) -> Iterator[Table]:
                 f"time_over_{name}": f"time, {subjects[0]} / {name}",
                 f"memory_over_{name}": f"memory, {subjects[0]} / {name}",
             }
-        table = Table("growth", f"Growth with {key.replace('_', ' ')}, otherwise {base}", columns)
+        table = Table(f"Growth with {key.replace('_', ' ')}, otherwise {base}", columns)
         for size in sizes:
             shape = base._replace(**{key: size})
             index = shapes.index(shape)
@@ -435,7 +373,7 @@ def growth(settings: Settings) -> Iterator[Table]:
 
 def profile(settings: Settings) -> Iterator[Table]:
     """Where the time of a step goes, by operator."""
-    shape = small_shape(settings)
+    shape, _ = small_shape(settings)
     for name in among(settings, PAIR):
         training_step = TrainingStep(name, shape, "plain", settings.seed)
         training_step()
@@ -443,39 +381,37 @@ def profile(settings: Settings) -> Iterator[Table]:
             training_step()
         operators = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
         total = sum(event.self_cpu_time_total for event in operators)
-        table = Table(
-            "profile",
+        yield Table(
             f"Operators of a training step by their own time: {name}, {shape}",
             {"operator": "operator", "calls": "calls", "milliseconds": "ms", "share": "share"},
+            [
+                {
+                    "operator": event.key,
+                    "calls": event.count,
+                    "milliseconds": event.self_cpu_time_total / 1e3,
+                    "share": event.self_cpu_time_total / total,
+                }
+                for event in operators[:12]
+            ],
         )
-        for event in operators[:12]:
-            row = {
-                "operator": event.key,
-                "calls": event.count,
-                "milliseconds": event.self_cpu_time_total / 1e3,
-                "share": event.self_cpu_time_total / total,
-            }
-            table.rows.append(row)
-        yield table
 
 
-SECTIONS = {
-    "step_384": step_384,
-    "step_768": step_768,
-    "step_mlm_384": step_mlm_384,
-    "step_mlm_768": step_mlm_768,
-    "memory_384": memory_384,
-    "memory_768": memory_768,
-    "checkpointing": checkpointing,
-    "autocast": autocast,
-    "compile": compiled,
-    "growth": growth,
-    "profile": profile,
-}
-
-
-@benchmark("training", sections=tuple(SECTIONS), subjects=tuple(SUBJECTS), repeats=3)
-def training(settings: Settings) -> Iterator[Table]:
-    """Time and peak memory of a training step: SNN-BERT, the repeat-4 LIF baseline, transformers' BERT."""
-    for section in settings.sections:
-        yield from SECTIONS[section](settings)
+BENCHMARK = Benchmark(
+    "training",
+    "Time and peak memory of a training step: SNN-BERT, the repeat-4 LIF baseline, transformers' BERT.",
+    {
+        "step_384": partial(one_table, time_table, small_shape, tuple(SUBJECTS)),
+        "step_768": partial(one_table, time_table, large_shape, (*MAIN, TORCH_ONLY)),
+        "step_mlm_384": partial(one_table, time_table, small_shape, PAIR, variant=MASKED_LM),
+        "step_mlm_768": partial(one_table, time_table, large_shape, PAIR, variant=MASKED_LM),
+        "memory_384": partial(one_table, memory_table, small_shape, MAIN),
+        "memory_768": partial(one_table, memory_table, large_shape, MAIN),
+        "checkpointing": partial(plain_and, "gradient checkpointing"),
+        "autocast": partial(plain_and, "bfloat16 autocast"),
+        "compile": partial(plain_and, "torch.compile"),
+        "growth": growth,
+        "profile": profile,
+    },
+    tuple(SUBJECTS),
+    repeats=3,
+)

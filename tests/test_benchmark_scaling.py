@@ -184,7 +184,7 @@ def test_the_benchmark_writes_what_is_read(tmp_path):
     assert 0 < (step.labels != -100).float().mean() < 0.5
     step()
     assert 0 < step.firing_rate() < 1
-    (table,) = training.step_mlm_384(
+    (table,) = training.BENCHMARK.sections["step_mlm_384"](
         Settings(sections=(), subjects=("snn_bert", "bert"), quick=True, threads=1, repeats=2, seed=0)
     )
     result = {"benchmark": "training", "environment": {"cpu": "x", "threads": 1}, "settings": {"quick": False}}

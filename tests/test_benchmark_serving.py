@@ -34,11 +34,12 @@ def test_serving(serving, arguments, tmp_path, capsys):
     options = ["--clients", "1", "4", "--texts_per_request", "1", "3", "--batch_size", "4", "--threads", "1"]
     serving.main([*arguments, *options, "--output_file", str(out)])
     results = json.loads(out.read_text())
-    assert len(results["rows"]) == 2 + 4 and results["environment"]["threads"] == 1
+    [table] = results["tables"]
+    assert len(table["rows"]) == 2 + 4 and results["environment"]["threads"] == 1
     printed = capsys.readouterr().out
-    assert all(row["texts_per_second"] > 0 and row["what"] in printed for row in results["rows"])
+    assert all(row["texts_per_second"] > 0 and row["what"] in printed for row in table["rows"])
     assert "30 texts" in printed and "all answers came" in printed
-    assert all(0 < row["median"] <= row["p95"] for row in results["rows"][2:])
+    assert all(0 < row["median_milliseconds"] <= row["p95_milliseconds"] for row in table["rows"][2:])
 
 
 @pytest.mark.parametrize(
