@@ -44,7 +44,7 @@ from measure import (
 from report import Table, write_results
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import InputModule, Pooling, StaticEmbedding
-from transformers import AutoTokenizer, BertModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, BertModel, PreTrainedTokenizerBase
 
 from modeling_snn_bert import SNNBertModel
 from modeling_snn_bert.atomic_writes import folder_written_whole, write_json
@@ -148,7 +148,7 @@ def export(sources: Sources, folder: str) -> Path:
 
 def save_tokenizer(sources: Sources, target: Path) -> None:
     """Write the BERT's tokenizer, which cuts texts at what the BERT can take, and its width."""
-    config = BertModel.config_class.from_pretrained(sources.bert)
+    config = AutoConfig.from_pretrained(sources.bert)
     tokenizer = AutoTokenizer.from_pretrained(sources.bert)
     tokenizer.model_max_length = min(tokenizer.model_max_length, config.max_position_embeddings)
     tokenizer.save_pretrained(target)
@@ -181,7 +181,7 @@ def load_openvino(folder: Path, threads: int) -> SentenceTransformer:
 
 
 def with_mean(folder: Path, run: Callable[[dict[str, Any]], Any]) -> SentenceTransformer:
-    width = BertModel.config_class.from_pretrained(folder).hidden_size
+    width = AutoConfig.from_pretrained(folder).hidden_size
     return SentenceTransformer(modules=[RuntimeTransformer(folder, run), Pooling(width, "mean")], device="cpu")
 
 
@@ -388,15 +388,10 @@ def find_sources(args: argparse.Namespace, calibration: list[str]) -> Sources:
 def check_shapes(sources: Sources) -> None:
     """An end with a message unless BERT and SNN-BERT have the same shape, which the energy report takes for given."""
     names = "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size".split()
-    shapes = [
-        {name: getattr(config, name) for name in names}
-        for config in (
-            BertModel.config_class.from_pretrained(sources.bert),
-            SNNBertModel.config_class.from_pretrained(sources.snn_bert),
-        )
-    ]
-    if shapes[0] != shapes[1]:
-        raise SystemExit(f"--bert and --snn_bert must have the same shape, got {shapes[0]} and {shapes[1]}")
+    configs = [AutoConfig.from_pretrained(folder) for folder in (sources.bert, sources.snn_bert)]
+    bert, snn_bert = ({name: getattr(config, name) for name in names} for config in configs)
+    if bert != snn_bert:
+        raise SystemExit(f"--bert and --snn_bert must have the same shape, got {bert} and {snn_bert}")
 
 
 def missing(name: str) -> str | None:

@@ -35,6 +35,7 @@ from transformers import (
     BertModel,
     BertTokenizer,
     DataCollatorWithPadding,
+    HfArgumentParser,
     PreTrainedModel,
 )
 
@@ -42,7 +43,7 @@ from modeling_snn_bert.batches import RowBatches
 from modeling_snn_bert.energy import energy_report
 from modeling_snn_bert.energy.plots import import_pyplot, save_figure
 from modeling_snn_bert.event_driven import event_driven, round_products
-from modeling_snn_bert.fine_tuning import DISTILLATION_STEPS, finetune, make_student, teach
+from modeling_snn_bert.fine_tuning import DISTILLATION_STEPS, Recipe, finetune, make_student, teach
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 TARGETS = ("none", "0.2", "0.1", "0.05")
@@ -50,34 +51,22 @@ DEFAULT_OUTPUT = Path("outputs/benchmarks")
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = HfArgumentParser(Recipe, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", help="a BERT: folder or Hub id (default: all-MiniLM-L6-v2)")
     parser.add_argument("--train_file", help="csv, tsv or json file with training sentences and labels")
     parser.add_argument("--validation_file", help="the same for validation")
     parser.add_argument("--text_column", help="default: sentence or text, whichever there is")
     parser.add_argument("--label_column", default="label")
     parser.add_argument("--convert", action="store_true", help="convert the fine-tuned BERT, whichever it is")
-    parser.add_argument(
-        "--student_name_or_path",
-        help="start from this SNN-BERT, as from one that was distilled with a target",
-    )
+    parser.add_argument("--student_name_or_path", help="an SNN-BERT to start from, as one distilled with a target")
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), help="firing rates in (0, 1), or `none`")
     parser.add_argument("--firing_rate_weight", type=float, default=1.0)
-    parser.add_argument("--firing_rate", type=float, default=0.2, help="at calibration, where there is no target")
-    parser.add_argument(
-        "--distillation_steps", type=int, help="for each target (default: 130 for a BERT that is converted, else 0)"
-    )
     parser.add_argument("--steps", type=int, default=160, help="of fine-tuning, of the BERT and for each target")
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--learning_rate", type=float, default=5e-4, help="of the SNN-BERT")
-    parser.add_argument("--bert_learning_rate", type=float, default=5e-5)
-    parser.add_argument("--logit_weight", type=float, default=0.5, help="share of the BERT's logits in the loss")
     parser.add_argument("--max_length", type=int, default=64)
     parser.add_argument("--max_train_samples", type=int)
     parser.add_argument("--max_eval_samples", type=int)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=5, help="interleaved rounds of the timing")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", type=Path, default=DEFAULT_OUTPUT)
     args = parser.parse_args(arguments)
     if (args.train_file is None) != (args.validation_file is None):

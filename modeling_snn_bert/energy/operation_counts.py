@@ -77,6 +77,12 @@ class OperationCount:
         additions, multiplications = self.additions + self.macs, self.multiplications + self.macs
         return additions * self.arithmetic.addition + multiplications * self.arithmetic.multiplication
 
+    def add(self, other: "OperationCount | NeuronCost", times: float = 1.0) -> None:
+        """Add the operations of `other`, so many times."""
+        self.additions += times * other.additions
+        self.macs += times * other.macs
+        self.multiplications += times * other.multiplications
+
 
 @dataclasses.dataclass
 class NeuronCost:
@@ -142,9 +148,7 @@ class ModelCost:
         totals: dict[tuple[str, Arithmetic], OperationCount] = {}
         for row in self.rows:
             total = totals.setdefault((row.part, row.arithmetic), OperationCount(row.part, arithmetic=row.arithmetic))
-            total.additions += row.additions
-            total.macs += row.macs
-            total.multiplications += row.multiplications
+            total.add(row)
         return sorted(totals.values(), key=lambda total: not total.is_matrix_product)
 
 
@@ -177,34 +181,21 @@ def rival_costs(model: SNNBertPreTrainedModel, statistics: SpikeStatistics) -> l
         model: the SNN-BERT that `statistics` was measured on.
         statistics: from `measure_spikes`.
     """
-    config = model.config
-    own_rows = spiking_cost(model, statistics).rows
-    quantised = [
-        dataclasses.replace(row, arithmetic=INT8) if row.part in ("Linear", "biases") else row for row in own_rows
-    ]
-    threshold = [NeuronCost("threshold", additions=2 if config.spike_type == "ternary" else 1)]
-    bert_rows = bert_operations(config, statistics.lengths) + _read_out(model, statistics)
-    int8_rows = [
-        dataclasses.replace(row, arithmetic=INT8) if row.is_matrix_product or row.part == "biases" else row
-        for row in bert_rows
-    ]
-    spiking_memory = _memory_traffic(model, statistics, has_spikes=True)
+    threshold = [NeuronCost("threshold", additions=2 if model.config.spike_type == "ternary" else 1)]
+    bert_rows = bert_operations(model.config, statistics.lengths) + _read_out(model, statistics)
     one_bit_memory = _memory_traffic(model, statistics, has_spikes=True, steps=1)
     return [
         ModelCost(
             "SNN-BERT, int8 weights",
             "the same with 8-bit weights in the Linears, added up in 32-bit integers; all else float32",
-            quantised,
-            dataclasses.replace(
-                spiking_memory,
-                weight_bytes=_memory_traffic(model, statistics, has_spikes=True, weight_bytes=1).weight_bytes,
-            ),
+            _in_int8(spiking_cost(model, statistics).rows, ("Linear", "biases")),
+            _memory_traffic(model, statistics, has_spikes=True, weight_bytes=1),
         ),
         ModelCost("BERT, float32", "every product multiplies", bert_rows, _memory_traffic(model, statistics)),
         ModelCost(
             "BERT, int8",
             "matrix products in 8 bits with 32-bit accumulators; softmax, norms, GELU and read-out float32",
-            int8_rows,
+            _in_int8(bert_rows, (*MATRIX_PRODUCTS, "biases")),
             _memory_traffic(model, statistics, weight_bytes=1, activation_bytes=1),
         ),
         ModelCost(
@@ -220,6 +211,11 @@ def rival_costs(model: SNNBertPreTrainedModel, statistics: SpikeStatistics) -> l
             one_bit_memory,
         ),
     ]
+
+
+def _in_int8(rows: list[OperationCount], parts: tuple[str, ...]) -> list[OperationCount]:
+    """`rows` with those of `parts` in 8 bits."""
+    return [dataclasses.replace(row, arithmetic=INT8) if row.part in parts else row for row in rows]
 
 
 def neuron_costs(config: SNNBertConfig, statistics: SpikeStatistics) -> list[NeuronCost]:
@@ -313,17 +309,10 @@ def _operations(
         for place in PLACES:
             channels = getattr(config, place.width)
             spikes[place.neuron] = channels * lengths if all_inputs_active else measured[layer, place]
-            elements = channels * tokens
-            rows.append(
-                OperationCount(
-                    "neurons",
-                    place.neuron,
-                    layer,
-                    additions=sum(step.additions for step in neuron) * elements,
-                    macs=sum(step.macs for step in neuron) * elements,
-                    multiplications=sum(step.multiplications for step in neuron) * elements,
-                )
-            )
+            row = OperationCount("neurons", place.neuron, layer)
+            for step in neuron:
+                row.add(step, channels * tokens)
+            rows.append(row)
         for place in PLACES:
             for linear in place.linears:
                 additions = spikes[place.neuron].mean().item() * sizes[linear][1]
@@ -352,10 +341,9 @@ def _operations(
         rows.append(OperationCount("attention x V", "contexts", layer, additions=contexts))
         rows.append(affine)
         rows += _norms_and_sums(config, tokens, layer)
+    # Each time-step does all of it.
     for row in rows:
-        row.additions *= steps
-        row.macs *= steps
-        row.multiplications *= steps
+        row.add(row, steps - 1)
     rows += _embeddings(config, tokens)
     if steps > 1:
         rows.append(OperationCount("mean over time-steps", "encoder", additions=steps * width * tokens))

@@ -173,9 +173,7 @@ def operations_table(cost: ModelCost) -> list[str]:
     parts = cost.by_part()
     everything = OperationCount("all")
     for part in parts:
-        everything.additions += part.additions
-        everything.macs += part.macs
-        everything.multiplications += part.multiplications
+        everything.add(part)
     rows = [
         (
             row.part,
