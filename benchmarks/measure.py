@@ -19,12 +19,11 @@ from typing import Any, TypeVar
 from unittest import mock
 
 import torch
-import transformers
 from torch.profiler import ProfilerActivity
 from transformers import PreTrainedModel
 
 import modeling_snn_bert
-from modeling_snn_bert import cpu_kernels, event_driven
+from modeling_snn_bert import cpu_kernels, event_driven, seeds
 
 Result = TypeVar("Result")
 # A sample shorter than this is repeated inside one measurement, so that the clock and the scheduler matter less.
@@ -224,15 +223,11 @@ def _status_bytes(key: str) -> int:
 def environment(threads: int, seed: int) -> dict[str, Any]:
     """What the figures depend on: versions, processor, threads, seed, date."""
     return {
-        "snn_bert": modeling_snn_bert.__version__,
+        **seeds.environment(torch.device("cpu")),
         "snn_bert_sources": sources_digest(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
         "platform": platform.platform(),
-        "device": "cpu",
         "cpu": cpu_name(),
-        "cpu_level": modeling_snn_bert.cpu_kernels.cpu_level(),
+        "cpu_level": cpu_kernels.cpu_level(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cpu_count": os.cpu_count(),
         "memory_bytes": physical_memory(),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from report import Table
 
-MODULES = ("neuron", "training", "inference", "sparsity", "gpu")
+MODULES = ("neuron", "training", "inference", "gpu")
 
 
 @dataclass(frozen=True)

@@ -14,26 +14,19 @@ the dense model, and of the dense model with the same rounded weights. Writes sp
 
 import argparse
 import copy
-import csv
-import itertools
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from measure import check_firing_rate, interleaved_seconds, spread
-from registry import Benchmark, Settings
 from report import Table, write_results
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    BertConfig,
-    BertModel,
-    BertTokenizer,
     DataCollatorWithPadding,
     HfArgumentParser,
     PreTrainedModel,
@@ -43,14 +36,13 @@ from modeling_snn_bert.batches import RowBatches
 from modeling_snn_bert.energy import energy_report
 from modeling_snn_bert.energy.plots import import_pyplot, save_figure
 from modeling_snn_bert.event_driven import event_driven, round_products
-from modeling_snn_bert.fine_tuning import DISTILLATION_STEPS, Recipe, finetune, make_student, teach
+from modeling_snn_bert.fine_tuning import DISTILLATION_STEPS, Recipe, finetune, make_student, predictions, teach
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 TARGETS = ("none", "0.2", "0.1", "0.05")
-DEFAULT_OUTPUT = Path("outputs/benchmarks")
 
 
-def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+def parse_args() -> argparse.Namespace:
     parser = HfArgumentParser(Recipe, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", help="a BERT: folder or Hub id (default: all-MiniLM-L6-v2)")
     parser.add_argument("--train_file", help="csv, tsv or json file with training sentences and labels")
@@ -67,8 +59,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max_eval_samples", type=int)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=5, help="interleaved rounds of the timing")
-    parser.add_argument("--output_dir", type=Path, default=DEFAULT_OUTPUT)
-    args = parser.parse_args(arguments)
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/benchmarks"))
+    args = parser.parse_args()
     if (args.train_file is None) != (args.validation_file is None):
         parser.error("--train_file and --validation_file must be given together")
     if args.convert and args.student_name_or_path:
@@ -84,42 +76,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         if not valid:
             parser.error(f"--targets must be `none` or lie in (0, 1), got {target!r}")
     return args
-
-
-def film_reviews(settings: Settings) -> Iterator[Table]:
-    """What the command does with the default data; the picture goes beside its others."""
-    arguments = ["--targets", *settings.subjects]
-    for name in ("threads", "seed", "repeats"):
-        arguments += [f"--{name}", str(getattr(settings, name))]
-    with tempfile.TemporaryDirectory() as folder:
-        if settings.quick:
-            arguments += ["--distillation_steps", "1", "--steps", "1", "--batch_size", "4"]
-            arguments += tiny_inputs(Path(folder))
-        args = parse_args(arguments)
-        table = measure(args)
-    draw(table, args.output_dir / "sparsity.png")
-    yield table
-
-
-def tiny_inputs(folder: Path) -> list[str]:
-    """Arguments that name a small random BERT and a few made-up sentences, written to `folder`."""
-    words = "[PAD] [UNK] [CLS] [SEP] [MASK] the film was and good bad long short funny sad".split()
-    (folder / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
-    BertTokenizer(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
-    config = BertConfig(
-        vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
-    )
-    BertModel(config).save_pretrained(folder)
-    arguments = ["--model_name_or_path", str(folder)]
-    for split in ("train", "validation"):
-        path = folder / f"{split}.csv"
-        with open(path, "w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(("sentence", "label"))
-            for first, second in itertools.product(words[-6:], repeat=2):
-                writer.writerow((f"the film was {first} and {second}", "ab"[first == "good"]))
-        arguments += [f"--{split}_file", str(path)]
-    return arguments
 
 
 def measure(args: argparse.Namespace) -> Table:
@@ -180,8 +136,7 @@ def measure(args: argparse.Namespace) -> Table:
         model = make_student(bert, batches, rate or args.firing_rate, encoder)
         model.config.firing_rate_target, model.config.firing_rate_weight = rate, args.firing_rate_weight
         teach(accelerator, model, bert, batches, args.learning_rate, args.logit_weight, **stages)
-        model.eval()
-        wanted = labels_of(model, validation)
+        wanted, _ = predictions(model, validation)
         report = energy_report(model, validation, run_lengths=False)
         rates = report.firing_rates()
         mean = check_firing_rate(f"the model with target {target}", sum(rates.values()) / len(rates))
@@ -199,8 +154,8 @@ def measure(args: argparse.Namespace) -> Table:
         events = event_driven(copy.deepcopy(model))
         check_same(model, events, inputs)
         for weight_dtype in ("bfloat16", "int8"):
-            found = labels_of(event_driven(copy.deepcopy(model), weight_dtype), validation)
-            rounded = labels_of(round_products(copy.deepcopy(model), weight_dtype), validation)
+            found, _ = predictions(event_driven(copy.deepcopy(model), weight_dtype), validation)
+            rounded, _ = predictions(round_products(copy.deepcopy(model), weight_dtype), validation)
             row[f"accuracy_{weight_dtype}"] = (found == truth).float().mean().item()
             row[f"labels_changed_{weight_dtype}"] = (found != wanted).float().mean().item()
             row[f"labels_differ_{weight_dtype}"] = (found != rounded).float().mean().item()
@@ -217,12 +172,6 @@ def measure(args: argparse.Namespace) -> Table:
 def run(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """The logits."""
     return model(**inputs).logits
-
-
-def labels_of(model: PreTrainedModel, loader: DataLoader) -> torch.Tensor:
-    """The label that the model gives to each sentence."""
-    batches = ({name: x for name, x in batch.items() if name != "labels"} for batch in loader)
-    return torch.cat([run(model, batch).argmax(-1) for batch in batches])
 
 
 def check_same(model: PreTrainedModel, events: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> None:
@@ -259,15 +208,6 @@ def draw(table: Table, path: Path) -> None:
     panels[0].set_ylabel("accuracy, held-out sentences")
     figure.suptitle("Firing rate target (measured rate)", fontsize=11)
     save_figure(figure, path)
-
-
-BENCHMARK = Benchmark(
-    "sparsity",
-    "Accuracy, energy and speed of models that were trained with a target of the firing rate.",
-    {"film_reviews": film_reviews},
-    TARGETS,
-    repeats=5,
-)
 
 
 def main() -> None:

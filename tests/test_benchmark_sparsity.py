@@ -6,23 +6,31 @@ import sys
 from pathlib import Path
 
 import pytest
+from small_bert import bert_fixture
+from transformers import BertModel
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "sparsity.py"
+bert = bert_fixture(BertModel)
 
 
-def run(folder, script, *arguments):
-    command = [sys.executable, str(BENCHMARKS / script), *map(str, arguments)]
+def run(folder, *arguments):
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=folder)
 
 
 @pytest.mark.slow
-def test_quick_run(tmp_path):
-    subjects = ["none", "0.1"]
-    result = run(tmp_path, "run.py", "sparsity", "--quick", "--repeats", 2, "--threads", 1, "--subjects", *subjects)
+def test_a_short_run(tmp_path, bert, texts):
+    targets = ["none", "0.1"]
+    rows = [f'"{text}",{"ab"[i % 2]}' for i, text in enumerate(texts)] * 4
+    arguments = ["--model_name_or_path", bert, "--targets", *targets, "--repeats", 2, "--threads", 1]
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.csv").write_text("\n".join(["sentence,label", *rows]), encoding="utf-8")
+        arguments += [f"--{split}_file", tmp_path / f"{split}.csv"]
+    result = run(tmp_path, *arguments, "--distillation_steps", 1, "--steps", 1, "--batch_size", 4)
     assert result.returncode == 0, result.stderr
     folder = tmp_path / "outputs" / "benchmarks"
     (table,) = json.loads((folder / "sparsity.json").read_text())["tables"]
-    assert [row["target"] for row in table["rows"]] == subjects
+    assert [row["target"] for row in table["rows"]] == targets
     for row in table["rows"]:
         assert 0 < row["firing_rate"] < 1 and 0 <= row["accuracy"] <= 1
         assert 0 < row["matrix_product_microjoules"] < row["microjoules"]
@@ -45,5 +53,5 @@ def test_quick_run(tmp_path):
     ],
 )
 def test_bad_arguments(tmp_path, arguments, message):
-    result = run(tmp_path, "sparsity.py", *arguments)
+    result = run(tmp_path, *arguments)
     assert result.returncode == 2 and message in result.stderr

@@ -69,7 +69,7 @@ def test_results_name_what_they_depend_on(results, name):
     environment = results[name]["environment"]
     assert environment["torch"] == torch.__version__
     assert environment["transformers"] == transformers.__version__
-    assert environment["snn_bert"] == modeling_snn_bert.__version__
+    assert environment["snn-bert"] == modeling_snn_bert.__version__
     assert environment["threads"] == 1 and environment["seed"] == 0 and environment["device"] == "cpu"
     assert environment["cpu"] and environment["date"] and len(environment["snn_bert_sources"]) == 12
     assert results[name]["settings"]["repeats"] == 3 and results[name]["settings"]["quick"]
@@ -143,7 +143,7 @@ def test_list(main, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["neurons"], "no benchmark is named neurons; there are gpu, inference, neuron, sparsity, training"),
+        (["neurons"], "no benchmark is named neurons; there are gpu, inference, neuron, training"),
         (["neuron", "--sections", "step_384"], "--sections leaves nothing of neuron"),
         (["neuron", "--subjects", "bpsn", "robert"], "--subjects robert: there are"),
         (["--repeats", "0"], "--repeats must be >= 1, got 0"),
