@@ -24,8 +24,31 @@ MIN_LABELS, MAX_LABELS = 2, 1000
 NUMBER = re.compile(r"[+-]?\d+(\.\d*)?", re.ASCII)
 # Below it there is nothing to learn from, and nothing to hold out.
 MIN_ROWS = 10
+# Of labels that are numbers with decimals there are more than these where they are measurements.
+MAX_FRACTIONS = 10
+FRACTION = re.compile(r"[+-]?\d*[.,]\d+", re.ASCII)
 # So many lines are named in a message.
 NAMED_LINES = 5
+# How files begin that are no text, whatever they are called; and what to do with them.
+PACKED = "is packed: unpack it first"
+NO_TEXT = {
+    b"PK\x03\x04": "is a spreadsheet (.xlsx) or another zip archive: save the table as .csv, in UTF-8",
+    b"\xd0\xcf\x11\xe0": "is a spreadsheet (.xls): save the table as .csv, in UTF-8",
+    b"PAR1": "is a Parquet file: write the table as .csv or .jsonl",
+    b"\x1f\x8b": PACKED,
+    b"BZh": PACKED,
+    b"\xfd7zXZ": PACKED,
+    b"\x28\xb5\x2f\xfd": PACKED,
+}
+# How files of other encodings begin; the longer mark goes first.
+MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+# A line that spreadsheets write, and read, to say what parts the cells.
+SEPARATOR = re.compile(r"sep=([,;\t|])\r?\n")
 
 
 class Row(NamedTuple):
@@ -91,7 +114,8 @@ def read_labelled(
 
     Raises:
         ValueError: if the file is not what its name says, the columns cannot be told, there are fewer than `MIN_ROWS`
-            rows, fewer than 2 or more than `MAX_LABELS` labels, or one that occurs once only.
+            rows, fewer than 2 or more than `MAX_LABELS` labels, one that occurs once only, two that look alike, or
+            measurements in their place.
         OSError: if it cannot be read.
     """
     if path.suffix.lower() == ".txt":
@@ -174,11 +198,15 @@ def read_rows(path: Path, encoding: str = "utf-8", header: Sequence[str] | None 
 def _decoded(path: Path, encoding: str) -> str:
     """The file's text without a byte order mark."""
     content = path.read_bytes()
+    if any(byte < 9 or byte > 126 for byte in content[:64]):
+        for start, what in NO_TEXT.items():
+            if content.startswith(start):
+                raise ValueError(f"{path} {what}")
     try:
         text = content.decode("utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding)
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        guess = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "cp1252"
+        guess = next((name for mark, name in MARKS.items() if content.startswith(mark)), "cp1252")
         raise ValueError(
             f"{path}, line {line}: byte 0x{content[error.start : error.start + 1].hex()} is not {encoding} "
             f"({error.reason}): save the file as UTF-8, or give its encoding, perhaps --encoding {guess}"
@@ -208,28 +236,42 @@ def _table(path: Path, text: str, suffix: str, header: Sequence[str] | None) -> 
         # GLUE's tab-separated files do not quote.
         reader = csv.reader(io.StringIO(text, ""), delimiter="\t", quoting=csv.QUOTE_NONE)
     else:
-        reader = csv.reader(io.StringIO(text, ""), delimiter=_delimiter(text), strict=True)
+        said = SEPARATOR.match(text)
+        delimiter = said[1] if said else _delimiter(text)
+        # The lines keep their numbers.
+        text = "\n" + text[said.end() :] if said else text
+        reader = csv.reader(io.StringIO(text, ""), delimiter=delimiter, strict=True)
     rows = _checked_rows(path, reader)
-    told = "there must be"
+    told = "there must be "
     if header is None:
-        told = "the header names"
+        told = "the header names "
         place, names = next(rows, ("", []))
         if not names:
             raise ValueError(f"{path} is empty: it holds no texts")
         header = [name.strip() for name in names]
-        if len(set(header)) < len(header):
-            raise ValueError(f"{path}, {place}: the header must name each column once, got {header}")
+        named = [name for name in header if name]
+        if len(set(named)) < len(named):
+            raise ValueError(
+                f"{path}, {place}: the header must name each column once, got {header}: rename or remove one of those "
+                "that are called alike"
+            )
     for place, cells in rows:
         if len(cells) != len(header):
-            cure = "" if suffix == ".tsv" else ": put quotation marks around a text that holds a comma or a line break"
-            raise ValueError(f"{path}, {place}: has {len(cells)} cells, but {told} {len(header)}{cure}")
-        yield Row(place, dict(zip(header, cells, strict=True)))
+            cure = "put quotation marks around a text that holds a comma or a line break"
+            if suffix == ".tsv":
+                cure = "take tabs out of the texts"
+            elif any(cell.startswith(' "') for cell in cells):
+                cure = "take out the spaces before quotation marks"
+            columns = shortened(map(repr, header))
+            raise ValueError(f"{path}, {place}: has {len(cells)} cells, but {told}{len(header)} ({columns}): {cure}")
+        # Columns without a name are the numbers of rows, or the empty ones that spreadsheets add.
+        yield Row(place, {name: cell for name, cell in zip(header, cells, strict=True) if name})
 
 
 def _delimiter(text: str) -> str:
     """A comma; or what the header has in its place, as tables of countries with a decimal comma do."""
     header = text.lstrip().splitlines()[0]
-    return "," if "," in header else max(",;\t", key=header.count)
+    return "," if "," in header else max(",;\t|", key=header.count)
 
 
 def _checked_rows(path: Path, reader: Any) -> Iterator[tuple[str, list[str]]]:
@@ -309,11 +351,28 @@ def _label_names(path: Path, column: str, rows: Sequence[tuple[str, str, str]]) 
             f"{path}: every row from {rows[0][0]} to {rows[-1][0]} has the label {rows[0][2]!r} in the column "
             f"{column!r}: add rows of another label, or name the right column by --label_column"
         )
+    fractions = [label for label in places if FRACTION.fullmatch(label)]
+    if len(fractions) > MAX_FRACTIONS:
+        raise ValueError(
+            f"{path}, {places[fractions[0]][0]}: the column {column!r} holds {len(fractions):,} different numbers with "
+            f"decimals, such as {fractions[0]}, which are no labels: write a label for each range of them (such as low "
+            "and high), or name the right column by --label_column"
+        )
     if len(places) > MAX_LABELS:
         raise ValueError(
             f"{path}: the column {column!r} holds {len(places):,} different labels in {len(rows):,} rows, more than "
             f"{MAX_LABELS:,}: name the right column by --label_column"
         )
+    alike: dict[str, str] = {}
+    for label, found in places.items():
+        # But for case, runs of spaces, and what is not seen, such as a byte order mark.
+        seen = "".join(c for c in " ".join(label.casefold().split()) if c.isprintable())
+        other = alike.setdefault(seen, label)
+        if other != label:
+            raise ValueError(
+                f"{path}: in the column {column!r} the labels {other!r} ({places[other][0]}) and {label!r} "
+                f"({found[0]}) look alike: write them alike if they are one label, else name them so that they differ"
+            )
     single = [f"{label!r} ({found[0]})" for label, found in places.items() if len(found) == 1]
     if single:
         raise ValueError(

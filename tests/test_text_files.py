@@ -1,6 +1,7 @@
 """Files of texts and labels as people have them: each is read as it was meant, or refused with file, line and cure."""
 
 import csv
+import gzip
 import io
 import json
 import re
@@ -48,6 +49,14 @@ GOOD = {
     "upper_case_suffix": ("X.CSV", table().encode(), "utf-8", TEXTS),
     "semicolons": ("x.csv", table(delimiter=";").encode(), "utf-8", TEXTS),
     "tabs_in_csv": ("x.csv", table(delimiter="\t").encode(), "utf-8", TEXTS),
+    "vertical_bars": ("x.csv", table(delimiter="|").encode(), "utf-8", TEXTS),
+    "separator_said": ("x.csv", ("sep=;\r\n" + table(delimiter=";")).encode("utf-8-sig"), "utf-8", TEXTS),
+    "columns_without_a_name": (
+        "x.csv",
+        "".join(f"7,{line},,\r\n" for line in table(PLAIN).split("\r\n")[:-1]).replace("7", "", 1).encode(),
+        "utf-8",
+        PLAIN,
+    ),
     "blank_lines": ("x.csv", table(end="\n\n").replace("text,", "\n\n text ,", 1).encode(), "utf-8", TEXTS),
     "tsv": ("x.tsv", ("text\tlabel\n" + "".join(f"{t}\tgood\n{t}?\tbad\n" for t in PLAIN[:6])).encode(), "utf-8", None),
     "utf-16": ("x.csv", table().encode("utf-16"), "utf-16", TEXTS),
@@ -80,10 +89,17 @@ BAD = {
     "no_labels": ("x.csv", b"text,n,m\n1,2,3\n", "name the column by --label_column"),
     "header_names_one_twice": ("x.csv", b"text,text,label\n1,2,3\n", "line 1: the header must name each column once"),
     "a_comma_without_quotation_marks": (
-        "x.csv", b"text,label\nfine,1\n\nso, so,0\n", "line 4: has 3 cells, but the header names 2: put quotation",
+        "x.csv", b"text,label\nfine,1\n\nso, so,0\n",
+        "line 4: has 3 cells, but the header names 2 ('text', 'label'): put quotation",
+    ),
+    "a_space_before_a_quotation_mark": (
+        "x.csv", b'label, text\n1, "so, so"\n', "line 2: has 3 cells, but the header names 2 ('label', 'text'): take o",
+    ),
+    "a_line_above_the_header": (
+        "x.csv", b"# of today\ntext,label\nfine,1\n", "line 2: has 2 cells, but the header names 1 ('# of today'): put",
     ),
     "a_cell_missing": ("x.csv", b"text,label\nfine\n", "line 2: has 1 cells, but the header names 2"),
-    "a_tab_too_many": ("x.tsv", b"text\tlabel\na\tb\t1\n", "line 2: has 3 cells, but the header names 2"),
+    "a_tab_too_many": ("x.tsv", b"text\tlabel\na\tb\t1\n", "but the header names 2 ('text', 'label'): take tabs out"),
     "a_quotation_mark_never_closed": (
         "x.csv", b'text,label\nfine,1\n"so good,1\n' + b"more,0\n" * 20, "line 3: unexpected end of data: close each",
     ),
@@ -98,14 +114,30 @@ BAD = {
     "utf-16_not_said": ("x.csv", table().encode("utf-16"), "line 1: byte 0xff is not utf-8 (invalid start byte): save"),
     "utf-16_without_a_mark": ("x.csv", table(PLAIN).encode("utf-16-le")[:60], "line 1: holds a NUL character: remove"),
     "nul": ("x.csv", b"text,label\nfine,1\na\0b,0\n", "line 3: holds a NUL character: remove it"),
-    "a_spreadsheet_renamed": ("x.csv", b"PK\x03\x04\x14\x00\x06\x00\x08\x00\xb7\xd1", "is not utf-8"),
+    "utf-32_not_said": ("x.csv", table().encode("utf-32"), "or give its encoding, perhaps --encoding utf-32"),
+    "a_spreadsheet_renamed": (
+        "x.csv", b"PK\x03\x04\x14\x00\x06\x00\x08\x00\xb7\xd1", "x.csv is a spreadsheet (.xlsx) or another zip archive",
+    ),
+    "an_old_spreadsheet_renamed": ("x.csv", b"\xd0\xcf\x11\xe0\xa1\xb1", "x.csv is a spreadsheet (.xls): save the t"),
+    "parquet_renamed": ("x.csv", b"PAR1\x15\x04\x15", "x.csv is a Parquet file: write the table as .csv or .jsonl"),
+    "packed": ("x.csv", gzip.compress(table().encode()), "x.csv is packed: unpack it first"),
     "a_spreadsheet": ("x.xlsx", b"PK\x03\x04", "must be a .txt, .csv, .tsv, .json or .jsonl file"),
     "no_columns": ("x.txt", b"a\nb\n", "x.txt has no labels: give a .csv"),
     "one_label": (
         "x.csv", ROWS.replace("a\n", "b\n").join(("text,label\n", "")).encode(),
         "every row from line 2 to line 13 has the label 'b' in the column 'label'",
     ),
-    "a_label_misspelt": ("x.csv", f"text,label\n{ROWS}t,A\n".encode(), "occur once only 'A' (line 14): correct or rem"),
+    "a_label_in_another_case": (
+        "x.csv", f"text,label\n{ROWS}t,A\nu,A\n".encode(), "the labels 'a' (line 2) and 'A' (line 14) look alike: wri",
+    ),
+    "a_label_with_what_is_not_seen": (
+        "x.csv", f"text,label\n{ROWS}t,a\u200b\n".encode(), "'a' (line 2) and 'a\\u200b' (line 14) look alike",
+    ),
+    "measurements": (
+        "x.csv", b"text;label\n" + b"".join(b"a;%d,5\n" % i for i in range(12)),
+        "x.csv, line 2: the column 'label' holds 12 different numbers with decimals, such as 0,5, which are no labels",
+    ),
+    "a_label_misspelt": ("x.csv", f"text,label\n{ROWS}t,bb\n".encode(), "occur once only 'bb' (line 14): correct or"),
     "a_label_for_each_row": (
         "x.csv", b"text,label\n" + b"".join(b"a,%d\n" % i for i in range(1001)), "holds 1,001 different labels in 1,00",
     ),
