@@ -41,6 +41,8 @@ NO_DROPOUT: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropo
 # Batches that calibrate a BERT that is converted, and steps that it is then distilled for.
 CALIBRATION_BATCHES = 12
 DISTILLATION_STEPS = 130
+# Learning rates of an SNN-BERT. From labels alone, at the rate that it takes from a BERT's states, it unlearns.
+TAUGHT_RATE, LABELS_RATE = 5e-4, 1e-4
 # Of the held-out texts, so many give the firing rates and the energy.
 ENERGY_TEXTS = 512
 
@@ -55,7 +57,10 @@ class Recipe:
         default=None,
         metadata={"help": f"before the labels (default: {DISTILLATION_STEPS} for a BERT that is converted, else 0)"},
     )
-    learning_rate: float = field(default=5e-4, metadata={"help": "of the SNN-BERT"})
+    learning_rate: float | None = field(
+        default=None,
+        metadata={"help": f"of the SNN-BERT (default: {TAUGHT_RATE:g} if a BERT teaches it, else {LABELS_RATE:g})"},
+    )
     bert_learning_rate: float = field(default=5e-5, metadata={"help": "of the BERT"})
     logit_weight: float = field(default=0.5, metadata={"help": "share of the BERT's logits in the loss"})
     seed: int = field(default=0, metadata={"help": "of all that is random"})
@@ -113,13 +118,16 @@ def train_classifier(
     seconds: dict[str, float] = {}
     models: dict[str, PreTrainedModel] = {}
     distillation_steps = 0
+    rates: dict[str, float] = {}
     if isinstance(start, SNNBertPreTrainedModel):
+        rates["SNN-BERT"] = recipe.learning_rate or LABELS_RATE
         with timed(seconds, "fine-tune the SNN-BERT"):
-            finetune(accelerator, start, batches, steps, recipe.learning_rate, "fine-tune the SNN-BERT")
+            finetune(accelerator, start, batches, steps, rates["SNN-BERT"], "fine-tune the SNN-BERT")
         models["SNN-BERT"] = start
     else:
+        rates = {"SNN-BERT": recipe.learning_rate or TAUGHT_RATE, "BERT": recipe.bert_learning_rate}
         with timed(seconds, "fine-tune the BERT"):
-            finetune(accelerator, start, batches, steps, recipe.bert_learning_rate)
+            finetune(accelerator, start, batches, steps, rates["BERT"])
         check_finite(start, "--bert_learning_rate")
         distillation_steps = DISTILLATION_STEPS if encoder is None else 0
         if recipe.distillation_steps is not None:
@@ -128,7 +136,7 @@ def train_classifier(
             student = make_student(start, batches, recipe.firing_rate, encoder)
         with timed(seconds, "teach the SNN-BERT"):
             stages = {"distillation_steps": distillation_steps, "finetuning_steps": steps}
-            teach(accelerator, student, start, batches, recipe.learning_rate, recipe.logit_weight, **stages)
+            teach(accelerator, student, start, batches, rates["SNN-BERT"], recipe.logit_weight, **stages)
         models = {"SNN-BERT": student, "BERT": start}
     spiking = models["SNN-BERT"]
     check_finite(spiking, "--learning_rate")
@@ -148,6 +156,7 @@ def train_classifier(
         "validation_sentences": len(validation),
         "distillation_steps": distillation_steps,
         "finetuning_steps": steps,
+        "learning_rates": rates,
         "parameters": {name: model.num_parameters() for name, model in models.items()},
         "firing_rates": energy.firing_rates(),
         "energy": energy.to_dict(),
@@ -225,7 +234,8 @@ def train(
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        progress.set_postfix(loss=f"{loss.item():.3f}")
+        # Drawn with the next step: a bar in a log file has a line for each time.
+        progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
 
 
 def finetune(

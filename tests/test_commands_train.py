@@ -60,6 +60,9 @@ def test_from_a_bert(bert, data, tmp_path, assert_spikes_flow, texts):
     assert (report["finetuning_steps"], report["distillation_steps"]) == (3, 2)
     assert report["accuracy"].keys() == report["macro_f1"].keys() == {"SNN-BERT", "BERT", "majority class"}
     assert report["accuracy"]["majority class"] == 0.5 and report["macro_f1"]["majority class"] == pytest.approx(1 / 3)
+    assert report["learning_rates"] == {"SNN-BERT": 5e-4, "BERT": 5e-5}
+    assert f"not in {bert}, and so random until trained: classifier.bias, classifier.weight" in result.stderr
+    assert "LOAD REPORT" not in result.stderr
     assert report["labels"] == {"dull": 20, "joy": 20} and report["rows_left_out"] == ["line 42"]
     assert (out / "report.md").read_text().strip() in result.stdout
     assert "<h1>SNN-BERT on" in (out / "report.html").read_text(encoding="utf-8")
@@ -81,7 +84,8 @@ def test_from_a_bert(bert, data, tmp_path, assert_spikes_flow, texts):
 def test_what_it_learns(bert, data, tmp_path):
     """Classes that differ in every word are told apart, by both models."""
     command = ["train", "--data", data, "--model", bert, "--output", tmp_path / "out", "--batch_size", 8]
-    run_command(*command, "--epochs", 15, "--bert_learning_rate", 2e-3, "--distillation_steps", 10)
+    result = run_command(*command, "--epochs", 15, "--bert_learning_rate", 2e-3, "--distillation_steps", 10)
+    assert "no better than" not in result.stderr
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["finetuning_steps"] == 60
     assert report["accuracy"]["BERT"] == report["accuracy"]["SNN-BERT"] == 1
@@ -89,9 +93,12 @@ def test_what_it_learns(bert, data, tmp_path):
 
 def test_from_an_snn_bert(snn_bert, data, tmp_path):
     before = SNNBertModel.from_pretrained(snn_bert)
-    run_command("train", "--data", data, "--model", snn_bert, "--output", tmp_path / "out", *SHORT)
+    result = run_command("train", "--data", data, "--model", snn_bert, "--output", tmp_path / "out", *SHORT)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["accuracy"].keys() == {"SNN-BERT", "majority class"} and report["distillation_steps"] == 0
+    assert report["learning_rates"] == {"SNN-BERT": 1e-4}
+    is_guess = report["accuracy"]["SNN-BERT"] <= report["accuracy"]["majority class"]
+    assert ("it is no better than to give every text the commonest label" in result.stderr) == is_guess
     assert "BERT, same steps" not in (tmp_path / "out" / "report.md").read_text()
     after = SNNBertForSequenceClassification.from_pretrained(tmp_path / "out")
     name = "encoder.layer.0.output.dense.weight"

@@ -2,10 +2,11 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import transformers
 import typer
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
@@ -125,15 +126,38 @@ def load_bert(model_name_or_path: str, head: str | None, revision: str | None, *
             f"{model_name_or_path} has the head {own!r}, which SNN-BERT lacks: give --head with one of "
             f"{', '.join(HEADS)}"
         )
-    model, loading = CLASSES[model_type][head or own].from_pretrained(
-        model_name_or_path, revision=revision or "main", output_loading_info=True, **settings
-    )
-    new = sorted(name for name in loading["missing_keys"] if not is_neuron_parameter(name))
+    with own_load_report():
+        model, loading = CLASSES[model_type][head or own].from_pretrained(
+            model_name_or_path, revision=revision or "main", output_loading_info=True, **settings
+        )
+    report_new_weights(model_name_or_path, loading)
+    return model.eval()
+
+
+@contextlib.contextmanager
+def own_load_report() -> Iterator[None]:
+    """Leaves out transformers' table of what a checkpoint lacks: `report_new_weights` says it."""
+    verbosity = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(verbosity)
+
+
+def report_new_weights(model_name_or_path: str, loading: Mapping[str, Any]) -> None:
+    """Name the weights that are random, from what `from_pretrained` says with `output_loading_info`.
+
+    Raises:
+        ValueError: if some of the encoder are.
+    """
+    # A weight of another shape is new as well.
+    missing = {*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])}
+    new = sorted(name for name in missing if not is_neuron_parameter(name))
     if any(".encoder." in f".{name}" for name in new):
         raise ValueError(f"{model_name_or_path} lacks weights of the encoder: {', '.join(new[:5])}")
     if new:
-        typer.echo(f"Warning: not in the checkpoint, and so random until trained: {', '.join(new)}", err=True)
-    return model.eval()
+        typer.echo(f"not in {model_name_or_path}, and so random until trained: {', '.join(new)}", err=True)
 
 
 def load_classifier(

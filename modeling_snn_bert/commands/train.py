@@ -17,7 +17,9 @@ from ..atomic_writes import folder_written_whole
 from ..configuration_snn_bert import SNNBertConfig
 from ..fine_tuning import (
     DISTILLATION_STEPS,
+    LABELS_RATE,
     NO_DROPOUT,
+    TAUGHT_RATE,
     Recipe,
     classifier_settings,
     train_classifier,
@@ -25,7 +27,16 @@ from ..fine_tuning import (
 )
 from ..modeling_snn_bert import SNNBertForSequenceClassification
 from ..text_files import Labelled, read_labelled, shortened
-from .common import Encoding, Revision, at_least_one, check_output_folder, load_bert, reported
+from .common import (
+    Encoding,
+    Revision,
+    at_least_one,
+    check_output_folder,
+    load_bert,
+    own_load_report,
+    report_new_weights,
+    reported,
+)
 
 # Without --steps and --epochs: so many steps, but no row more often than that.
 DEFAULT_STEPS, DEFAULT_EPOCHS = 300, 10
@@ -95,7 +106,12 @@ def train(
         int, typer.Option("--max_length", min=3, help="Cut texts at so many tokens, in the served model too.")
     ] = 128,
     learning_rate: Annotated[
-        float, typer.Option("--learning_rate", callback=_positive, help="Of the SNN-BERT.")
+        float | None,
+        typer.Option(
+            "--learning_rate",
+            callback=_positive,
+            help=f"Of the SNN-BERT (default: {TAUGHT_RATE:g} if a BERT teaches it, {LABELS_RATE:g} from labels alone).",
+        ),
     ] = Recipe.learning_rate,
     bert_learning_rate: Annotated[
         float, typer.Option("--bert_learning_rate", callback=_positive, help="Of the BERT.")
@@ -169,6 +185,14 @@ def train(
             )
             report = write_report(trained, folder, folder, f"SNN-BERT on {data.name}")
     typer.echo(report)
+    accuracy = trained.results["accuracy"]
+    if accuracy["SNN-BERT"] <= accuracy["majority class"]:
+        rate = trained.results["learning_rates"]["SNN-BERT"]
+        typer.echo(
+            "Warning: it is no better than to give every text the commonest label. Add texts, train longer (--steps) "
+            f"or at a lower --learning_rate (it was {rate:g}), and see whether the labels follow from the texts",
+            err=True,
+        )
     typer.echo(f"written to {output}: try it by `snn-bert serve {shlex.quote(str(output))}`")
 
 
@@ -226,9 +250,11 @@ def describe(path: Path, rows: Labelled, training: int, validation: int) -> None
 
 def load_snn_bert(model_name_or_path: str, revision: str | None, **settings) -> SNNBertForSequenceClassification:
     """The SNN-BERT of a checkpoint with a classifier, new if it has none of so many labels."""
-    model = SNNBertForSequenceClassification.from_pretrained(
-        model_name_or_path, revision=revision or "main", **settings, **NO_DROPOUT
-    )
+    with own_load_report():
+        model, loading = SNNBertForSequenceClassification.from_pretrained(
+            model_name_or_path, revision=revision or "main", output_loading_info=True, **settings, **NO_DROPOUT
+        )
+    report_new_weights(model_name_or_path, loading)
     if model.config.psn_length is not None:
         raise ValueError(
             f"{model_name_or_path} takes texts of exactly {model.config.psn_length} tokens (its neurons are PSN): "
