@@ -185,7 +185,10 @@ def energy(
     with reported():
         if plots:
             import_pyplot()
-        counters = find_counters() if measure else None
+        try:
+            counters = find_counters() if measure else None
+        except RuntimeError as error:
+            raise RuntimeError(f"{error}; or leave out --measure: the estimates need no counters") from error
         texts = read_texts(data_file, text_column, encoding)[:max_samples]
         snn_bert, tokenizer = load(model, revision)
         rival = load_model(baseline) if baseline else None

@@ -96,7 +96,10 @@ def find_counters(device: str = "cpu", powercap: Path = POWERCAP) -> list[Counte
         )
     else:
         if not found:
-            reasons.append(f"{powercap} shows no RAPL counters: the processor, or the virtual machine, has none")
+            reasons.append(
+                f"{powercap} shows no RAPL counters, by which Linux tells the joules of a processor of Intel or AMD: "
+                "virtual machines and containers mostly have none, so run on the machine itself"
+            )
     if torch.device(device).type == "cuda":
         try:
             found += _nvml_counters()
