@@ -101,7 +101,8 @@ def page():
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
+    # What `pythonpath` of pyproject.toml is to pytest.
+    sys.path[:0] = [str(PAGE.parents[1] / folder) for folder in ("tests", "examples")]
     temporary = PAGE.with_name(f".{os.getpid()}.{PAGE.name}")
     temporary.write_text(page(), encoding="utf-8")
     os.replace(temporary, PAGE)

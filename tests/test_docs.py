@@ -51,6 +51,7 @@ def test_the_first_block_for_the_shell_prints_what_is_shown(page, hub_cache, tmp
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "HF_HUB_CACHE": str(hub_cache),
         "HF_HUB_OFFLINE": "1",
+        "SNN_BERT_CACHE": str(tmp_path / "cache"),
     }
     command = ["bash", "-e", "-c", commands["code"]]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)

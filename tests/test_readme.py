@@ -20,7 +20,8 @@ def folder(tmp_path_factory):
     """A folder whose `work` holds the checkpoints."""
     folder = tmp_path_factory.mktemp("readme")
     (folder / "work").mkdir()
-    commands = re.findall(r"^python (examples/distilled_checkpoint\.py) (.*)$", README.read_text("utf-8"), re.MULTILINE)
+    text = README.read_text("utf-8").replace("\\\n", "")
+    commands = re.findall(r"^python (examples/distilled_checkpoint\.py) (.*)$", text, re.MULTILINE)
     assert len(commands) == 2
     for script, arguments in commands:
         command = [sys.executable, str(ROOT / script), *arguments.split()]
@@ -41,7 +42,7 @@ def test_every_block_shows_what_it_prints():
 def test_from_a_table_to_an_answer_over_http(folder):
     """The commands as they stand, for fewer steps and on a free port."""
     work = folder / "work"
-    blocks = list(FENCE.finditer(README.read_text("utf-8")))
+    blocks = list(FENCE.finditer(README.read_text("utf-8").replace("\\\n", "")))
     (number,) = (i for i, block in enumerate(blocks) if "--model outputs/distilled" in block["code"])
     train, predict, serve = (shlex.split(line)[1:] for line in blocks[number]["code"].splitlines())
     curl, answer = blocks[number + 1]["code"], json.loads(blocks[number + 2]["code"])
