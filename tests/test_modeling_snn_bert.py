@@ -792,26 +792,3 @@ class TestInitialisation:
         assert not info["missing_keys"]
         assert not info["unexpected_keys"]
         assert torch.equal(loaded(**sentences).logits, model(**sentences).logits)
-
-
-@pytest.mark.parametrize("decay", [0.05, 0.3, 0.5])
-@pytest.mark.parametrize("v_threshold", [1.0, 2.0])
-@pytest.mark.parametrize(
-    "settings",
-    [{}, {"spike_type": "ternary"}, {"attention_type": "spiking"}, {"normalize": False}, {"bidirectional": False}],
-    ids=["default", "ternary", "spiking-attention", "no-normalization", "forward"],
-)
-def test_no_layer_starts_silent_whatever_the_decay(decay, v_threshold, settings):
-    config = modeling_snn_bert.SNNBertConfig(
-        vocab_size=500,
-        hidden_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=512,
-        decay=decay,
-        v_threshold=v_threshold,
-        **settings,
-    )
-    model = modeling_snn_bert.SNNBertModel(config).eval()
-    outputs = model(torch.randint(5, 500, (4, 64)), output_firing_rates=True)
-    assert all(rate.mean() > 0.005 for rate in outputs.firing_rates)
