@@ -104,31 +104,18 @@ _OPERATORS = {
 class _ByKernel(torch.autograd.Function):
     """A `BPSN` from currents to spikes, as floats and packed, by a kernel; keeps the current for the backward pass.
 
-    `kernel` is a key of `_OPERATORS`, which says what the four tensors before the settings are.
+    `kernel` is a key of `_OPERATORS`. The `others` are those of its backward operator (see `BACKWARD_SCHEMA` in
+    `cpu_kernels`) from the mask on: five tensors, then the settings.
     """
 
     # Not by `setup_context`, before which torch looks up this function's signature in each call.
     @staticmethod
-    def forward(
-        ctx,
-        kernel: str,
-        current: torch.Tensor,
-        mask: torch.Tensor | None,
-        v_threshold: torch.Tensor,
-        decay_forward: torch.Tensor,
-        decay_backward: torch.Tensor | None,
-        reset: torch.Tensor | None,
-        normalize: bool,
-        reset_iterations: int,
-        ternary: bool,
-        surrogate: str,
-        alpha: float,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        operators, others = _OPERATORS[kernel], (mask, v_threshold, decay_forward, decay_backward, reset)
-        x = widen(current) if operators.wide else current
-        spikes, packed = operators.forward(x, *others, normalize, reset_iterations, ternary)
-        ctx.save_for_backward(current, *others)
-        ctx.kernel, ctx.settings = kernel, (normalize, reset_iterations, ternary, surrogate, alpha)
+    def forward(ctx, kernel: str, current: torch.Tensor, *others) -> tuple[torch.Tensor, torch.Tensor]:
+        operators = _OPERATORS[kernel]
+        # The forward operator takes all but the last two, the surrogate and its alpha.
+        spikes, packed = operators.forward(widen(current) if operators.wide else current, *others[:-2])
+        ctx.kernel, ctx.settings = kernel, others[5:]
+        ctx.save_for_backward(current, *others[:5])
         ctx.mark_non_differentiable(packed)
         return spikes.to(current.dtype), packed
 

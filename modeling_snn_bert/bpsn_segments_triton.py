@@ -35,11 +35,12 @@ from .cpu_kernels import (
     BACKWARD_SCHEMA,
     FORWARD_SCHEMA,
     NAMESPACE,
+    empty_spikes,
     fake_bpsn_backward,
     fake_bpsn_forward,
-    packed_shape,
 )
 from .triton_tiles import (
+    constexpr,
     fire,
     fire_backward,
     jit,
@@ -53,14 +54,8 @@ from .triton_tiles import (
     store_rows,
     store_spikes,
     sums_before,
+    tl,
 )
-
-try:
-    import triton
-    import triton.language as tl
-    from triton.language import constexpr
-except ImportError:
-    triton = constexpr = None
 
 CHUNK = 8
 # Powers of two, and the segment a multiple of the chunk.
@@ -154,12 +149,15 @@ def _weigh(
 
 
 @jit
-def _place(tokens, channels, group_size, SEGMENT: constexpr, BLOCK: constexpr, ONE_GROUP: constexpr):
+def _place(
+    tokens, channels, group_size, weight_row, weight_stride, weight_step,
+    SEGMENT: constexpr, BLOCK: constexpr, ONE_GROUP: constexpr,
+):  # fmt: skip
     """Where this program works.
 
-    Row, first token and the one after the last, first channel, channels, which of them there are, their group, and
-    the place of its numbers in `[batch, segments, channels]`. The functions below take a part of that as a tuple,
-    `walk`: first token and the one after the last, channels in all, stride of the weights, which channels there are.
+    Row, first channel, channels, which of them there are, their group, the place of its numbers in
+    `[batch, segments, channels]`, and what the functions below take as `walk`: first token and the one after the last,
+    channels in all, which of its own there are, where its row of currents starts, where its weights do, their stride.
     """
     blocks = tl.cdiv(channels, BLOCK)
     segments = tl.cdiv(tokens, SEGMENT)
@@ -168,35 +166,44 @@ def _place(tokens, channels, group_size, SEGMENT: constexpr, BLOCK: constexpr, O
     row = (item // segments).to(tl.int64)
     start = item % segments * SEGMENT
     channel = (block * BLOCK + tl.arange(0, BLOCK))[None, :]
+    inside = channel < channels
     # A block that lies in one group reads one number where another block reads one per channel.
     group = (block * BLOCK) // group_size if ONE_GROUP else tl.minimum(channel, channels - 1) // group_size
     end = tl.minimum(start + SEGMENT, tokens)
-    return row, start, end, block * BLOCK, channel, channel < channels, group, item.to(tl.int64) * channels + channel
+    offset = row * tokens * channels + channel
+    walk = (start, end, channels, inside, offset, row * weight_row + group * weight_step, weight_stride)
+    return row, block * BLOCK, channel, inside, group, item.to(tl.int64) * channels + channel, walk
 
 
 @jit
-def _weights(weight, token, end, stride, CHUNK: constexpr):
-    """`1 / n` of a chunk, 0 at tokens that are not valid."""
+def _weights(weight, token, walk, CHUNK: constexpr):
+    """A chunk of `1 / n`, or of its slopes; 0 at tokens that are not valid."""
+    _start, end, _channels, _inside, _offset, first, stride = walk
     chunk = ()
     for k in tl.static_range(CHUNK):
         if weight is None:
             chunk = chunk + (tl.where(token + k < end, 1.0, 0.0),)
         else:
-            chunk = chunk + (tl.load(weight + (token + k) * stride, mask=token + k < end, other=0),)
+            chunk = chunk + (tl.load(weight + first + (token + k) * stride, mask=token + k < end, other=0),)
     return chunk
 
 
 @jit
 def _load_chunk(rows, token, walk, CHUNK: constexpr):
-    _start, end, channels, _stride, inside = walk
-    return load_rows(rows + token.to(tl.int64) * channels, token, end, channels, inside, CHUNK)
+    _start, end, channels, inside, offset, _first, _stride = walk
+    return load_rows(rows + offset + token.to(tl.int64) * channels, token, end, channels, inside, CHUNK)
+
+
+@jit
+def _store_chunk(chunk, rows, token, walk, CHUNK: constexpr):
+    _start, end, channels, inside, offset, _first, _stride = walk
+    store_rows(chunk, rows + offset + token.to(tl.int64) * channels, token, end, channels, inside, CHUNK)
 
 
 @jit
 def _load_currents(current, weight, token, walk, PADDED: constexpr, CHUNK: constexpr):
     """A chunk of the currents, silenced, and its weights."""
-    _start, end, _channels, weight_stride, _inside = walk
-    weights = _weights(weight, token, end, weight_stride, CHUNK)
+    weights = _weights(weight, token, walk, CHUNK)
     x = _load_chunk(current, token, walk, CHUNK)
     if PADDED:
         x = silence(x, weights, CHUNK)
@@ -215,7 +222,7 @@ def _from_others(sums, at, inside, BLOCK: constexpr):
 @jit
 def _walk_later(rows, weight, walk, later, decay, carries, PADDED: constexpr, CHUNK: constexpr):
     """Walk 1: store, for each chunk, the sum of `rows` over the tokens after it."""
-    start, end, channels, _stride, inside = walk
+    start, end, channels, inside, _offset, _first, _stride = walk
     chunks = tl.cdiv(end - start, CHUNK)
     for i in range(0, chunks):
         token = start + (chunks - 1 - i) * CHUNK
@@ -226,13 +233,22 @@ def _walk_later(rows, weight, walk, later, decay, carries, PADDED: constexpr, CH
 
 
 @jit
-def _add_to_sums(x, near, far, power, near_decay, far_decay, REVERSE: constexpr, CHUNK: constexpr):
-    """Go on with a segment's two sums: `near` at the token reached, `far` at the segment's other end."""
+def _add_to_sums(x, earlier, later, power, forward, backward, REVERSE: constexpr, CHUNK: constexpr):
+    """Go on with a segment's sums of earlier and of later tokens, from its first token or, if `REVERSE`, its last.
+
+    One of them stands at the token reached. The other stands at the end of the segment where the walk began; `power`
+    is what the next token has left of itself there.
+    """
     for k in tl.static_range(CHUNK):
-        near = near_decay * near + x[CHUNK - 1 - k if REVERSE else k]
-        far = far + power * x[CHUNK - 1 - k if REVERSE else k]
-        power = power * far_decay
-    return near, far, power
+        if REVERSE:
+            later = backward * later + x[CHUNK - 1 - k]
+            earlier += power * x[CHUNK - 1 - k]
+            power = power * forward
+        else:
+            earlier = forward * earlier + x[k]
+            later += power * x[k]
+            power = power * backward
+    return earlier, later, power
 
 
 @jit
@@ -242,20 +258,16 @@ def _sum_currents(
     PADDED: constexpr, CHUNK: constexpr, SEGMENT: constexpr, BLOCK: constexpr, ONE_GROUP: constexpr,
 ):  # fmt: skip
     """Both leaky sums of the currents over each segment alone, `[batch, segments, channels]`."""
-    row, start, end, _first, channel, inside, group, item = _place(
-        tokens, channels, group_size, SEGMENT, BLOCK, ONE_GROUP
+    _row, _first, _channel, inside, group, item, walk = _place(
+        tokens, channels, group_size, weight_row, weight_stride, weight_step, SEGMENT, BLOCK, ONE_GROUP
     )
-    current += row * tokens * channels + channel
-    if weight is not None:
-        weight += row * weight_row + group * weight_step
     forward = tl.load(decay_forward + group)
     backward = tl.load(decay_backward + group)
     earlier = tl.zeros([1, BLOCK], tl.float32)
     later = tl.zeros([1, BLOCK], tl.float32)
     power = tl.zeros([1, BLOCK], tl.float32) + 1
-    walk = (start, end, channels, weight_stride, inside)
-    for chunk in range(0, tl.cdiv(end - start, CHUNK)):
-        x, _ = _load_currents(current, weight, start + chunk * CHUNK, walk, PADDED, CHUNK)
+    for chunk in range(0, tl.cdiv(walk[1] - walk[0], CHUNK)):
+        x, _ = _load_currents(current, weight, walk[0] + chunk * CHUNK, walk, PADDED, CHUNK)
         earlier, later, power = _add_to_sums(x, earlier, later, power, forward, backward, False, CHUNK)
     tl.store(sums_earlier + item, earlier, mask=inside)
     tl.store(sums_later + item, later, mask=inside)
@@ -294,11 +306,24 @@ def _exchange(
 
 
 @jit
-def _values(v_threshold, decay_forward, decay_backward, reset, channel, inside, group):
-    """Threshold, decays and reset of this program."""
+def _neuron(
+    v_threshold, decay_forward, decay_backward, reset, carries,
+    tokens, channels, group_size, batch, weight_row, weight_stride, weight_step,
+    CHUNK: constexpr, SEGMENT: constexpr, BLOCK: constexpr, ONE_GROUP: constexpr,
+):  # fmt: skip
+    """What a kernel with a neuron's parameters starts from.
+
+    Row, first channel, which channels there are, item and walk as from `_place`; the neuron's threshold, decays and
+    reset; this program's place in the first plane of the carries, and the size of a plane.
+    """
+    row, first, channel, inside, group, item, walk = _place(
+        tokens, channels, group_size, weight_row, weight_stride, weight_step, SEGMENT, BLOCK, ONE_GROUP
+    )
     # What lies beyond the last channel never fires: its bits share a byte with those of real channels.
     threshold = tl.load(v_threshold + channel, mask=inside, other=float("inf"))
-    return threshold, tl.load(decay_forward + group), tl.load(decay_backward + group), tl.load(reset + group)
+    values = threshold, tl.load(decay_forward + group), tl.load(decay_backward + group), tl.load(reset + group)
+    of_row = tl.cdiv(tokens, CHUNK) * channels
+    return row, first, inside, item, walk, values, carries + row * of_row + channel, batch.to(tl.int64) * of_row
 
 
 @jit
@@ -323,7 +348,7 @@ def _walk_earlier(
     RESET: constexpr, TERNARY: constexpr, PADDED: constexpr, CHUNK: constexpr,
 ):  # fmt: skip
     """Walk 2: store, for each chunk, the sum of the currents over the tokens before it, and that of the spikes."""
-    start, end, channels, _stride, inside = walk
+    start, end, channels, inside, _offset, _first, _stride = walk
     for i in range(0, tl.cdiv(end - start, CHUNK)):
         token = start + i * CHUNK
         at = carries + (token // CHUNK) * channels
@@ -348,16 +373,15 @@ def _sweep_chunk(
     Weights, potentials, the reset received, margins, and the sums of currents and spikes at its first token.
     """
     _threshold, forward, backward, reset = values
-    _start, _end, channels, _stride, inside = walk
-    at = carries + (token // CHUNK) * channels
-    earlier = tl.load(at + plane, mask=inside, other=0)
+    at = carries + (token // CHUNK) * walk[2]
+    earlier = tl.load(at + plane, mask=walk[3], other=0)
     weights, potentials, fired, _, later = _fire_chunk(
         current, weight, received_before, token, walk, earlier, later, values, TERNARY, PADDED, CHUNK
     )
     received = potentials
     margins = potentials
     if RESET:
-        earlier = tl.load(at + 2 * plane, mask=inside, other=0)
+        earlier = tl.load(at + 2 * plane, mask=walk[3], other=0)
         sums, _, sent = leaky_sums(fired, earlier, sent, forward, backward, False, CHUNK)
         received = scale(sums, weights, CHUNK)
         margins = reset_by(potentials, received, reset, CHUNK)
@@ -374,7 +398,7 @@ def _integrate_gradient(
     `carries` has the currents' sums over later tokens, from walk 1.
     """
     _threshold, forward, backward, _reset = values
-    start, end, channels, _stride, inside = walk
+    start, end, channels, inside, _offset, _first, _stride = walk
     _walk_later(grad, None, walk, to_earlier, forward, carries + 3 * plane, False, CHUNK)
     grad_forward = tl.zeros_like(earlier)
     grad_backward = tl.zeros_like(earlier)
@@ -390,163 +414,74 @@ def _integrate_gradient(
         )
         # All of the chunk has been read before any of it is overwritten.
         tl.debug_barrier()
-        rows = grad + token.to(tl.int64) * channels
-        store_rows(silence(grads, weights, CHUNK), rows, token, end, channels, inside, CHUNK)
+        _store_chunk(silence(grads, weights, CHUNK), grad, token, walk, CHUNK)
     return grad_forward, grad_backward
-
-
-@jit
-def _provisional(
-    current, weight, v_threshold, decay_forward, decay_backward, reset, carries, current_earlier, current_later,
-    next_earlier, next_later,
-    tokens, channels, group_size, batch, weight_row, weight_stride, weight_step,
-    TERNARY: constexpr, PADDED: constexpr, CHUNK: constexpr, SEGMENT: constexpr, BLOCK: constexpr,
-    ONE_GROUP: constexpr,
-):  # fmt: skip
-    """Walks 1 and 2 of several segments: the sums of the first provisional spikes over each segment, into `next_*`."""
-    row, start, end, _first, channel, inside, group, item = _place(
-        tokens, channels, group_size, SEGMENT, BLOCK, ONE_GROUP
-    )
-    values = _values(v_threshold, decay_forward, decay_backward, reset, channel, inside, group)
-    walk = (start, end, channels, weight_stride, inside)
-    offset = row * tokens * channels + channel
-    current += offset
-    if weight is not None:
-        weight += row * weight_row + group * weight_step
-    chunks = tl.cdiv(tokens, CHUNK)
-    carries += row * chunks * channels + channel
-    later = _from_others(current_later, item, inside, BLOCK)
-    _walk_later(current, weight, walk, later, values[2], carries, PADDED, CHUNK)
-    earlier = _from_others(current_earlier, item, inside, BLOCK)
-    near = tl.zeros([1, BLOCK], tl.float32)
-    far = tl.zeros([1, BLOCK], tl.float32)
-    power = tl.zeros([1, BLOCK], tl.float32) + 1
-    for i in range(0, tl.cdiv(end - start, CHUNK)):
-        token = start + i * CHUNK
-        later = tl.load(carries + (token // CHUNK) * channels, mask=inside, other=0)
-        _, _, fired, earlier, _ = _fire_chunk(
-            current, weight, None, token, walk, earlier, later, values, TERNARY, PADDED, CHUNK
-        )
-        near, far, power = _add_to_sums(fired, near, far, power, values[1], values[2], False, CHUNK)
-    tl.store(next_earlier + item, near, mask=inside)
-    tl.store(next_later + item, far, mask=inside)
-
-
-@jit
-def _sweep(
-    current, weight, v_threshold, decay_forward, decay_backward, reset, carries, current_earlier, current_later,
-    spikes_earlier, spikes_later, received_before, received_after, next_earlier, next_later,
-    tokens, channels, group_size, batch, weight_row, weight_stride, weight_step,
-    TERNARY: constexpr, PADDED: constexpr, CHUNK: constexpr, SEGMENT: constexpr, BLOCK: constexpr,
-    ONE_GROUP: constexpr,
-):  # fmt: skip
-    """Walks 1 to 3 for a sweep of the reset that is not the last one.
-
-    What is received in it goes into `received_after`, which may be `received_before`; with several segments the sums of
-    the spikes after it go into `next_*`.
-    """
-    row, start, end, _first, channel, inside, group, item = _place(
-        tokens, channels, group_size, SEGMENT, BLOCK, ONE_GROUP
-    )
-    values = _values(v_threshold, decay_forward, decay_backward, reset, channel, inside, group)
-    walk = (start, end, channels, weight_stride, inside)
-    offset = row * tokens * channels + channel
-    current += offset
-    if weight is not None:
-        weight += row * weight_row + group * weight_step
-    if received_before is not None:
-        received_before += offset
-    chunks = tl.cdiv(tokens, CHUNK)
-    plane = batch.to(tl.int64) * chunks * channels
-    carries += row * chunks * channels + channel
-    later = _from_others(current_later, item, inside, BLOCK)
-    _walk_later(current, weight, walk, later, values[2], carries, PADDED, CHUNK)
-    earlier = _from_others(current_earlier, item, inside, BLOCK)
-    sent = _from_others(spikes_earlier, item, inside, BLOCK)
-    _walk_earlier(
-        current, weight, received_before, walk, earlier, sent, values, carries, plane, True, TERNARY, PADDED, CHUNK
-    )
-    sent = _from_others(spikes_later, item, inside, BLOCK)
-    near = tl.zeros([1, BLOCK], tl.float32)
-    far = tl.zeros([1, BLOCK], tl.float32)
-    power = tl.zeros([1, BLOCK], tl.float32) + 1
-    count = tl.cdiv(end - start, CHUNK)
-    for i in range(0, count):
-        token = start + (count - 1 - i) * CHUNK
-        weights, _, received, margins, later, sent = _sweep_chunk(
-            current, weight, received_before, token, walk, later, sent, values, carries, plane, True, TERNARY,
-            PADDED, CHUNK,
-        )  # fmt: skip
-        # What was received before has been read by all threads, if it is to be overwritten.
-        tl.debug_barrier()
-        rows = received_after + offset + token.to(tl.int64) * channels
-        store_rows(received, rows, token, end, channels, inside, CHUNK)
-        if next_earlier is not None:
-            fired = fire(margins, weights, values[0], TERNARY, CHUNK)
-            near, far, power = _add_to_sums(fired, near, far, power, values[2], values[1], True, CHUNK)
-    if next_earlier is not None:
-        tl.store(next_earlier + item, far, mask=inside)
-        tl.store(next_later + item, near, mask=inside)
 
 
 @jit
 def _spikes(
     current, weight, v_threshold, decay_forward, decay_backward, reset, carries, current_earlier, current_later,
-    spikes_earlier, spikes_later, received_before, spikes, packed,
+    spikes_earlier, spikes_later, received_before, received_after, next_earlier, next_later, spikes, packed,
     tokens, channels, group_size, batch, weight_row, weight_stride, weight_step,
     RESET: constexpr, TERNARY: constexpr, PADDED: constexpr, CHUNK: constexpr, SEGMENT: constexpr, BLOCK: constexpr,
     ONE_GROUP: constexpr,
 ):  # fmt: skip
-    """Walks 1 to 3 with the last sweep, or with `RESET` false walks 1 and 2: the spikes."""
-    row, start, end, first_channel, channel, inside, group, item = _place(
-        tokens, channels, group_size, SEGMENT, BLOCK, ONE_GROUP
-    )
-    values = _values(v_threshold, decay_forward, decay_backward, reset, channel, inside, group)
-    walk = (start, end, channels, weight_stride, inside)
-    offset = row * tokens * channels + channel
-    current += offset
-    if weight is not None:
-        weight += row * weight_row + group * weight_step
-    if received_before is not None:
-        received_before += offset
-    chunks = tl.cdiv(tokens, CHUNK)
-    plane = batch.to(tl.int64) * chunks * channels
-    carries += row * chunks * channels + channel
-    spikes += offset
-    packed += row * tokens * tl.cdiv(channels, 8)
-    packed_plane = batch.to(tl.int64) * tokens * tl.cdiv(channels, 8)
+    """Walks 1 to 3 with a sweep of the reset, or with `RESET` false walks 1 and 2: the spikes.
+
+    The last sweep writes them to `spikes` and `packed`. One before it writes what is received in it to
+    `received_after`, which may be `received_before`, and with several segments the spikes' sums over each to `next_*`.
+    What is not written is `None`.
+    """
+    row, first_channel, inside, item, walk, values, carries, plane = _neuron(
+        v_threshold, decay_forward, decay_backward, reset, carries,
+        tokens, channels, group_size, batch, weight_row, weight_stride, weight_step,
+        CHUNK, SEGMENT, BLOCK, ONE_GROUP,
+    )  # fmt: skip
+    start, end, _channels, _inside, offset, _first, _stride = walk
     later = _from_others(current_later, item, inside, BLOCK)
     _walk_later(current, weight, walk, later, values[2], carries, PADDED, CHUNK)
     earlier = _from_others(current_earlier, item, inside, BLOCK)
-    sent = _from_others(spikes_earlier, item, inside, BLOCK)
-    count = tl.cdiv(end - start, CHUNK)
     if RESET:
+        sent = _from_others(spikes_earlier, item, inside, BLOCK)
         _walk_earlier(
             current, weight, received_before, walk, earlier, sent, values, carries, plane, True, TERNARY, PADDED, CHUNK
         )
         sent = _from_others(spikes_later, item, inside, BLOCK)
-        for i in range(0, count):
+    sum_earlier = tl.zeros([1, BLOCK], tl.float32)
+    sum_later = tl.zeros([1, BLOCK], tl.float32)
+    power = tl.zeros([1, BLOCK], tl.float32) + 1
+    count = tl.cdiv(end - start, CHUNK)
+    for i in range(0, count):
+        if RESET:
             token = start + (count - 1 - i) * CHUNK
-            weights, _, _, margins, later, sent = _sweep_chunk(
+            weights, _, received, margins, later, sent = _sweep_chunk(
                 current, weight, received_before, token, walk, later, sent, values, carries, plane, True, TERNARY,
                 PADDED, CHUNK,
             )  # fmt: skip
             fired = fire(margins, weights, values[0], TERNARY, CHUNK)
-            rows = spikes + token.to(tl.int64) * channels
-            store_spikes(
-                fired, rows, packed, packed_plane, token, end, channels, first_channel, inside, TERNARY, CHUNK, BLOCK
-            )
-    else:
-        for i in range(0, count):
+            if received_after is not None:
+                # What was received before has been read by all threads, if it is to be overwritten.
+                tl.debug_barrier()
+                _store_chunk(received, received_after, token, walk, CHUNK)
+        else:
             token = start + i * CHUNK
             later = tl.load(carries + (token // CHUNK) * channels, mask=inside, other=0)
             _, _, fired, earlier, _ = _fire_chunk(
                 current, weight, None, token, walk, earlier, later, values, TERNARY, PADDED, CHUNK
             )
-            rows = spikes + token.to(tl.int64) * channels
-            store_spikes(
-                fired, rows, packed, packed_plane, token, end, channels, first_channel, inside, TERNARY, CHUNK, BLOCK
+        if next_earlier is not None:
+            sum_earlier, sum_later, power = _add_to_sums(
+                fired, sum_earlier, sum_later, power, values[1], values[2], RESET, CHUNK
             )
+        if spikes is not None:
+            width = tl.cdiv(channels, 8)
+            store_spikes(
+                fired, spikes + offset + token.to(tl.int64) * channels, packed + row * tokens * width,
+                batch.to(tl.int64) * tokens * width, token, end, channels, first_channel, inside, TERNARY, CHUNK, BLOCK,
+            )  # fmt: skip
+    if next_earlier is not None:
+        tl.store(next_earlier + item, sum_earlier, mask=inside)
+        tl.store(next_later + item, sum_later, mask=inside)
 
 
 @jit
@@ -563,25 +498,11 @@ def _gradient(
     `grad_parameters` is `[6, batch, segments, channels]`: threshold, reset, both decays through `n`, both decays
     through the sums.
     """
-    row, start, end, _first, channel, inside, group, item = _place(
-        tokens, channels, group_size, SEGMENT, BLOCK, ONE_GROUP
-    )
-    values = _values(v_threshold, decay_forward, decay_backward, reset, channel, inside, group)
-    walk = (start, end, channels, weight_stride, inside)
-    offset = row * tokens * channels + channel
-    current += offset
-    if weight is not None:
-        weight += row * weight_row + group * weight_step
-    if received_before is not None:
-        received_before += offset
-    chunks = tl.cdiv(tokens, CHUNK)
-    plane = batch.to(tl.int64) * chunks * channels
-    carries += row * chunks * channels + channel
-    grad_spikes += offset
-    grad_sum += offset
-    if slope_forward is not None:
-        slope_forward += row * weight_row + group
-        slope_backward += row * weight_row + group
+    _row, _first, inside, item, walk, values, carries, plane = _neuron(
+        v_threshold, decay_forward, decay_backward, reset, carries,
+        tokens, channels, group_size, batch, weight_row, weight_stride, weight_step,
+        CHUNK, SEGMENT, BLOCK, ONE_GROUP,
+    )  # fmt: skip
     later = _from_others(current_later, item, inside, BLOCK)
     _walk_later(current, weight, walk, later, values[2], carries, PADDED, CHUNK)
     earlier = _from_others(current_earlier, item, inside, BLOCK)
@@ -594,9 +515,9 @@ def _gradient(
     grad_reset = tl.zeros([1, BLOCK], tl.float32)
     grad_forward = tl.zeros([1, BLOCK], tl.float32)
     grad_backward = tl.zeros([1, BLOCK], tl.float32)
-    count = tl.cdiv(end - start, CHUNK)
+    count = tl.cdiv(walk[1] - walk[0], CHUNK)
     for i in range(0, count):
-        token = start + (count - 1 - i) * CHUNK
+        token = walk[0] + (count - 1 - i) * CHUNK
         weights, potentials, received, margins, later, sent = _sweep_chunk(
             current, weight, received_before, token, walk, later, sent, values, carries, plane, RESET, TERNARY,
             PADDED, CHUNK,
@@ -610,13 +531,13 @@ def _gradient(
                 grad_reset -= received[k] * grads[k]
         g = scale(grads, weights, CHUNK)
         if slope_forward is not None:
+            slopes_forward = _weights(slope_forward, token, walk, CHUNK)
+            slopes_backward = _weights(slope_backward, token, walk, CHUNK)
             for k in tl.static_range(CHUNK):
                 # v = sum / n, so d loss / d n = - grad v / n.
-                at = (token + k) * weight_stride
-                grad_weight = -potentials[k] * g[k]
-                grad_forward += grad_weight * tl.load(slope_forward + at, mask=token + k < end, other=0)
-                grad_backward += grad_weight * tl.load(slope_backward + at, mask=token + k < end, other=0)
-        store_rows(g, grad_sum + token.to(tl.int64) * channels, token, end, channels, inside, CHUNK)
+                grad_forward -= potentials[k] * g[k] * slopes_forward[k]
+                grad_backward -= potentials[k] * g[k] * slopes_backward[k]
+        _store_chunk(g, grad_sum, token, walk, CHUNK)
     parameter_plane = batch.to(tl.int64) * tl.cdiv(tokens, SEGMENT) * channels
     grad_parameters += item
     tl.store(grad_parameters, grad_threshold, mask=inside)
@@ -641,31 +562,16 @@ def _finish_gradient(
     PADDED: constexpr, CHUNK: constexpr, SEGMENT: constexpr, BLOCK: constexpr, ONE_GROUP: constexpr,
 ):  # fmt: skip
     """Walks 4 of several segments, after `_gradient`; `carries` are from there."""
-    row, start, end, _first, channel, inside, group, item = _place(
-        tokens, channels, group_size, SEGMENT, BLOCK, ONE_GROUP
-    )
-    values = _values(v_threshold, decay_forward, decay_backward, reset, channel, inside, group)
-    walk = (start, end, channels, weight_stride, inside)
-    offset = row * tokens * channels + channel
-    current += offset
-    if weight is not None:
-        weight += row * weight_row + group * weight_step
-    chunks = tl.cdiv(tokens, CHUNK)
-    plane = batch.to(tl.int64) * chunks * channels
-    carries += row * chunks * channels + channel
+    _row, _first, inside, item, walk, values, carries, plane = _neuron(
+        v_threshold, decay_forward, decay_backward, reset, carries,
+        tokens, channels, group_size, batch, weight_row, weight_stride, weight_step,
+        CHUNK, SEGMENT, BLOCK, ONE_GROUP,
+    )  # fmt: skip
+    earlier = tl.load(current_earlier + item, mask=inside, other=0)
+    to_later = tl.load(grad_earlier + item, mask=inside, other=0)
+    to_earlier = tl.load(grad_later + item, mask=inside, other=0)
     grad_forward, grad_backward = _integrate_gradient(
-        current,
-        weight,
-        grad_sum + offset,
-        walk,
-        tl.load(current_earlier + item, mask=inside, other=0),
-        tl.load(grad_earlier + item, mask=inside, other=0),
-        tl.load(grad_later + item, mask=inside, other=0),
-        values,
-        carries,
-        plane,
-        PADDED,
-        CHUNK,
+        current, weight, grad_sum, walk, earlier, to_later, to_earlier, values, carries, plane, PADDED, CHUNK
     )
     parameter_plane = batch.to(tl.int64) * tl.cdiv(tokens, SEGMENT) * channels
     tl.store(grad_parameters + 4 * parameter_plane + item, grad_forward, mask=inside)
@@ -721,7 +627,7 @@ class _Launches:
 
     def __init__(
         self, current, mask, v_threshold, decay_forward, decay_backward, reset, normalize, reset_iterations, ternary,
-        slopes=False,
+        *, slopes=False,
     ) -> None:  # fmt: skip
         self.current = current.contiguous()
         self.batch, self.tokens, self.channels = current.shape
@@ -791,33 +697,30 @@ class _Launches:
     def until_last_sweep(self) -> dict[str, Any]:
         """All that comes before the last sweep of the reset; what the kernel of the last one takes."""
         decays = tuple(self.decays.values())
-        current: Sums = (None, None)
+        current: Sums = self.new_sums()
         spikes: Sums = (None, None)
         received = None
         if self.segments > 1:
-            current = self.new_sums()
             _sum_currents[self.grid](**self.shared, **self.decays, sums_earlier=current[0], sums_later=current[1])
             self.exchange(current, *decays)
-            if self.reset_iterations:
-                spikes = self.new_sums()
-                _provisional[self.grid](
-                    **self.neuron, **_named("current", current), **_named("next", spikes), TERNARY=self.ternary
-                )
-                self.exchange(spikes, *decays)
-        for sweep in range(self.reset_iterations - 1):
+        # The 0th gives the sums of the provisional spikes, which a single segment has no use for.
+        for sweep in range(0 if self.segments > 1 else 1, self.reset_iterations):
             after = self.new_sums()
-            received = self.empty(*self.current.shape) if received is None else received
-            _sweep[self.grid](
+            received_after = self.empty(*self.current.shape) if sweep and received is None else received
+            _spikes[self.grid](
                 **self.neuron,
                 **_named("current", current),
                 **_named("spikes", spikes),
                 **_named("next", after),
-                received_before=received if sweep else None,
-                received_after=received,
+                received_before=received,
+                received_after=received_after,
+                spikes=None,
+                packed=None,
+                RESET=sweep > 0,
                 TERNARY=self.ternary,
             )
             self.exchange(after, *decays)
-            spikes = after
+            spikes, received = after, received_after
         return {
             **self.neuron,
             **_named("current", current),
@@ -854,50 +757,33 @@ def _named(name: str, sums: Sums) -> dict[str, torch.Tensor | None]:
 
 
 @torch.library.custom_op(f"{NAMESPACE}::bpsn_triton_forward", mutates_args=(), schema=FORWARD_SCHEMA)
-def bpsn_forward(
-    current, mask, v_threshold, decay_forward, decay_backward, reset, normalize, reset_iterations, ternary
-):
-    """Spikes of a `BPSN`, in the dtype of `current` and packed.
+def bpsn_forward(current, *neuron):
+    """Spikes of a `BPSN`, in the dtype of `current` and packed; arguments as in `FORWARD_SCHEMA`.
 
     `current` is `[batch, seq_len, channels]` in float32, bfloat16 or float16, `mask` `[batch, seq_len]`, `v_threshold`
     `[channels]`, the decays and the reset `[groups]`, all three in float32. Any number of channels and groups will do.
     """
-    spikes = torch.empty_like(current, memory_format=torch.contiguous_format)
-    packed = current.new_empty(packed_shape(current.shape, ternary), dtype=torch.uint8)
+    spikes, packed = empty_spikes(current, ternary=neuron[-1])
     if current.shape[0] == 0:
         return spikes, packed
     with on_device_of(current):
-        launches = _Launches(
-            current, mask, v_threshold, decay_forward, decay_backward, reset, normalize, reset_iterations, ternary
-        )
+        launches = _Launches(current, *neuron)
         arguments = launches.until_last_sweep()
-        _spikes[launches.grid](**arguments, spikes=spikes, packed=packed)
+        _spikes[launches.grid](
+            **arguments, **_named("next", (None, None)), received_after=None, spikes=spikes, packed=packed
+        )
     return spikes, packed
 
 
 @torch.library.custom_op(f"{NAMESPACE}::bpsn_triton_backward", mutates_args=(), schema=BACKWARD_SCHEMA)
-def bpsn_backward(
-    grad_spikes,
-    current,
-    mask,
-    v_threshold,
-    decay_forward,
-    decay_backward,
-    reset,
-    normalize,
-    reset_iterations,
-    ternary,
-    surrogate,
-    alpha,
-):
-    """Gradients to the current, the threshold, both decays and the reset; arguments as for `bpsn_forward`."""
+def bpsn_backward(grad_spikes, current, *others):
+    """Gradients to the current, the threshold, both decays and the reset; arguments as in `BACKWARD_SCHEMA`."""
+    *neuron, surrogate, alpha = others
     grad_current = torch.empty_like(current, memory_format=torch.contiguous_format)
     if current.shape[0] == 0:
-        return grad_current, *(torch.zeros_like(x) for x in (v_threshold, decay_forward, decay_backward, reset))
+        return grad_current, *(torch.zeros_like(x) for x in neuron[1:5])
     with on_device_of(current):
-        launches = _Launches(
-            current, mask, v_threshold, decay_forward, decay_backward, reset, normalize, reset_iterations, ternary, True
-        )
+        launches = _Launches(current, *neuron, slopes=True)
         arguments = launches.until_last_sweep()
         parameters = launches.empty(6, launches.batch, launches.segments, launches.channels)
         _gradient[launches.grid](
@@ -913,7 +799,7 @@ def bpsn_backward(
         if launches.segments > 1:
             launches.finish_gradient(arguments["current_earlier"], grad_current, parameters)
     of_channel = parameters.sum((1, 2))
-    of_group = of_channel.unflatten(1, (decay_forward.shape[0], -1)).sum(-1)
+    of_group = of_channel.unflatten(1, (launches.decays["decay_forward"].shape[0], -1)).sum(-1)
     # An operator returns tensors of their own, not views of one.
     of_weight_and_sums = of_group[2:4] + of_group[4:6]
     grad_forward, grad_backward = of_weight_and_sums.unbind()

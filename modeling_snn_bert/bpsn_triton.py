@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 
-from .cpu_kernels import packed_shape
+from .cpu_kernels import empty_spikes
 from .triton_tiles import (
+    constexpr,
     fire,
     fire_backward,
     jit,
@@ -36,15 +37,9 @@ from .triton_tiles import (
     store_rows,
     store_spikes,
     sums_before,
+    tl,
     triton_operator,
 )
-
-try:
-    import triton
-    import triton.language as tl
-    from triton.language import constexpr
-except ImportError:
-    triton = constexpr = None
 
 # The longest sequence that a program can hold.
 MAX_TOKENS = 512
@@ -81,9 +76,12 @@ def _join(power, total, power_before, before, next_power, next_total, next_power
 
 
 @jit
-def _carry(ends, decay, REVERSE: constexpr, CHUNK: constexpr):
-    """What the chunks before each chunk (after it, if `REVERSE`) hand to it, from each chunk's own sum, `ends`."""
+def _carry(tile, decay, REVERSE: constexpr, CHUNK: constexpr):
+    """The leaky sum over the tokens before each chunk (after it, if `REVERSE`), as it stands at the one beside it."""
+    ends = tile[CHUNK - 1 if REVERSE else 0]
     power = decay
+    for k in tl.static_range(1, CHUNK):
+        ends = decay * ends + tile[CHUNK - 1 - k if REVERSE else k]
     for _ in tl.static_range(CHUNK.bit_length() - 1):
         power = power * power
     power = tl.broadcast_to(power, ends.shape)
@@ -93,21 +91,9 @@ def _carry(ends, decay, REVERSE: constexpr, CHUNK: constexpr):
 
 
 @jit
-def _carry_earlier(tile, decay, CHUNK: constexpr):
-    """The leaky sum over the tokens before each chunk, as it stands at the last of them."""
-    total = tile[0]
-    for k in tl.static_range(1, CHUNK):
-        total = decay * total + tile[k]
-    return _carry(total, decay, False, CHUNK)
-
-
-@jit
-def _carry_later(tile, decay, CHUNK: constexpr):
-    """The leaky sum over the tokens after each chunk, as it stands at the first of them."""
-    total = tile[CHUNK - 1]
-    for k in tl.static_range(1, CHUNK):
-        total = decay * total + tile[CHUNK - 1 - k]
-    return _carry(total, decay, True, CHUNK)
+def _carries(tile, forward, backward, CHUNK: constexpr):
+    """What earlier and what later tokens hand to each chunk."""
+    return _carry(tile, forward, False, CHUNK), _carry(tile, backward, True, CHUNK)
 
 
 @jit
@@ -127,7 +113,7 @@ def _slopes(valid, carry, decay, REVERSE: constexpr, CHUNK: constexpr):
     `y[t] = decay * y[t - 1] + m[t]` gives `y'[t] = decay * y'[t - 1] + y[t - 1]`: the leaky sum of the sum before.
     """
     before, _ = sums_before(valid, carry, decay, REVERSE, CHUNK)
-    slope = _carry_later(before, decay, CHUNK) if REVERSE else _carry_earlier(before, decay, CHUNK)
+    slope = _carry(before, decay, REVERSE, CHUNK)
     slopes = ()
     for k in tl.static_range(CHUNK):
         slope = decay * slope + before[CHUNK - 1 - k if REVERSE else k]
@@ -136,40 +122,10 @@ def _slopes(valid, carry, decay, REVERSE: constexpr, CHUNK: constexpr):
 
 
 @jit
-def _place(channels, group_size, CHUNK: constexpr, CHUNKS: constexpr, BLOCK: constexpr, ONE_GROUP: constexpr):
-    """Where this program works: row, first channel, channels and their groups, and the first token of each chunk."""
-    blocks = tl.cdiv(channels, BLOCK)
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    start = (tl.program_id(0) % blocks) * BLOCK
-    channel = (start + tl.arange(0, BLOCK))[None, :]
-    if ONE_GROUP:
-        group = tl.zeros([1, 1], tl.int32) + start // group_size
-    else:
-        group = tl.minimum(channel, channels - 1) // group_size
-    return row, start, channel, channel < channels, group, (tl.arange(0, CHUNKS) * CHUNK)[:, None]
-
-
-@jit
-def _decays(decay_forward_logit, decay_backward_logit, group):
-    forward = tl.sigmoid(tl.load(decay_forward_logit + group).to(tl.float32))
-    backward = tl.zeros_like(forward)
-    if decay_backward_logit is not None:
-        backward = tl.sigmoid(tl.load(decay_backward_logit + group).to(tl.float32))
-    return forward, backward
-
-
-@jit
 def _leaky_means(tile, earlier, later, inverse, forward, backward, WITH_SELF: constexpr, CHUNK: constexpr):
     """`sum_j a[t, j] x[j] / n[t]`, over all `j` or over `j != t`, from the carries."""
     sums, _, _ = leaky_sums(tile, earlier, later, forward, backward, WITH_SELF, CHUNK)
     return scale(sums, inverse, CHUNK)
-
-
-@jit
-def _received(fired, inverse, forward, backward, CHUNK: constexpr):
-    """The reset received, `sum_{j != t} a[t, j] s[j] / n[t]`."""
-    earlier, later = _carry_earlier(fired, forward, CHUNK), _carry_later(fired, backward, CHUNK)
-    return _leaky_means(fired, earlier, later, inverse, forward, backward, False, CHUNK)
 
 
 @jit
@@ -182,6 +138,65 @@ def _load_currents(current, mask, valid, first, tokens, channels, inside, CHUNK:
 
 
 @jit
+def _charge(
+    current, mask, v_threshold, decay_forward_logit, decay_backward_logit,
+    tokens, channels, group_size,
+    NORMALIZE: constexpr, CHUNK: constexpr, CHUNKS: constexpr, BLOCK: constexpr, ONE_GROUP: constexpr,
+):  # fmt: skip
+    """What forward and backward pass start with.
+
+    Where this program works: row, first channel, channels, which of them there are, their groups, the first token of
+    each chunk, and the place of their currents. Threshold and decays. Valid tokens and `1 / n`. The carries from
+    earlier and later tokens of valid tokens and of currents. The potentials.
+    """
+    blocks = tl.cdiv(channels, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    start = (tl.program_id(0) % blocks) * BLOCK
+    channel = (start + tl.arange(0, BLOCK))[None, :]
+    inside = channel < channels
+    if ONE_GROUP:
+        group = tl.zeros([1, 1], tl.int32) + start // group_size
+    else:
+        group = tl.minimum(channel, channels - 1) // group_size
+    first = (tl.arange(0, CHUNKS) * CHUNK)[:, None]
+    offset = row * tokens * channels + first * channels + channel
+    # What lies beyond the last channel never fires: its bits share a byte with those of real channels.
+    threshold = tl.load(v_threshold + channel, mask=inside, other=float("inf")).to(tl.float32)
+    forward = tl.sigmoid(tl.load(decay_forward_logit + group).to(tl.float32))
+    backward = tl.zeros_like(forward)
+    if decay_backward_logit is not None:
+        backward = tl.sigmoid(tl.load(decay_backward_logit + group).to(tl.float32))
+    if mask is not None:
+        mask += row * tokens
+    valid = _valid_tokens(mask, first, tokens, CHUNK)
+    x = _load_currents(current + offset, mask, valid, first, tokens, channels, inside, CHUNK)
+    inverse = valid
+    of_valid = _carries(valid, forward, backward, CHUNK)
+    if NORMALIZE:
+        inverse = _inverse_weights(valid, of_valid[0], of_valid[1], forward, backward, CHUNK)
+    of_currents = _carries(x, forward, backward, CHUNK)
+    potentials = _leaky_means(x, of_currents[0], of_currents[1], inverse, forward, backward, True, CHUNK)
+    place = row, start, channel, inside, group, first, offset
+    return place, (threshold, forward, backward), valid, inverse, of_valid, of_currents, potentials
+
+
+@jit
+def _reset(potentials, valid, inverse, values, reset_strength, group, sweeps, TERNARY: constexpr, CHUNK: constexpr):
+    """The margins after all sweeps, and the reset received in the last: `sum_{j != t} a[t, j] s[j] / n[t]`."""
+    threshold, forward, backward = values
+    margins = potentials
+    received = potentials
+    if reset_strength is not None:
+        reset = tl.abs(tl.load(reset_strength + group).to(tl.float32))
+        for _ in range(sweeps):
+            fired = fire(margins, valid, threshold, TERNARY, CHUNK)
+            earlier, later = _carries(fired, forward, backward, CHUNK)
+            received = _leaky_means(fired, earlier, later, inverse, forward, backward, False, CHUNK)
+            margins = reset_by(potentials, received, reset, CHUNK)
+    return margins, received
+
+
+@jit
 def _bpsn_forward(
     current, mask, v_threshold, decay_forward_logit, decay_backward_logit, reset_strength, spikes, packed,
     packed_plane,
@@ -190,27 +205,13 @@ def _bpsn_forward(
     ONE_GROUP: constexpr,
 ):  # fmt: skip
     """Currents to spikes. `packed_plane` is the number of bytes of a sign's plane."""
-    row, start, channel, inside, group, first = _place(channels, group_size, CHUNK, CHUNKS, BLOCK, ONE_GROUP)
-    forward, backward = _decays(decay_forward_logit, decay_backward_logit, group)
-    # What lies beyond the last channel never fires: its bits share a byte with those of real channels.
-    threshold = tl.load(v_threshold + channel, mask=inside, other=float("inf")).to(tl.float32)
-    offset = row * tokens * channels + first * channels + channel
-    if mask is not None:
-        mask += row * tokens
-    valid = _valid_tokens(mask, first, tokens, CHUNK)
-    x = _load_currents(current + offset, mask, valid, first, tokens, channels, inside, CHUNK)
-    inverse = valid
-    if NORMALIZE:
-        earlier, later = _carry_earlier(valid, forward, CHUNK), _carry_later(valid, backward, CHUNK)
-        inverse = _inverse_weights(valid, earlier, later, forward, backward, CHUNK)
-    earlier, later = _carry_earlier(x, forward, CHUNK), _carry_later(x, backward, CHUNK)
-    potentials = _leaky_means(x, earlier, later, inverse, forward, backward, True, CHUNK)
-    fired = fire(potentials, valid, threshold, TERNARY, CHUNK)
-    if reset_strength is not None:
-        reset = tl.abs(tl.load(reset_strength + group).to(tl.float32))
-        for _ in range(sweeps):
-            received = _received(fired, inverse, forward, backward, CHUNK)
-            fired = fire(reset_by(potentials, received, reset, CHUNK), valid, threshold, TERNARY, CHUNK)
+    place, values, valid, inverse, _, _, potentials = _charge(
+        current, mask, v_threshold, decay_forward_logit, decay_backward_logit, tokens, channels, group_size,
+        NORMALIZE, CHUNK, CHUNKS, BLOCK, ONE_GROUP,
+    )  # fmt: skip
+    row, start, _channel, inside, group, first, offset = place
+    margins, _ = _reset(potentials, valid, inverse, values, reset_strength, group, sweeps, TERNARY, CHUNK)
+    fired = fire(margins, valid, values[0], TERNARY, CHUNK)
     packed += row * tokens * tl.cdiv(channels, 8)
     store_spikes(
         fired, spikes + offset, packed, packed_plane, first, tokens, channels, start, inside, TERNARY, CHUNK, BLOCK
@@ -229,32 +230,18 @@ def _bpsn_backward(
 
     `partial` is `[4, batch, channels]`.
     """
-    row, _, channel, inside, group, first = _place(channels, group_size, CHUNK, CHUNKS, BLOCK, ONE_GROUP)
-    forward, backward = _decays(decay_forward_logit, decay_backward_logit, group)
-    threshold = tl.load(v_threshold + channel, mask=inside, other=float("inf")).to(tl.float32)
-    offset = row * tokens * channels + first * channels + channel
-    if mask is not None:
-        mask += row * tokens
-    valid = _valid_tokens(mask, first, tokens, CHUNK)
-    x = _load_currents(current + offset, mask, valid, first, tokens, channels, inside, CHUNK)
-    inverse = valid
-    valid_earlier, valid_later = _carry_earlier(valid, forward, CHUNK), _carry_later(valid, backward, CHUNK)
-    if NORMALIZE:
-        inverse = _inverse_weights(valid, valid_earlier, valid_later, forward, backward, CHUNK)
-    earlier, later = _carry_earlier(x, forward, CHUNK), _carry_later(x, backward, CHUNK)
-    potentials = _leaky_means(x, earlier, later, inverse, forward, backward, True, CHUNK)
-    margins = potentials
-    received = potentials
-    if reset_strength is not None:
-        reset = tl.abs(tl.load(reset_strength + group).to(tl.float32))
-        for _ in range(sweeps):
-            fired = fire(margins, valid, threshold, TERNARY, CHUNK)
-            received = _received(fired, inverse, forward, backward, CHUNK)
-            margins = reset_by(potentials, received, reset, CHUNK)
+    place, values, valid, inverse, of_valid, of_currents, potentials = _charge(
+        current, mask, v_threshold, decay_forward_logit, decay_backward_logit, tokens, channels, group_size,
+        NORMALIZE, CHUNK, CHUNKS, BLOCK, ONE_GROUP,
+    )  # fmt: skip
+    row, _start, channel, inside, group, first, offset = place
+    threshold, forward, backward = values
+    earlier, later = of_currents
+    margins, received = _reset(potentials, valid, inverse, values, reset_strength, group, sweeps, TERNARY, CHUNK)
 
     if NORMALIZE:
-        slopes_forward = _slopes(valid, valid_earlier, forward, False, CHUNK)
-        slopes_backward = _slopes(valid, valid_later, backward, True, CHUNK)
+        slopes_forward = _slopes(valid, of_valid[0], forward, False, CHUNK)
+        slopes_backward = _slopes(valid, of_valid[1], backward, True, CHUNK)
     grad_threshold = tl.zeros([CHUNKS, BLOCK], tl.float32)
     grad_forward = tl.zeros([CHUNKS, BLOCK], tl.float32)
     grad_backward = tl.zeros([CHUNKS, BLOCK], tl.float32)
@@ -274,7 +261,7 @@ def _bpsn_backward(
             grad_forward -= potentials[k] * g[k] * slopes_forward[k]
             grad_backward -= potentials[k] * g[k] * slopes_backward[k]
 
-    to_later, to_earlier = _carry_earlier(g, backward, CHUNK), _carry_later(g, forward, CHUNK)
+    to_later, to_earlier = _carries(g, backward, forward, CHUNK)
     # Read again, from the cache: to hold it through all of the above would take more registers than there are.
     tl.debug_barrier()
     x = _load_currents(current + offset, mask, valid, first, tokens, channels, inside, CHUNK)
@@ -368,7 +355,7 @@ def bpsn_tile_forward(
     `[batch, seq_len]` of any dtype, `v_threshold` `[channels]`, the logits and the strength `[groups]`.
     """
     batch, tokens, channels = current.shape
-    spikes, packed = _new_spikes(current, ternary)
+    spikes, packed = empty_spikes(current, ternary)
     if batch:
         groups = decay_forward_logit.shape[0]
         current, mask, *parameters = _contiguous(
@@ -457,11 +444,6 @@ def bpsn_tile_backward(
     return grad_current, grads[0], grads[1], grads[2], grads[3]
 
 
-def _new_spikes(current: torch.Tensor, ternary: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    packed = current.new_empty(packed_shape(current.shape, ternary), dtype=torch.uint8)
-    return torch.empty_like(current, memory_format=torch.contiguous_format), packed
-
-
 def _new_gradients(
     current: torch.Tensor,
     v_threshold: torch.Tensor,
@@ -477,5 +459,5 @@ def _new_gradients(
     )
 
 
-register_fake(bpsn_tile_forward, lambda current, *arguments: _new_spikes(current, arguments[-1]))
+register_fake(bpsn_tile_forward, lambda current, *arguments: empty_spikes(current, arguments[-1]))
 register_fake(bpsn_tile_backward, lambda grad_spikes, current, mask, *others: _new_gradients(current, *others[:4]))

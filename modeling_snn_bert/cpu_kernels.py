@@ -19,6 +19,7 @@ import itertools
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -49,15 +50,13 @@ SURROGATE_INDEX = {"atan": 0, "sigmoid": 1, "triangle": 2, "rectangle": 3}
 PLAIN_TYPES = (torch.Tensor, nn.Parameter)
 
 # What each operator from currents to spikes takes and gives, whatever device it is for.
-FORWARD_SCHEMA = (
-    "(Tensor current, Tensor? mask, Tensor v_threshold, Tensor decay_forward, Tensor decay_backward, Tensor reset, "
-    "bool normalize, int reset_iterations, bool ternary) -> (Tensor, Tensor)"
+_NEURON = (
+    "Tensor current, Tensor? mask, Tensor v_threshold, Tensor decay_forward, Tensor decay_backward, Tensor reset, "
+    "bool normalize, int reset_iterations, bool ternary"
 )
-BACKWARD_SCHEMA = (
-    "(Tensor grad_spikes, Tensor current, Tensor? mask, Tensor v_threshold, Tensor decay_forward, "
-    "Tensor decay_backward, Tensor reset, bool normalize, int reset_iterations, bool ternary, str surrogate, "
-    "float alpha) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
+_GRADIENTS = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
+FORWARD_SCHEMA = f"({_NEURON}) -> (Tensor, Tensor)"
+BACKWARD_SCHEMA = f"(Tensor grad_spikes, {_NEURON}, str surrogate, float alpha) -> {_GRADIENTS}"
 
 
 class _Neuron(ctypes.Structure):
@@ -283,8 +282,12 @@ def _inputs(
     decay_forward: torch.Tensor,
     decay_backward: torch.Tensor,
     reset: torch.Tensor,
+    normalize: bool,
+    reset_iterations: int,
+    ternary: bool,
+    *,
     grad_spikes: torch.Tensor | None = None,
-) -> dict[str, int | torch.Tensor | None]:
+) -> dict[str, Any]:
     """The part of `struct neuron` that both kernels read. The values own the memory that the kernels see."""
     if current.dim() != 3:
         raise ValueError(f"`current` must be [batch, seq_len, channels], got {list(current.shape)}")
@@ -301,12 +304,15 @@ def _inputs(
     tensors = {name: x.contiguous() for name, x in tensors.items()}
     for name, x in tensors.items():
         checked_pointer(name, x, torch.uint8 if name == "mask" else torch.float32, shapes[name])
-    return {"batch": batch, "tokens": tokens, "channels": channels, "groups": groups, **tensors}
+    settings = {"normalize": normalize, "reset_iterations": reset_iterations, "ternary": ternary}
+    return {"batch": batch, "tokens": tokens, "channels": channels, "groups": groups, **tensors, **settings}
 
 
-def packed_shape(shape: torch.Size, ternary: bool) -> tuple[int, ...]:
-    """Shape of the packed form of spikes `[..., channels]`: bytes of eight channels, once for each sign."""
-    return (2 if ternary else 1, *shape[:-1], (shape[-1] + 7) // 8)
+def empty_spikes(current: torch.Tensor, ternary: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Room for the spikes of `current`, and for their packed form: bytes of eight channels, once for each sign."""
+    shape = (1 + ternary, *current.shape[:-1], (current.shape[-1] + 7) // 8)
+    packed = current.new_empty(shape, dtype=torch.uint8)
+    return torch.empty_like(current, memory_format=torch.contiguous_format), packed
 
 
 def _check_one_device(*tensors: torch.Tensor | None) -> None:
@@ -317,26 +323,15 @@ def _check_one_device(*tensors: torch.Tensor | None) -> None:
 
 
 @torch.library.custom_op(f"{NAMESPACE}::bpsn_forward", mutates_args=(), schema=FORWARD_SCHEMA)
-def bpsn_forward(
-    current, mask, v_threshold, decay_forward, decay_backward, reset, normalize, reset_iterations, ternary
-):
-    """Spikes of a `BPSN`, as floats and packed.
+def bpsn_forward(current, *neuron):
+    """Spikes of a `BPSN`, as floats and packed; arguments as in `FORWARD_SCHEMA`.
 
     `current` is `[batch, seq_len, channels]`, `mask` `[batch, seq_len]`, `v_threshold` `[channels]`, the decays and
     the reset `[groups]`; all but the mask are float32 on the CPU, and the channels of a group a multiple of 8.
     """
-    inputs = _inputs(current, mask, v_threshold, decay_forward, decay_backward, reset)
-    spikes = torch.empty(current.shape)
-    packed = torch.empty(packed_shape(current.shape, ternary), dtype=torch.uint8)
-    _run(
-        "bpsn_forward",
-        **inputs,
-        normalize=normalize,
-        reset_iterations=reset_iterations,
-        ternary=ternary,
-        spikes=spikes,
-        packed=packed,
-    )
+    inputs = _inputs(current, *neuron)
+    spikes, packed = empty_spikes(current, inputs["ternary"])
+    _run("bpsn_forward", **inputs, spikes=spikes, packed=packed)
     return spikes, packed
 
 
@@ -345,29 +340,15 @@ def fake_bpsn_forward(
     current, mask, v_threshold, decay_forward, decay_backward, reset, normalize, reset_iterations, ternary
 ):
     _check_one_device(current, mask, v_threshold, decay_forward, decay_backward, reset)
-    packed = current.new_empty(packed_shape(current.shape, ternary), dtype=torch.uint8)
-    return torch.empty_like(current, memory_format=torch.contiguous_format), packed
+    return empty_spikes(current, ternary)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::bpsn_backward", mutates_args=(), schema=BACKWARD_SCHEMA)
-def bpsn_backward(
-    grad_spikes,
-    current,
-    mask,
-    v_threshold,
-    decay_forward,
-    decay_backward,
-    reset,
-    normalize,
-    reset_iterations,
-    ternary,
-    surrogate,
-    alpha,
-):
-    """Gradients to the current, the threshold, both decays and the reset; arguments as for `bpsn_forward`."""
-    inputs = _inputs(current, mask, v_threshold, decay_forward, decay_backward, reset, grad_spikes)
-    batch, _, channels = current.shape
-    groups = decay_forward.shape[0]
+def bpsn_backward(grad_spikes, current, *others):
+    """Gradients to the current, the threshold, both decays and the reset; arguments as in `BACKWARD_SCHEMA`."""
+    *neuron, surrogate, alpha = others
+    inputs = _inputs(current, *neuron, grad_spikes=grad_spikes)
+    batch, channels, groups = (inputs[name] for name in ("batch", "channels", "groups"))
     outputs = {
         "grad_current": torch.empty(current.shape),
         "grad_v_threshold": torch.empty(batch, channels),
@@ -375,16 +356,7 @@ def bpsn_backward(
         "grad_decay_backward": torch.empty(batch, groups),
         "grad_reset": torch.empty(batch, groups),
     }
-    _run(
-        "bpsn_backward",
-        **inputs,
-        **outputs,
-        normalize=normalize,
-        reset_iterations=reset_iterations,
-        ternary=ternary,
-        surrogate=SURROGATE_INDEX[surrogate],
-        alpha=alpha,
-    )
+    _run("bpsn_backward", **inputs, **outputs, surrogate=SURROGATE_INDEX[surrogate], alpha=alpha)
     grad_current, *of_parameters = outputs.values()
     return grad_current, *(grad.sum(0) for grad in of_parameters)
 

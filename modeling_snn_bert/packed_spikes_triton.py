@@ -2,14 +2,7 @@
 
 import torch
 
-from .triton_tiles import jit, kernel_in_operator, on_device_of, register_fake, takes, triton_operator
-
-try:
-    import triton
-    import triton.language as tl
-    from triton.language import constexpr
-except ImportError:
-    triton = constexpr = None
+from .triton_tiles import constexpr, jit, kernel_in_operator, on_device_of, register_fake, takes, tl, triton_operator
 
 # Bytes of a program, each of which becomes eight spikes.
 BYTES = 256

@@ -18,12 +18,13 @@ from transformers.utils import logging
 
 from .cpu_kernels import NAMESPACE
 
+# The other modules with kernels take these from here.
 try:
     import triton
     import triton.language as tl
     from triton.language import constexpr
 except ImportError:
-    triton = constexpr = None
+    triton = tl = constexpr = None
 
 logger = logging.get_logger(__name__)
 
