@@ -31,6 +31,7 @@ from .cpu_kernels import PLAIN_TYPES, available, cpu_level, warn_if_missing
 from .event_kernels import (
     MAX_HEAD_SIZE,
     MAX_INPUTS,
+    TILES,
     WEIGHT_TYPES,
     BlockedWeights,
     NeuronParameters,
@@ -44,7 +45,6 @@ from .event_kernels import (
     list_float_spikes,
     neuron_spikes,
     not_spikes,
-    tile_weights,
     tiles_available,
 )
 from .layer_places import LINEARS, PLACES
@@ -461,7 +461,7 @@ class EventDrivenProduct:
         """The int8 weights for dense products on AMX, where there is that."""
         if self.weight_dtype != "int8" or not available() or not tiles_available():
             return None
-        return self._layout("tiled", linear, lambda w, scale: tile_weights(w, scale, linear.bias))
+        return self._layout("tiled", linear, lambda w, scale: block_weights(w, scale, linear.bias, TILES))
 
     def runs_by_events(self, linear: nn.Linear, spikes: "SpikeLists | PackedSpikes | Bags") -> bool:
         """Whether that is the faster product at the firing rate of `spikes`."""
@@ -639,21 +639,7 @@ class EventDrivenLayer:
     ) -> torch.Tensor:
         mask = None if token_mask is None else (token_mask != 0).to(torch.uint8).contiguous()
         bias = attention_mask if layer.attention.self.config.relative_attention_num_buckets else None
-        return self._run_whole(layer, hidden_states.contiguous(), bias, mask)
-
-    def _neuron(self, name: str, neuron: BPSN) -> NeuronParameters:
-        """The parameters of `neuron` as the kernels take them."""
-
-        def make() -> NeuronParameters:
-            values = (neuron.v_threshold, neuron.decay_forward, neuron.decay_backward, neuron.soft_reset)
-            return NeuronParameters(*values, neuron.normalize, neuron.reset_iterations, neuron.spike_type == "ternary")
-
-        # The same as `parameters()`, which takes longer than a small layer's products.
-        return self._parameters.setdefault(name, MadeOf()).get("", list(neuron._parameters.values()), make)
-
-    def _run_whole(
-        self, layer: Any, states: torch.Tensor, bias: torch.Tensor | None, mask: torch.Tensor | None
-    ) -> torch.Tensor:
+        states = hidden_states.contiguous()
         attention, after = layer.attention.self, layer.attention.output
         neuron = {
             place.neuron: self._neuron(place.neuron, module)
@@ -677,6 +663,15 @@ class EventDrivenLayer:
         spikes = neuron_spikes(states, mask, neuron["intermediate.neuron"])
         spikes = self._spikes_behind(layer.intermediate.dense, PackedSpikes(spikes), mask, neuron["output.neuron"])
         return layer.output.LayerNorm(self._add_product(layer.output.dense, PackedSpikes(spikes), states))
+
+    def _neuron(self, name: str, neuron: BPSN) -> NeuronParameters:
+        """The parameters of `neuron` as the kernels take them."""
+
+        def make() -> NeuronParameters:
+            return NeuronParameters(neuron.learned.values(torch.float32), neuron.settings)
+
+        # The same as `parameters()`, which takes longer than a small layer's products.
+        return self._parameters.setdefault(name, MadeOf()).get("", list(neuron._parameters.values()), make)
 
     def _spikes_behind(
         self,
@@ -770,27 +765,23 @@ def _measure_crossover(inputs: int, outputs: int, weight_dtype: str, level: str 
         product = EventDrivenProduct(weight_dtype, 1.0, SharedLists(False))
         batches = [(torch.rand(CROSSOVER_TOKENS, inputs) < rate).float() for rate in CROSSOVER_RATES]
 
-    calls: list[Callable[[], torch.Tensor]]
     if level is not None:
-        packed = [pack(spikes, False)[:, None] for spikes in batches]
+        batches = [pack(spikes, False)[:, None] for spikes in batches]
 
-        def on_kernels_by_events(packed: torch.Tensor) -> torch.Tensor:
-            return event_linear(PackedSpikes(packed).lists, product.blocked(linear))
-
-        def on_kernels_dense(packed: torch.Tensor) -> torch.Tensor:
-            spikes, weights = PackedSpikes(packed), product.tiled(linear)
-            return product.run_dense(linear, _floats(packed)) if weights is None else event_linear(spikes, weights)
-
-        calls = [functools.partial(on_kernels_by_events, x) for x in packed]
-        calls.append(functools.partial(on_kernels_dense, packed[0]))
-    else:
-
-        def by_events(spikes: torch.Tensor) -> torch.Tensor:
-            # A view is a new tensor object, so the lists are made again.
+    def by_events(spikes: torch.Tensor) -> torch.Tensor:
+        # A view is a new tensor object, so the lists are made again.
+        if level is None:
             return product.run(linear, spikes.view_as(spikes))
+        return event_linear(PackedSpikes(spikes).lists, product.blocked(linear))
 
-        calls = [functools.partial(by_events, spikes) for spikes in batches]
-        calls.append(lambda: product.run_dense(linear, batches[0]))
+    def densely(spikes: torch.Tensor) -> torch.Tensor:
+        if level is None:
+            return product.run_dense(linear, spikes)
+        weights = product.tiled(linear)
+        packed = PackedSpikes(spikes)
+        return product.run_dense(linear, _floats(spikes)) if weights is None else event_linear(packed, weights)
+
+    calls = [*(functools.partial(by_events, spikes) for spikes in batches), functools.partial(densely, batches[0])]
     best = [float("inf")] * len(calls)
     with torch.no_grad():
         # In turns, so that whatever else runs on the machine for a while hits all of them.

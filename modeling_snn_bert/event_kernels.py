@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .cpu_kernels import _LIBRARY, _Neuron, check_groups, checked_pointer
+from .neuron_settings import BPSNSettings, BPSNValues
 
 WEIGHT_TYPES = {"float32": 0, "bfloat16": 1, "int8": 2}
 # The layouts of weights: one for the events of each type, and one of int8 for dense products on tiles.
@@ -150,41 +151,25 @@ class BlockedWeights:
 
 
 class NeuronParameters:
-    """What the kernels need to know of a `BPSN`: copies of its parameters, and its settings.
+    """What the kernels need to know of a `BPSN`: copies of the numbers of its equations, and its settings."""
 
-    Args:
-        v_threshold (`[channels]`): the thresholds.
-        decay_forward, decay_backward, reset (`[groups]`): as the neuron's.
-        normalize, reset_iterations, ternary: its settings.
-    """
-
-    def __init__(
-        self,
-        v_threshold: torch.Tensor,
-        decay_forward: torch.Tensor,
-        decay_backward: torch.Tensor,
-        reset: torch.Tensor,
-        normalize: bool,
-        reset_iterations: int,
-        ternary: bool,
-    ) -> None:
-        self.channels, self.groups, self.ternary = v_threshold.numel(), decay_forward.numel(), ternary
+    def __init__(self, values: BPSNValues, settings: BPSNSettings) -> None:
+        self.channels, self.groups = values.v_threshold.numel(), values.decay_forward.numel()
+        self.ternary = settings.ternary
         check_groups(self.channels, self.groups)
-        values = {"v_threshold": v_threshold}
-        values |= {"decay_forward": decay_forward, "decay_backward": decay_backward, "reset": reset}
         # Copies, so that nobody else can free or change what the kernels read.
-        self.tensors = [x.detach().clone().float().contiguous() for x in values.values()]
+        self.tensors = [x.detach().clone().float().contiguous() for x in values]
         shapes = ((self.channels,), *3 * ((self.groups,),))
         pointers = {
             name: checked_pointer(name, x, torch.float32, shape)
-            for name, x, shape in zip(values, self.tensors, shapes, strict=True)
+            for name, x, shape in zip(values._fields, self.tensors, shapes, strict=True)
         }
         self.struct = _Neuron(
             channels=self.channels,
             groups=self.groups,
-            normalize=normalize,
-            reset_iterations=reset_iterations,
-            ternary=ternary,
+            normalize=settings.normalize,
+            reset_iterations=settings.reset_iterations,
+            ternary=settings.ternary,
             **pointers,
         )
 
@@ -217,48 +202,31 @@ def _packed_rows(packed: torch.Tensor) -> tuple[int, int, int]:
 
 
 def block_weights(
-    weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None, weight_dtype: str
+    weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None, layout: str
 ) -> BlockedWeights:
-    """The layout of csrc/event_linear.c from weights `[outputs, inputs]` of the dtype named by `weight_dtype`.
+    """Weights `[outputs, inputs]`, of the dtype that `layout` names, as csrc/event_linear.c wants them.
 
-    A 32-bit word of a cache line holds two bfloat16 columns or four int8 columns that lie 16 apart.
+    A 32-bit word of a cache line holds two bfloat16 columns or four int8 columns that lie 16 apart. `TILES` is the
+    layout of csrc/spike_tiles.c, of int8 weights.
     """
     outputs, inputs = weight.shape
-    columns = COLUMNS[weight_dtype]
+    columns = COLUMNS[layout]
     filling = -outputs % columns
-    if filling:
-        weight = nn.functional.pad(weight, (0, 0, 0, filling))
-    if weight_dtype == "float32":
+    filling_inputs = -inputs % TILE_INPUTS if layout == TILES else 0
+    if filling or filling_inputs:
+        weight = nn.functional.pad(weight, (0, filling_inputs, 0, filling))
+    if layout == "float32":
         blocks = weight.reshape(-1, columns, inputs).transpose(1, 2)
-    elif weight_dtype == "bfloat16":
+    elif layout == "bfloat16":
         blocks = weight.reshape(-1, 2, 2, columns // 4, inputs).permute(0, 4, 1, 3, 2)
-    else:
+    elif layout == "int8":
         fours = weight.reshape(-1, 4, columns // 4, inputs).to(torch.int16)
         fours[:, ::2] += 128
         blocks = fours.to(torch.uint8).permute(0, 3, 2, 1)
-    return _blocked(weight_dtype, outputs, inputs, blocks, filling, scale, bias)
-
-
-def tile_weights(weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None) -> BlockedWeights:
-    """The layout of csrc/spike_tiles.c from int8 weights `[outputs, inputs]`."""
-    outputs, inputs = weight.shape
-    filling = -outputs % COLUMNS[TILES]
-    weight = nn.functional.pad(weight, (0, -inputs % TILE_INPUTS, 0, filling))
-    # [groups of columns, 16 columns, steps, 16 rows of a tile, 4 inputs]
-    tiles = weight.reshape(-1, TILE_COLUMNS, weight.shape[1] // TILE_INPUTS, TILE_INPUTS // 4, 4)
-    return _blocked(TILES, outputs, inputs, tiles.permute(0, 2, 3, 1, 4), filling, scale, bias)
-
-
-def _blocked(
-    layout: str,
-    outputs: int,
-    inputs: int,
-    blocks: torch.Tensor,
-    filling: int,
-    scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-) -> BlockedWeights:
-    """`blocks` in memory as the kernels want them, with `scale` and `bias` of the columns filled up too."""
+    else:
+        # [groups of columns, 16 columns, steps, 16 rows of a tile, 4 inputs]
+        tiles = weight.reshape(-1, TILE_COLUMNS, weight.shape[1] // TILE_INPUTS, TILE_INPUTS // 4, 4)
+        blocks = tiles.permute(0, 2, 3, 1, 4)
     # A copy in any case: the weights themselves belong to somebody else.
     blocks = blocks.clone(memory_format=torch.contiguous_format).view(-1)
     filled = (None if x is None else nn.functional.pad(x.float(), (0, filling)) for x in (scale, bias))

@@ -317,8 +317,8 @@ class TestModel:
         batch = {"input_ids": torch.randint(1, 120, (2, length)), "attention_mask": torch.ones(2, length).long()}
         batch["attention_mask"][1, length // 2 + 1 :] = 0
         whole_runs = []
-        run_whole = EventDrivenLayer._run_whole
-        monkeypatch.setattr(EventDrivenLayer, "_run_whole", lambda *args: whole_runs.append(True) or run_whole(*args))
+        run_whole = EventDrivenLayer.__call__
+        monkeypatch.setattr(EventDrivenLayer, "__call__", lambda *args: whole_runs.append(True) or run_whole(*args))
         got = run(model, **batch)
         assert len(whole_runs) == 2
         if length > 1:

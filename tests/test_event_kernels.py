@@ -20,8 +20,8 @@ from modeling_snn_bert.event_kernels import (
     list_packed_columns,
     list_packed_spikes,
     neuron_spikes,
-    tile_weights,
 )
+from modeling_snn_bert.neuron_settings import BPSNSettings, BPSNValues
 from modeling_snn_bert.packed_spikes import pack
 
 pytestmark = pytest.mark.skipif(not cpu_kernels.available(), reason="there are no compiled kernels here")
@@ -45,8 +45,8 @@ def parameters():
     }
 
 
-def neuron():
-    return NeuronParameters(**parameters(), normalize=True, reset_iterations=1, ternary=False)
+def neuron(**values):
+    return NeuronParameters(BPSNValues(**{**parameters(), **values}), BPSNSettings())
 
 
 def weights():
@@ -74,11 +74,16 @@ ENTRY_POINTS = {
     "PackedSpikes": (lambda packed: PackedSpikes(packed).firing_rate, lambda: {"packed": packed()}),
     "block_weights": (
         block_weights,
-        lambda: {"weight": torch.randn(40, 8), "scale": None, "bias": torch.randn(40), "weight_dtype": "float32"},
+        lambda: {"weight": torch.randn(40, 8), "scale": None, "bias": torch.randn(40), "layout": "float32"},
     ),
-    "tile_weights": (
-        tile_weights,
-        lambda: {"weight": torch.ones(40, 8, dtype=torch.int8), "scale": torch.ones(40), "bias": torch.randn(40)},
+    "block_weights for tiles": (
+        block_weights,
+        lambda: {
+            "weight": torch.ones(40, 8, dtype=torch.int8),
+            "scale": torch.ones(40),
+            "bias": torch.randn(40),
+            "layout": TILES,
+        },
     ),
     "BlockedWeights": (
         BlockedWeights,
@@ -91,7 +96,7 @@ ENTRY_POINTS = {
             "bias": torch.ones(64),
         },
     ),
-    "NeuronParameters": (NeuronParameters, lambda: {**parameters(), **SETTINGS}),
+    "NeuronParameters": (neuron, parameters),
     "event_linear": (
         event_linear,
         lambda: {
@@ -169,14 +174,14 @@ TAKEN = {
     ("PackedSpikes", "packed"): ANY_PACKED,
     ("block_weights", "weight"): {"shorter", "longer"},
     ("block_weights", "bias"): {"float64", "int64"},
-    ("tile_weights", "weight"): {"shorter", "longer"},
-    ("tile_weights", "scale"): {"float64", "int64"},
-    ("tile_weights", "bias"): {"float64", "int64"},
+    ("block_weights for tiles", "weight"): {"shorter", "longer"},
+    ("block_weights for tiles", "scale"): {"float64", "int64"},
+    ("block_weights for tiles", "bias"): {"float64", "int64"},
     **{("NeuronParameters", name): {"float64", "int64"} for name in parameters()},
     **{(f"snn_bert::bpsn_{way}", "mask"): {"float64", "int64"} for way in ("forward", "backward")},
 }
 # torch's own operations come first there, and read what was freed.
-COPIED = {"block_weights", "tile_weights", "NeuronParameters"}
+COPIED = {"block_weights", "block_weights for tiles", "NeuronParameters"}
 TENSORS = [
     (name, argument)
     for name, (_, make) in ENTRY_POINTS.items()
@@ -209,7 +214,7 @@ def test_bad_memory_is_refused(name, argument):
 
 FITTING = {
     "inputs": (event_linear, {"weights": lambda: block_weights(torch.randn(64, 72), None, None, "float32")}),
-    "lists for tiles": (event_linear, {"weights": lambda: tile_weights(*int8_weights(), None)}),
+    "lists for tiles": (event_linear, {"weights": lambda: block_weights(*int8_weights(), None, TILES)}),
     "packed for lists": (event_linear, {"spikes": lambda: PackedSpikes(packed())}),
     "batch": (linear_neuron_spikes, {"batch": lambda: 3}),
     "outputs": (linear_neuron_spikes, {"weights": lambda: block_weights(torch.randn(72, 64), None, None, "float32")}),
@@ -226,7 +231,7 @@ def int8_weights():
 
 def neuron_of(channels, groups):
     values = {name: torch.full((groups,), 0.1) for name in ("decay_forward", "decay_backward", "reset")}
-    return NeuronParameters(torch.full((channels,), 0.1), **values, **SETTINGS)
+    return neuron(v_threshold=torch.full((channels,), 0.1), **values)
 
 
 @pytest.mark.parametrize("function, changes", FITTING.values(), ids=FITTING)
@@ -244,7 +249,7 @@ def test_settings_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="`scale` belongs to int8 weights"):
         block_weights(torch.ones(CHANNELS, CHANNELS), torch.ones(CHANNELS), None, "float32")
     with pytest.raises(TypeError, match="`v_threshold` must be a plain tensor, got Mine"):
-        NeuronParameters(**{**parameters(), "v_threshold": torch.ones(CHANNELS).as_subclass(Mine)}, **SETTINGS)
+        neuron(v_threshold=torch.ones(CHANNELS).as_subclass(Mine))
     with pytest.raises(ValueError, match=r"`current` must be a contiguous torch.float32 .* \[2, 5, 64\]"):
         neuron_spikes(current().transpose(0, 1).contiguous().transpose(0, 1), None, neuron())
 
