@@ -52,6 +52,9 @@ from .spiking_neurons import SpikingNeuron
 from .text_files import read_texts
 
 TOKEN_WIDTH = 16
+MaxSamples = Annotated[
+    int, typer.Option("--max_samples", callback=at_least_one, help="Use only the first so many texts.")
+]
 
 app = typer.Typer(
     help="Train, run and serve a spiking text classifier, convert a BERT, and look at what an SNN-BERT does and costs.",
@@ -114,9 +117,7 @@ def convert(
             help="Settings of SNNBertConfig, with commas between them; may be given several times.",
         ),
     ] = None,
-    max_samples: Annotated[
-        int, typer.Option("--max_samples", callback=at_least_one, help="Use only the first so many texts.")
-    ] = 512,
+    max_samples: MaxSamples = 512,
     max_length: MaxLength = None,
     batch_size: BatchSize = 16,
     revision: Revision = None,
@@ -165,9 +166,7 @@ def energy(
     baseline: Annotated[
         str | None, typer.Option("--baseline", help="An SNN-BERT with repeat coding to measure on the same texts.")
     ] = None,
-    max_samples: Annotated[
-        int, typer.Option("--max_samples", callback=at_least_one, help="Use only the first so many texts.")
-    ] = 256,
+    max_samples: MaxSamples = 256,
     max_length: MaxLength = None,
     batch_size: BatchSize = 16,
     output_dir: Annotated[Path, typer.Option("--output_dir", help="Where the report goes.")] = Path("outputs/energy"),

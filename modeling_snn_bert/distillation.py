@@ -1,6 +1,6 @@
 """Losses that teach an SNN-BERT what its BERT teacher does, and the optimiser's parameter groups."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -46,24 +46,25 @@ def hidden_state_loss(
             f"student and teacher must have as many hidden states, got {len(student_states)} and {len(teacher_states)}"
         )
     losses = []
-    for student, teacher in zip(student_states[1:], teacher_states[1:], strict=True):
-        student = _average_timesteps(student, teacher)
-        if student.shape != teacher.shape:
-            raise ValueError(
-                f"student and teacher states must agree in shape, got {list(student.shape)} and {list(teacher.shape)}"
-            )
-        student, teacher = student.float(), teacher.float()
+    for student, teacher in _pairs("states", student_states[1:], teacher_states[1:]):
         variance = _mean_over_tokens((teacher - _mean_over_tokens(teacher, attention_mask)).square(), attention_mask)
         error = _mean_over_tokens((student - teacher).square(), attention_mask)
         losses.append(error.mean() / variance.mean().clamp(min=1e-6))
     return torch.stack(losses).mean()
 
 
-def _average_timesteps(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """`student`, `[num_timesteps * batch, ...]` with repeat coding, averaged to the teacher's `[batch, ...]`."""
-    if student.shape[0] != teacher.shape[0] and student.shape[0] % teacher.shape[0] == 0:
-        student = student.unflatten(0, (-1, teacher.shape[0])).mean(0)
-    return student
+def _pairs(
+    what: str, students: Sequence[torch.Tensor], teachers: Sequence[torch.Tensor]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Student and teacher of each layer in float32, a student with repeat coding averaged over its time-steps."""
+    for student, teacher in zip(students, teachers, strict=True):
+        if student.shape[0] != teacher.shape[0] and student.shape[0] % teacher.shape[0] == 0:
+            student = student.unflatten(0, (-1, teacher.shape[0])).mean(0)
+        if student.shape != teacher.shape:
+            raise ValueError(
+                f"student and teacher {what} must agree in shape, got {list(student.shape)} and {list(teacher.shape)}"
+            )
+        yield student.float(), teacher.float()
 
 
 def _mean_over_tokens(x: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
@@ -103,14 +104,8 @@ def attention_loss(
             "`attn_implementation='eager'`"
         )
     losses = []
-    for student, teacher in zip(student_attentions, teacher_attentions, strict=True):
-        student = _average_timesteps(student, teacher)
-        if student.shape != teacher.shape:
-            raise ValueError(
-                f"student and teacher attentions must agree in shape, got {list(student.shape)} and "
-                f"{list(teacher.shape)}"
-            )
-        student, teacher = student.float().transpose(1, 2), teacher.float().transpose(1, 2)
+    for student, teacher in _pairs("attentions", student_attentions, teacher_attentions):
+        student, teacher = student.transpose(1, 2), teacher.transpose(1, 2)
         # Weights of 0, at padding, are the teacher's as well and must not become -inf times 0.
         divergence = torch.xlogy(teacher, teacher) - teacher * student.clamp(min=1e-9).log()
         losses.append(_mean_over_tokens(divergence.sum(-1), attention_mask).mean())
