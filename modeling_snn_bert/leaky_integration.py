@@ -178,16 +178,11 @@ def check_implementation(implementation: str) -> None:
         raise ValueError(f"`implementation` must be 'auto' or one of {sorted(IMPLEMENTATIONS)}, got {implementation!r}")
 
 
-def _powers(decay: torch.Tensor, exponents: torch.Tensor) -> torch.Tensor:
-    """`decay[g] ** exponents[k]` as `[groups, len(exponents)]`; 0 ** 0 is 1, and a tiny power becomes 0."""
-    return decay[:, None] ** exponents[None, :]
-
-
 def _decay_matrix(decay_forward: torch.Tensor, decay_backward: torch.Tensor, length: int) -> torch.Tensor:
     """The weights `a` as `[groups, length, length]`."""
     exponents = torch.arange(length, device=decay_forward.device, dtype=decay_forward.dtype)
-    earlier = _powers(decay_forward, exponents)
-    later = _powers(decay_backward, exponents)
+    # 0 ** 0 is 1, and a tiny power becomes 0.
+    earlier, later = decay_forward[:, None] ** exponents, decay_backward[:, None] ** exponents
     if torch.compiler.is_compiling():
         # A window of a length that is left open, as below, cannot be written down in a graph; indices can.
         tokens = torch.arange(length, device=decay_forward.device)
@@ -287,28 +282,6 @@ def both_scans(
     return earlier, later
 
 
-def both_scans_backward(
-    grad_sum: torch.Tensor,
-    earlier: torch.Tensor,
-    later: torch.Tensor,
-    decay_forward: torch.Tensor,
-    decay_backward: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients to `x`, `decay_forward` and `decay_backward` from the gradient to `leaky_sum(x)`.
-
-    `earlier` and `later` are from `both_scans(x)`; they are overwritten.
-
-    The transpose of a scan is the scan in the other direction, which gives the gradient to `x`. With `h` the
-    transposed scan of the gradient, `y[t] = x[t] + f y[t - 1]` gives `d loss / d f = sum_t h[t] y[t - 1]`.
-    """
-    to_later, to_earlier = both_scans(grad_sum, decay_backward, decay_forward)
-
-    groups = decay_forward.shape[0]
-    grad_forward = sum_by_group(earlier[:, :-1].mul_(to_earlier[:, 1:]), groups)
-    grad_backward = sum_by_group(later[:, 1:].mul_(to_later[:, :-1]), groups)
-    return to_later.add_(to_earlier).sub_(grad_sum), grad_forward, grad_backward
-
-
 def stencil_reach(decay_forward: torch.Tensor, decay_backward: torch.Tensor, most: int) -> int:
     """How many tokens away, up to `most`, a current still counts in the dtype of the decays, `[groups]`.
 
@@ -389,7 +362,7 @@ def _filter(x: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
     """
     reach, channels = kernel.shape[1] // 2, x.shape[-1]
     if kernel.shape[0] != channels:
-        kernel = kernel_per_channel(kernel, channels)
+        kernel = kernel[:, None].expand(-1, channels // kernel.shape[0], -1).flatten(0, 1)
     if _has_fast_filter(x):
         # What oneDNN does best: images one pixel high whose channels come last.
         image = x.contiguous()[:, None].permute(0, 3, 1, 2)
@@ -401,11 +374,6 @@ def _filter(x: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
         y[:, k:].addcmul_(x[:, :-k], kernel[:, reach - k])
         y[:, :-k].addcmul_(x[:, k:], kernel[:, reach + k])
     return y
-
-
-def kernel_per_channel(kernel: torch.Tensor, channels: int) -> torch.Tensor:
-    """A kernel of `[groups, width]` as `[channels, width]`."""
-    return kernel[:, None].expand(-1, channels // kernel.shape[0], -1).flatten(0, 1)
 
 
 def plain_sum(
@@ -439,11 +407,17 @@ def plain_sum_backward(
 
     `parts` are from `plain_sum_and_parts(x)`; those of scans are overwritten.
     """
+    groups = decay_forward.shape[0]
     if stencil is None:
+        # The transpose of a scan is the scan in the other direction, which gives the gradient to `x`. With `h` the
+        # transposed scan of the gradient, `y[t] = x[t] + f y[t - 1]` gives `d loss / d f = sum_t h[t] y[t - 1]`.
         earlier, later = parts
-        return both_scans_backward(grad_sum, earlier, later, decay_forward, decay_backward)
+        to_later, to_earlier = both_scans(grad_sum, decay_backward, decay_forward)
+        grad_forward = sum_by_group(earlier[:, :-1].mul_(to_earlier[:, 1:]), groups)
+        grad_backward = sum_by_group(later[:, 1:].mul_(to_later[:, :-1]), groups)
+        return to_later.add_(to_earlier).sub_(grad_sum), grad_forward, grad_backward
     (x,) = parts
-    groups, reach = decay_forward.shape[0], stencil.shape[1] // 2
+    reach = stencil.shape[1] // 2
     grad_forward, grad_backward = (
         sum_by_group(_filter(x, slopes).mul_(grad_sum), groups)
         for slopes in _stencil_slopes(decay_forward, decay_backward, reach)
