@@ -7,6 +7,7 @@ learned per group, thresholds per channel.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,6 +24,16 @@ class SpikingNeuron(nn.Module):
     """What every neuron here has: a threshold per channel, a spike function, and the checks of its arguments.
 
     Subclasses define `spikes(current, attention_mask)` and the initial values of their parameters.
+
+    Args:
+        num_channels: channels of the current.
+        num_groups: blocks of channels that share decays and reset; it divides the channels.
+        v_threshold: initial threshold, in units of the potential.
+        surrogate, surrogate_alpha: the surrogate gradient (see `surrogate_gradients`).
+        spike_type: `"binary"` or `"ternary"`.
+
+    Raises:
+        ValueError: if an argument is outside its range.
     """
 
     def __init__(
@@ -30,10 +41,10 @@ class SpikingNeuron(nn.Module):
         num_channels: int,
         num_groups: int,
         *,
-        v_threshold: float,
-        surrogate: str,
-        surrogate_alpha: float,
-        spike_type: str,
+        v_threshold: float = 1.0,
+        surrogate: str = "atan",
+        surrogate_alpha: float = 2.0,
+        spike_type: str = "binary",
     ) -> None:
         super().__init__()
         if num_channels < 1 or num_groups < 1 or num_channels % num_groups:
@@ -123,17 +134,13 @@ class BPSN(SpikingNeuron):
     Networks 180, 2024, whose equations are not public; these are this project's own.
 
     Args:
-        num_channels: channels of the current.
-        num_groups: blocks of channels that share decays and reset.
-        v_threshold: initial threshold, in units of the potential.
+        num_channels, num_groups, v_threshold, surrogate, surrogate_alpha, spike_type: as for `SpikingNeuron`.
         decay: initial decay per token in both directions, in (0, 1).
         reset: initial strength of the reset, >= 0.
         reset_iterations: sweeps of the reset; 0 switches it off. The sweeps alternate: an odd one starts from too
             many spikes and an even one from too few, so with a strong reset a few more sweeps are not better.
         normalize: divide by `n[t]`. Without it the potential is a plain leaky sum.
         bidirectional: integrate in both directions; otherwise from earlier to later tokens only.
-        surrogate, surrogate_alpha: the surrogate gradient (see `surrogate_gradients`).
-        spike_type: `"binary"` or `"ternary"`.
         implementation: how the integration is computed (see `leaky_integration`).
 
     Raises:
@@ -145,25 +152,15 @@ class BPSN(SpikingNeuron):
         num_channels: int,
         num_groups: int,
         *,
-        v_threshold: float = 1.0,
         decay: float = 0.05,
         reset: float = 0.05,
         reset_iterations: int = 1,
         normalize: bool = True,
         bidirectional: bool = True,
-        surrogate: str = "atan",
-        surrogate_alpha: float = 2.0,
-        spike_type: str = "binary",
         implementation: str = "auto",
+        **common: Any,
     ) -> None:
-        super().__init__(
-            num_channels,
-            num_groups,
-            v_threshold=v_threshold,
-            surrogate=surrogate,
-            surrogate_alpha=surrogate_alpha,
-            spike_type=spike_type,
-        )
+        super().__init__(num_channels, num_groups, **common)
         check_bpsn(decay=decay, reset=reset, reset_iterations=reset_iterations, implementation=implementation)
         self.initial_decay = decay
         self.initial_reset = reset
@@ -260,7 +257,7 @@ class LIF(SpikingNeuron):
     time-step as the slowest index, and the neuron of each token steps through them (repeat coding).
 
     Args:
-        num_channels, num_groups, v_threshold, decay, surrogate, surrogate_alpha, spike_type: as for `BPSN`.
+        num_channels, num_groups, v_threshold, decay, surrogate, surrogate_alpha, spike_type: as for `SpikingNeuron`.
         num_timesteps: time-steps of the repeat coding, or `None` to step through the tokens.
 
     Raises:
@@ -268,25 +265,9 @@ class LIF(SpikingNeuron):
     """
 
     def __init__(
-        self,
-        num_channels: int,
-        num_groups: int,
-        *,
-        v_threshold: float = 1.0,
-        decay: float = 0.5,
-        surrogate: str = "atan",
-        surrogate_alpha: float = 2.0,
-        spike_type: str = "binary",
-        num_timesteps: int | None = None,
+        self, num_channels: int, num_groups: int, *, decay: float = 0.5, num_timesteps: int | None = None, **common: Any
     ) -> None:
-        super().__init__(
-            num_channels,
-            num_groups,
-            v_threshold=v_threshold,
-            surrogate=surrogate,
-            surrogate_alpha=surrogate_alpha,
-            spike_type=spike_type,
-        )
+        super().__init__(num_channels, num_groups, **common)
         check_decay(decay)
         if num_timesteps is not None and num_timesteps < 1:
             raise ValueError(f"`num_timesteps` must be >= 1 or None, got {num_timesteps}")
@@ -336,32 +317,15 @@ class PSN(SpikingNeuron):
     Learn Long-term Dependencies", NeurIPS 2023. Its length is fixed. `W` starts as the identity.
 
     Args:
-        num_channels, num_groups, v_threshold, surrogate, surrogate_alpha, spike_type: as for `BPSN`.
+        num_channels, num_groups, v_threshold, surrogate, surrogate_alpha, spike_type: as for `SpikingNeuron`.
         length: the number of tokens `T` that it takes.
 
     Raises:
         ValueError: if an argument is outside its range.
     """
 
-    def __init__(
-        self,
-        num_channels: int,
-        num_groups: int,
-        *,
-        length: int,
-        v_threshold: float = 1.0,
-        surrogate: str = "atan",
-        surrogate_alpha: float = 2.0,
-        spike_type: str = "binary",
-    ) -> None:
-        super().__init__(
-            num_channels,
-            num_groups,
-            v_threshold=v_threshold,
-            surrogate=surrogate,
-            surrogate_alpha=surrogate_alpha,
-            spike_type=spike_type,
-        )
+    def __init__(self, num_channels: int, num_groups: int, *, length: int, **common: Any) -> None:
+        super().__init__(num_channels, num_groups, **common)
         if length < 1:
             raise ValueError(f"`length` must be >= 1, got {length}")
         self.length = length
