@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.bert.modeling_bert import BertLMPredictionHead, BertOnlyMLMHead
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
@@ -182,6 +182,7 @@ class SNNBertSelfAttention(nn.Module):
         """One of the functions of `attention`, or transformers' own, which all have the same interface."""
         if self.config.attention_type == "spiking":
             return partial(spiking_attention, token_mask=token_mask)
+        # As in transformers' own models: the setting has a public setter, and no getter.
         implementation = self.config._attn_implementation
         # There sdpa would fall back on keeping three numbers for each pair of tokens.
         drops_on_cpu = self.training and 0 < self.dropout.p < 1 and query.device.type == "cpu"
@@ -191,18 +192,21 @@ class SNNBertSelfAttention(nn.Module):
 
 
 @part_of_layer
-class SNNBertSelfOutput(nn.Module):
-    """The attention's output projection, dropout, residual connection and norm, behind a neuron."""
+class SNNBertOutput(nn.Module):
+    """What ends attention and MLP: a neuron, a projection of its spikes, dropout, residual connection and norm.
 
-    def __init__(self, config: SNNBertConfig) -> None:
+    In the MLP the neuron stands in the activation's place.
+    """
+
+    def __init__(self, config: SNNBertConfig, width: int, v_threshold: float) -> None:
         super().__init__()
-        self.neuron = build_neuron(config, config.hidden_size, InitialCurrents(config).context())
-        self.dense = SpikingLinear(config.hidden_size, config.hidden_size)
+        self.neuron = build_neuron(config, width, v_threshold)
+        self.dense = SpikingLinear(width, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, context: torch.Tensor, residual: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
-        return self.LayerNorm(residual + self.dropout(self.dense(self.neuron(context, token_mask))))
+    def forward(self, current: torch.Tensor, residual: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
+        return self.LayerNorm(residual + self.dropout(self.dense(self.neuron(current, token_mask))))
 
 
 @part_of_layer
@@ -212,7 +216,7 @@ class SNNBertAttention(nn.Module):
     def __init__(self, config: SNNBertConfig) -> None:
         super().__init__()
         self.self = SNNBertSelfAttention(config)
-        self.output = SNNBertSelfOutput(config)
+        self.output = SNNBertOutput(config, config.hidden_size, InitialCurrents(config).context())
 
     def forward(
         self,
@@ -238,21 +242,6 @@ class SNNBertIntermediate(nn.Module):
         return self.dense(self.neuron(hidden_states, token_mask))
 
 
-@part_of_layer
-class SNNBertOutput(nn.Module):
-    """The MLP's second projection, dropout, residual and norm; its neuron stands in the activation's place."""
-
-    def __init__(self, config: SNNBertConfig) -> None:
-        super().__init__()
-        self.neuron = build_neuron(config, config.intermediate_size, InitialCurrents(config).linear(config.hidden_size))
-        self.dense = SpikingLinear(config.intermediate_size, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-
-    def forward(self, current: torch.Tensor, residual: torch.Tensor, token_mask: torch.Tensor | None) -> torch.Tensor:
-        return self.LayerNorm(residual + self.dropout(self.dense(self.neuron(current, token_mask))))
-
-
 class SNNBertLayer(RunsWhole, GradientCheckpointingLayer):
     """One encoder layer: attention, then MLP, on a real-valued residual stream."""
 
@@ -260,7 +249,8 @@ class SNNBertLayer(RunsWhole, GradientCheckpointingLayer):
         super().__init__()
         self.attention = SNNBertAttention(config)
         self.intermediate = SNNBertIntermediate(config)
-        self.output = SNNBertOutput(config)
+        currents = InitialCurrents(config)
+        self.output = SNNBertOutput(config, config.intermediate_size, currents.linear(config.hidden_size))
 
     def forward(
         self,
@@ -348,43 +338,6 @@ class SNNBertPooler(nn.Module):
         return self.activation(self.dense(first))
 
 
-class SNNBertPredictionHeadTransform(nn.Module):
-    """The masked-LM head's dense layer, as in BERT."""
-
-    def __init__(self, config: SNNBertConfig) -> None:
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.transform_act_fn = ACT2FN[config.hidden_act]
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.LayerNorm(self.transform_act_fn(self.dense(hidden_states)))
-
-
-class SNNBertLMPredictionHead(nn.Module):
-    """Transform and decoder; the decoder's weight is tied to the word embeddings, its bias to `bias`."""
-
-    def __init__(self, config: SNNBertConfig) -> None:
-        super().__init__()
-        self.transform = SNNBertPredictionHeadTransform(config)
-        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
-        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.decoder(self.transform(hidden_states))
-
-
-class SNNBertOnlyMLMHead(nn.Module):
-    """Holds the masked-LM head under BERT's name `cls.predictions`."""
-
-    def __init__(self, config: SNNBertConfig) -> None:
-        super().__init__()
-        self.predictions = SNNBertLMPredictionHead(config)
-
-    def forward(self, sequence_output: torch.Tensor) -> torch.Tensor:
-        return self.predictions(sequence_output)
-
-
 class SNNBertPreTrainedModel(VerifiedWeights):
     """What every SNN-BERT model shares: initialisation, outputs that can be recorded, and the list of neurons."""
 
@@ -413,7 +366,7 @@ class SNNBertPreTrainedModel(VerifiedWeights):
         elif isinstance(module, SNNBertSelfAttention):
             init.ones_(module.query_gain)
             init.zeros_(module.query_offset)
-        elif isinstance(module, SNNBertLMPredictionHead):
+        elif isinstance(module, BertLMPredictionHead):
             init.zeros_(module.bias)
 
     def neuron_names(self) -> list[str]:
@@ -515,6 +468,8 @@ class SNNBertModel(SNNBertPreTrainedModel):
             outputs = SNNBertModelOutput(**{**outputs, "firing_rates": firing_rates, "spikes": spikes})
         return outputs
 
+    # Recorded as transformers' own models do it, which holds in several threads and in a compiled graph. Hooks of a
+    # `SpikeObserver` would see the calls of other threads.
     @capture_outputs
     def _encode(
         self,
@@ -539,16 +494,6 @@ def classifier_dropout(config: SNNBertConfig) -> float:
     return config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
 
 
-def with_penalty(
-    loss: torch.Tensor | None, outputs: SNNBertModelOutput, config: SNNBertConfig, share: torch.Tensor | float = 1.0
-) -> torch.Tensor | None:
-    """The loss of a head with the penalty on firing rates, where there are labels and a target.
-
-    `share` is the part that this loss is of the batch's, as of `share_of_labels`.
-    """
-    return None if loss is None else add_penalty(loss, outputs, config.firing_rate_weight, share)
-
-
 @auto_docstring(custom_intro="SNN-BERT with a masked language modelling head.")
 class SNNBertForMaskedLM(SNNBertPreTrainedModel):
     _tied_weights_keys = {
@@ -559,7 +504,7 @@ class SNNBertForMaskedLM(SNNBertPreTrainedModel):
     def __init__(self, config: SNNBertConfig) -> None:
         super().__init__(config)
         self.bert = SNNBertModel(config, add_pooling_layer=False)
-        self.cls = SNNBertOnlyMLMHead(config)
+        self.cls = BertOnlyMLMHead(config)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Linear:
@@ -593,7 +538,8 @@ class SNNBertForMaskedLM(SNNBertPreTrainedModel):
         if labels is not None:
             check_labels(labels, logits.shape[:-1], logits.shape[-1], ignore_index=-100)
             loss = self.loss_function(logits, labels, vocab_size=logits.shape[-1], **kwargs)
-            loss = with_penalty(loss, outputs, self.config, share_of_labels(labels, **kwargs))
+            share = share_of_labels(labels, **kwargs)
+            loss = add_penalty(loss, outputs, self.config.firing_rate_weight, share)
         return SNNBertMaskedLMOutput(loss=loss, logits=logits, **recorded(outputs))
 
 
@@ -635,9 +581,8 @@ class SNNBertForSequenceClassification(SNNBertPreTrainedModel):
         if labels is not None:
             check_sequence_labels(labels, logits, self.config.problem_type)
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
-        return SNNBertSequenceClassifierOutput(
-            loss=with_penalty(loss, outputs, self.config), logits=logits, **recorded(outputs)
-        )
+            loss = add_penalty(loss, outputs, self.config.firing_rate_weight)
+        return SNNBertSequenceClassifierOutput(loss=loss, logits=logits, **recorded(outputs))
 
 
 @auto_docstring(custom_intro="SNN-BERT with a token classification head, for example for named entities.")
@@ -674,7 +619,8 @@ class SNNBertForTokenClassification(SNNBertPreTrainedModel):
         if labels is not None:
             check_labels(labels, logits.shape[:-1], self.num_labels, ignore_index=-100)
             loss = self.loss_function(logits, labels, self.config, **kwargs)
-            loss = with_penalty(loss, outputs, self.config, share_of_labels(labels, **kwargs))
+            share = share_of_labels(labels, **kwargs)
+            loss = add_penalty(loss, outputs, self.config.firing_rate_weight, share)
         return SNNBertTokenClassifierOutput(loss=loss, logits=logits, **recorded(outputs))
 
 
@@ -710,11 +656,9 @@ class SNNBertForQuestionAnswering(SNNBertPreTrainedModel):
             raise ValueError("`start_positions` and `end_positions` must be given together")
         if start_positions is not None:
             loss = self.loss_function(start_logits, end_logits, start_positions, end_positions)
+            loss = add_penalty(loss, outputs, self.config.firing_rate_weight)
         return SNNBertQuestionAnsweringOutput(
-            loss=with_penalty(loss, outputs, self.config),
-            start_logits=start_logits,
-            end_logits=end_logits,
-            **recorded(outputs),
+            loss=loss, start_logits=start_logits, end_logits=end_logits, **recorded(outputs)
         )
 
 
@@ -770,9 +714,8 @@ class SNNBertForMultipleChoice(SNNBertPreTrainedModel):
         if labels is not None:
             check_labels(labels, logits.shape[:1], num_choices)
             loss = nn.functional.cross_entropy(logits, labels)
-        return SNNBertMultipleChoiceOutput(
-            loss=with_penalty(loss, outputs, self.config), logits=logits, **recorded(outputs)
-        )
+            loss = add_penalty(loss, outputs, self.config.firing_rate_weight)
+        return SNNBertMultipleChoiceOutput(loss=loss, logits=logits, **recorded(outputs))
 
 
 __all__ = [
