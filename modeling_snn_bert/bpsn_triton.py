@@ -444,18 +444,11 @@ def bpsn_tile_backward(
     return grad_current, grads[0], grads[1], grads[2], grads[3]
 
 
-def _new_gradients(
-    current: torch.Tensor,
-    v_threshold: torch.Tensor,
-    decay_forward_logit: torch.Tensor,
-    decay_backward_logit: torch.Tensor | None,
-    reset_strength: torch.Tensor | None,
-) -> tuple[torch.Tensor, ...]:
+def _new_gradients(current: torch.Tensor, *parameters: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
     """Room for the gradients. For a parameter that there is not, an empty tensor: an operator returns no `None`."""
-    optional = (decay_forward_logit.new_empty(0) if x is None else x for x in (decay_backward_logit, reset_strength))
     return tuple(
-        torch.empty_like(x, memory_format=torch.contiguous_format)
-        for x in (current, v_threshold, decay_forward_logit, *optional)
+        current.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+        for x in (current, *parameters)
     )
 
 
