@@ -20,7 +20,12 @@ from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.bert.modeling_bert import BertLMPredictionHead, BertOnlyMLMHead
+from transformers.models.bert.modeling_bert import (
+    BertLMPredictionHead,
+    BertOnlyMLMHead,
+    BertPooler,
+    eager_attention_forward,
+)
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
@@ -29,7 +34,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 # transformers 5.4 copies from a folder only the modules that this file names, and not those that they name in turn: so
 # those stand here too.
 from .atomic_writes import written_whole  # noqa: F401
-from .attention import eager_attention_forward, packed_attention, spiking_attention
+from .attention import packed_attention, spiking_attention
 from .bpsn import BACKENDS  # noqa: F401
 from .bpsn_in_place import PIECE  # noqa: F401
 from .bpsn_segments_triton import SEGMENT  # noqa: F401
@@ -320,13 +325,8 @@ class SNNBertEncoder(nn.Module):
         return hidden_states
 
 
-class SNNBertPooler(nn.Module):
+class SNNBertPooler(BertPooler):
     """A dense layer and tanh on the first valid token, which is not at index 0 under left padding."""
-
-    def __init__(self, config: SNNBertConfig) -> None:
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.activation = nn.Tanh()
 
     def forward(self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None) -> torch.Tensor:
         if token_mask is None:
