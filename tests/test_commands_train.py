@@ -197,6 +197,11 @@ BAD_TRAINING = {
     "encoding_wrong": (1, ["--encoding", "utf-16"], "reviews.csv"),
     "column_unknown": (1, ["--text_column", "text"], "has no column 'text', only ['review', 'sentiment']: name one of"),
     "no_such_model": (1, ["--model", "./nowhere"], "nowhere"),
+    "no_such_folder": (
+        1,
+        ["--model", "{tmp_path}/nowhere"],
+        "there is no such folder, nor may a name on the Hub be so",
+    ),
     "model_of_another_kind": (1, ["--model", "{distil}"], "--model must be a BERT or an SNN-BERT, the model_type of"),
     "model_of_one_length": (1, ["--model", "{psn}"], "takes texts of exactly 16 tokens (its neurons are PSN)"),
     "output_in_use": (2, ["--output", "{distil}"], "exists: name a new folder, or give --overwrite"),

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import transformers
 import typer
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -85,7 +85,10 @@ def reported() -> Iterator[None]:
     except FAILURES as error:
         if os.environ.get("SNN_BERT_TRACEBACK"):
             raise
-        typer.echo(f"Error: {error}", err=True)
+        # Of a folder that is not there transformers passes on only what the Hub's client says of its name.
+        is_no_name = isinstance(error.__cause__, HFValidationError)
+        lost = "there is no such folder, nor may a name on the Hub be so: " if is_no_name else ""
+        typer.echo(f"Error: {lost}{error}", err=True)
         raise typer.Exit(1) from error
 
 
