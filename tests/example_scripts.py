@@ -1,4 +1,4 @@
-"""Runs the example scripts inside the test process: a process of its own costs ten seconds for each run."""
+"""Runs scripts of examples/ and benchmarks/ inside the test process: one of their own takes ten seconds to start."""
 
 import contextlib
 import importlib
@@ -15,7 +15,7 @@ sys.path.insert(0, str(EXAMPLES))
 
 
 def run_script(name, *arguments):
-    """`main()` of `examples/<name>.py` with these arguments, as if it were started anew."""
+    """`main()` of the script `<name>.py` with these arguments, as if it were started anew."""
     module = importlib.import_module(name)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])

@@ -3,7 +3,6 @@
 import importlib
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from transformers import BertModel
 
 from modeling_snn_bert import SNNBertModel
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 bert = bert_fixture(BertModel)
 # What needs no package beside those of the tests.
 PRESENT = ["minilm_float32", "minilm_onnx_int8", "snn_dense", "snn_int8"]
@@ -22,7 +20,6 @@ OPTIONAL = ["openvino", "nncf", "model2vec"]
 
 @pytest.fixture
 def alternatives(monkeypatch):
-    monkeypatch.setattr(sys, "path", [*sys.path, str(BENCHMARKS)])
     for package in OPTIONAL:
         monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
     return importlib.import_module("alternatives")

@@ -1,14 +1,15 @@
 """The benchmark for a GPU, as far as it goes without one; and all of it, on tiny shapes, where there is one."""
 
 import dataclasses
-import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import gpu
 import pytest
 import torch
+from example_scripts import refused
 
 from modeling_snn_bert import bpsn_triton
 
@@ -47,27 +48,19 @@ def test_without_a_gpu_it_ends_with_one_line(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
-def test_a_bandwidth_that_is_none(tmp_path):
-    result = run("--sections", "floors", "--bandwidth", 0, "--output_dir", tmp_path)
-    assert result.returncode == 2 and "--bandwidth must be positive and finite, got 0.0" in result.stderr
+def test_a_bandwidth_that_is_none(tmp_path, capsys):
+    message = refused(capsys, "run", "gpu", "--sections", "floors", "--bandwidth", 0, "--output_dir", tmp_path)
+    assert "--bandwidth must be positive and finite, got 0.0" in message
 
 
-@pytest.fixture
-def gpu(monkeypatch):
-    """The benchmark's module."""
-    monkeypatch.syspath_prepend(str(RUN.parent))
-    return importlib.import_module("gpu")
-
-
-def test_kernels_that_overlap_keep_the_gpu_busy_once(gpu):
+def test_kernels_that_overlap_keep_the_gpu_busy_once():
     spans = [(10, 20), (12, 15), (18, 30), (40, 45), (44, 50)]
     runs = [gpu.KernelRun("k", start, end) for start, end in spans]
     assert gpu.busy_nanoseconds(reversed(runs)) == 20 + 10
     assert gpu.busy_nanoseconds([]) == 0
 
 
-def test_largest_kernels_come_first(gpu):
+def test_largest_kernels_come_first():
     lengths = [("small", 10**6), ("large", 4 * 10**6), ("many", 2 * 10**6), ("many", 3 * 10**6)] * 2
     runs = [gpu.KernelRun(name, 5, 5 + length) for name, length in lengths]
     rows = gpu.largest_kernels(runs, steps=2, number=2)
@@ -77,7 +70,7 @@ def test_largest_kernels_come_first(gpu):
     assert [row["share"] for row in rows] == [0.5, 0.4]
 
 
-def test_shapes_are_those_of_the_targets(gpu):
+def test_shapes_are_those_of_the_targets():
     settings = gpu.Settings((), (), quick=False, threads=1, repeats=1, seed=0, lengths=(64, 128, 512, 4096))
     training = {(s.num_layers, s.hidden_size, s.batch_size, s.length) for s in gpu.training_shapes(settings)}
     assert training == {(12, 768, 256, 128), (12, 768, 64, 512), (12, 768, 8, 4096), (6, 384, 64, 64)}
@@ -88,7 +81,7 @@ def test_shapes_are_those_of_the_targets(gpu):
         gpu.chosen_lengths(dataclasses.replace(settings, lengths=(100,)))
 
 
-def test_other_tiles_are_of_sizes_that_fit_and_leave_no_trace(gpu):
+def test_other_tiles_are_of_sizes_that_fit_and_leave_no_trace():
     for length in (64, 128, 256, 512):
         choices = gpu.tile_choices(length)
         assert bpsn_triton.FORWARD_TILES[length] in choices and bpsn_triton.BACKWARD_TILES[length] in choices

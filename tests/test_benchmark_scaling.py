@@ -3,20 +3,14 @@
 import argparse
 import json
 import sys
-from pathlib import Path
 
 import pytest
+import scaling
 import torch
+import training
+from registry import Settings
 
 from modeling_snn_bert import SNNBertForMaskedLM
-
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-import scaling  # noqa: E402
-import training  # noqa: E402
-from registry import Settings  # noqa: E402
-
-sys.path.remove(str(BENCHMARKS))
 
 
 def settings(**overrides):

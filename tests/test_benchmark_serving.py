@@ -1,23 +1,13 @@
 """benchmarks/serving.py on a small random model: it asks a real server, and sees a wrong answer."""
 
 import asyncio
-import importlib
 import json
-import sys
-from pathlib import Path
 
 import httpx
 import pytest
+import serving
 
 from modeling_snn_bert import SNNBertForSequenceClassification
-
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-
-
-@pytest.fixture
-def serving(monkeypatch):
-    monkeypatch.setattr(sys, "path", [*sys.path, str(BENCHMARKS)])
-    return importlib.import_module("serving")
 
 
 @pytest.fixture
@@ -29,7 +19,7 @@ def arguments(make_config, tokenizer, texts, tmp_path):
 
 
 @pytest.mark.slow
-def test_serving(serving, arguments, tmp_path, capsys):
+def test_serving(arguments, tmp_path, capsys):
     out = tmp_path / "new" / "serving.json"
     options = ["--clients", "1", "4", "--texts_per_request", "1", "3", "--batch_size", "4", "--threads", "1"]
     serving.main([*arguments, *options, "--output_file", str(out)])
@@ -45,7 +35,7 @@ def test_serving(serving, arguments, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("scores", "status", "message"), [([0.6, 0.4], 200, "1.0e-01 from"), ([0.5, 0.5], 503, "got 503")]
 )
-def test_a_wrong_answer_ends_it(serving, monkeypatch, scores, status, message):
+def test_a_wrong_answer_ends_it(monkeypatch, scores, status, message):
     class Session:
         def __init__(self, **settings):
             pass

@@ -1,6 +1,5 @@
 """The benchmarks, run as a user runs them, on tiny shapes; and the helpers that they measure with."""
 
-import importlib
 import json
 import math
 import subprocess
@@ -8,8 +7,10 @@ import sys
 import time
 from pathlib import Path
 
+import measure
 import pytest
 import torch
+from example_scripts import refused, run_script
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -17,19 +18,6 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 def run(*arguments):
     command = [sys.executable, str(BENCHMARKS / "run.py"), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True)
-
-
-@pytest.fixture(scope="module")
-def scripts():
-    """A function that imports a module of benchmarks/, which stand beside each other and not in a package."""
-    sys.path.insert(0, str(BENCHMARKS))
-    yield importlib.import_module
-    sys.path.remove(str(BENCHMARKS))
-
-
-@pytest.fixture(scope="module")
-def measure(scripts):
-    return scripts("measure")
 
 
 @pytest.fixture(scope="module")
@@ -122,19 +110,8 @@ def test_training(results):
             assert row["firing_rate"] is None if row["subject"] == "bert" else 0 < row["firing_rate"] < 1
 
 
-@pytest.fixture
-def main(scripts, monkeypatch):
-    """A function that runs the runner in this process, with the arguments given to it."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["benchmarks/run.py", *map(str, arguments)])
-        scripts("run").main()
-
-    return call
-
-
-def test_list(main, capsys):
-    main("--list")
+def test_list(capsys):
+    run_script("run", "--list")
     output = capsys.readouterr().out
     for word in ("neuron:", "training:", "peers", "memory_768", "spikingjelly_lif", "lif_repeat4"):
         assert word in output
@@ -149,25 +126,21 @@ def test_list(main, capsys):
         (["--repeats", "0"], "--repeats must be >= 1, got 0"),
     ],
 )
-def test_wrong_arguments(main, arguments, message, tmp_path, capsys):
-    with pytest.raises(SystemExit) as exit:
-        main(*arguments, "--output_dir", tmp_path / "results")
-    assert exit.value.code == 2
-    assert message in capsys.readouterr().err
+def test_wrong_arguments(arguments, message, tmp_path, capsys):
+    assert message in refused(capsys, "run", *arguments, "--output_dir", tmp_path / "results")
     assert not (tmp_path / "results").exists()
 
 
-def test_missing_spikingjelly_is_an_error(main, monkeypatch, tmp_path):
+def test_missing_spikingjelly_is_an_error(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "spikingjelly.activation_based", None)
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
-    with pytest.raises(SystemExit) as exit:
-        main("neuron", "--quick", "--sections", "peers", "--output_dir", tmp_path / "results")
-    assert "pip install --no-deps spikingjelly loguru" in exit.value.code
-    assert "--subjects bpsn" in exit.value.code
+    arguments = ["neuron", "--quick", "--sections", "peers", "--output_dir", tmp_path / "results"]
+    message = refused(capsys, "run", *arguments)
+    assert "pip install --no-deps spikingjelly loguru" in message and "--subjects bpsn" in message
     assert not (tmp_path / "results").exists()
 
 
-def test_interleaved_seconds(measure):
+def test_interleaved_seconds():
     order = []
 
     def call(name, seconds):
@@ -182,13 +155,13 @@ def test_interleaved_seconds(measure):
         measure.interleaved_seconds({"a": time.sleep}, repeats=0)
 
 
-def test_ratio_is_taken_round_by_round(measure):
+def test_ratio_is_taken_round_by_round():
     # A machine that is ten times slower in the second round changes the times but not the ratios.
     result = measure.ratio({"a": [1.0, 10.0, 3.0], "b": [2.0, 20.0, 3.0]}, "b", "a")
     assert result["samples"] == [2, 2, 1] and result["median"] == 2 and result["q1"] == 1.5
 
 
-def test_peak_allocated_bytes_is_exact(measure):
+def test_peak_allocated_bytes_is_exact():
     before = torch.zeros(1_000_000)
 
     def call():
@@ -201,7 +174,7 @@ def test_peak_allocated_bytes_is_exact(measure):
     assert measure.peak_allocated_bytes(call) == pytest.approx(12_000_000, abs=1000)
 
 
-def test_peak_resident_bytes_agrees(measure):
+def test_peak_resident_bytes_agrees():
     def call():
         torch.ones(16, 1_000_000)
 
@@ -211,7 +184,7 @@ def test_peak_resident_bytes_agrees(measure):
     assert peak == pytest.approx(64_000_000, rel=0.1)
 
 
-def test_dead_neurons_are_no_subject(measure):
+def test_dead_neurons_are_no_subject():
     assert measure.check_firing_rate("a layer", 0.25) == 0.25
     for rate in (0.0, 1.0):
         with pytest.raises(RuntimeError, match="a layer has the firing rate"):

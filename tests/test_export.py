@@ -112,10 +112,10 @@ def test_torch_export_of_choices_and_of_a_fixed_length(make_model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("buckets", [0, 32])
-def test_onnx_runtime_gives_the_same_logits(make_model, assert_spikes_flow, tmp_path, buckets):
+def test_onnx_runtime_gives_the_same_logits(make_model, assert_spikes_flow, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
-    model = make_model(SNNBertForSequenceClassification, **ONE_LAYER, relative_attention_num_buckets=buckets)
+    # With a position bias; docs/export.md, whose snippets are tested, exports a model without.
+    model = make_model(SNNBertForSequenceClassification, **ONE_LAYER, relative_attention_num_buckets=32)
     assert_spikes_flow(model, **batch(4, 32))
     path = export_onnx(model, tmp_path / "new" / "model.onnx")
     # The weights are inside, and nothing is left beside the file.
