@@ -99,8 +99,10 @@ class DataArguments(TaskArguments):
 def main() -> None:
     parser = HfArgumentParser([Arguments, DataArguments, Recipe], description=__doc__)
     args, data_args, recipe = parser.parse_args_into_dataclasses()
-    set_seed(recipe.seed)
     started = time.perf_counter()
+    # Before the seed: what a new model draws is no part of the run.
+    encoder = args.encoder()
+    set_seed(recipe.seed)
     task, rows = data_args.load()
     if task.is_regression:
         raise ValueError("the labels must be classes, they are real numbers")
@@ -111,9 +113,7 @@ def main() -> None:
     training, validation = (list(tokenize(rows[x], task, tokenizer, data_args.max_seq_length)) for x in splits)
     bert = load_bert(model_path, "SequenceClassification", None, **classifier_settings(task.labels))
     steps = max(1, round(args.num_train_epochs * math.ceil(len(training) / recipe.batch_size)))
-    trained = train_classifier(
-        Accelerator(), bert, training, validation, tokenizer, recipe, steps, encoder=args.encoder()
-    )
+    trained = train_classifier(Accelerator(), bert, training, validation, tokenizer, recipe, steps, encoder=encoder)
 
     folder, results, statistics = args.output_dir, trained.results, trained.energy.statistics
     pictures = [folder / "firing_rates.png", folder / "spikes.png"]
