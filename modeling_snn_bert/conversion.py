@@ -12,48 +12,30 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple, TypeAlias, cast
 
 import torch
+import transformers
 from torch import nn
-from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    BertForMultipleChoice,
-    BertForQuestionAnswering,
-    BertForSequenceClassification,
-    BertForTokenClassification,
-    BertModel,
-    BertPreTrainedModel,
-    MPNetModel,
-    MPNetPreTrainedModel,
-)
+from transformers import BertConfig, BertModel, BertPreTrainedModel, MPNetModel, MPNetPreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.utils import logging
 
+from . import modeling_snn_bert
 from .configuration_snn_bert import SNNBertConfig
 from .layer_places import LINEARS
-from .modeling_snn_bert import (
-    SNNBertForMaskedLM,
-    SNNBertForMultipleChoice,
-    SNNBertForQuestionAnswering,
-    SNNBertForSequenceClassification,
-    SNNBertForTokenClassification,
-    SNNBertLayer,
-    SNNBertModel,
-    SNNBertPreTrainedModel,
-)
-from .mpnet import LINEAR_NAMES, MPNET_CLASSES, layer_output, settings_of, weights_of
+from .modeling_snn_bert import SNNBertLayer, SNNBertModel, SNNBertPreTrainedModel
+from .mpnet import LINEAR_NAMES, layer_output, settings_of, weights_of
 from .spiking_neurons import SpikingNeuron
 
 # What is converted.
 Original: TypeAlias = BertPreTrainedModel | MPNetPreTrainedModel
 
+# A head's class has the same name in each of these, but for the beginning.
+HEADS = (
+    "Model ForMaskedLM ForSequenceClassification ForTokenClassification ForQuestionAnswering ForMultipleChoice"
+).split()
 SPIKING_CLASSES: dict[type[Original], type[SNNBertPreTrainedModel]] = {
-    BertModel: SNNBertModel,
-    BertForMaskedLM: SNNBertForMaskedLM,
-    BertForSequenceClassification: SNNBertForSequenceClassification,
-    BertForTokenClassification: SNNBertForTokenClassification,
-    BertForQuestionAnswering: SNNBertForQuestionAnswering,
-    BertForMultipleChoice: SNNBertForMultipleChoice,
-    **MPNET_CLASSES,
+    getattr(transformers, f"{family}{head}"): getattr(modeling_snn_bert, f"SNNBert{head}")
+    for family in ("Bert", "MPNet")
+    for head in HEADS
 }
 
 # The settings that an SNN-BERT and a BERT of the same shape have in common.
@@ -184,7 +166,7 @@ def _calibrate(
     for teacher_layer, layer in logging.tqdm(pairs, desc="calibrate", unit="layer"):
         targets = _Targets(bert, teacher_layer, teacher_states, masks)
         token_masks = [mask.repeat(copies, 1) for mask in masks]
-        states = _LayerCalibration(model, layer, targets, token_masks, copies, how).run(states)
+        states = _LayerCalibration(model, layer, targets, token_masks, how).run(states)
         teacher_states = targets.outputs
 
 
@@ -219,22 +201,20 @@ class _Targets:
         return hook
 
 
+@dataclasses.dataclass
 class _LayerCalibration:
     """Calibrates one spiking layer; `run` takes the states that enter it and returns those that leave it."""
 
-    def __init__(
-        self,
-        model: SNNBertModel,
-        layer: SNNBertLayer,
-        targets: _Targets,
-        masks: list[torch.Tensor],
-        copies: int,
-        how: _Calibration,
-    ) -> None:
-        self.model, self.layer, self.targets, self.masks = model, layer, targets, masks
-        self.copies, self.how = copies, how
-        tokens = torch.stack([mask.sum() for mask in masks]).cumsum(0) / copies
-        self.sample_size = min(int((tokens < THRESHOLD_TOKENS).sum()) + 1, len(masks))
+    model: SNNBertModel
+    layer: SNNBertLayer
+    targets: _Targets
+    masks: list[torch.Tensor]
+    how: _Calibration
+
+    def __post_init__(self) -> None:
+        self.copies = self.model.config.num_timesteps
+        tokens = torch.stack([mask.sum() for mask in self.masks]).cumsum(0) / self.copies
+        self.sample_size = min(int((tokens < THRESHOLD_TOKENS).sum()) + 1, len(self.masks))
 
     def run(self, states: list[torch.Tensor]) -> list[torch.Tensor]:
         attention, layer = self.layer.attention.self, self.layer

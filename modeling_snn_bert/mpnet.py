@@ -8,35 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    MPNetForMaskedLM,
-    MPNetForMultipleChoice,
-    MPNetForQuestionAnswering,
-    MPNetForSequenceClassification,
-    MPNetForTokenClassification,
-    MPNetModel,
-    MPNetPreTrainedModel,
-)
+from transformers import MPNetForMaskedLM, MPNetModel, MPNetPreTrainedModel
 
 from .layer_places import LINEARS
-from .modeling_snn_bert import (
-    SNNBertForMaskedLM,
-    SNNBertForMultipleChoice,
-    SNNBertForQuestionAnswering,
-    SNNBertForSequenceClassification,
-    SNNBertForTokenClassification,
-    SNNBertModel,
-    SNNBertPreTrainedModel,
-)
 
-MPNET_CLASSES: dict[type[MPNetPreTrainedModel], type[SNNBertPreTrainedModel]] = {
-    MPNetModel: SNNBertModel,
-    MPNetForMaskedLM: SNNBertForMaskedLM,
-    MPNetForSequenceClassification: SNNBertForSequenceClassification,
-    MPNetForTokenClassification: SNNBertForTokenClassification,
-    MPNetForQuestionAnswering: SNNBertForQuestionAnswering,
-    MPNetForMultipleChoice: SNNBertForMultipleChoice,
-}
 # An MPNet computes with so many buckets, and this distance for the last one, whatever its configuration says.
 NUM_BUCKETS, MAX_DISTANCE = 32, 128
 # Parts of a weight's name and what a BERT calls them, of which the first that fits is replaced.
