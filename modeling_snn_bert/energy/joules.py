@@ -175,36 +175,25 @@ def measure_joules(
         RuntimeError: if a counter stands still while a run is at work, as some virtual machines' do.
     """
 
-    def watch(work: Callable[[], int]) -> tuple[float, int, dict[str, float]]:
-        """Seconds, repetitions and joules of `work`, which returns its repetitions."""
-        before, started = {counter.name: counter.read() for counter in counters}, time.perf_counter()
-        repetitions = work()
-        elapsed = time.perf_counter() - started
-        return elapsed, repetitions, {counter.name: counter.read() - before[counter.name] for counter in counters}
-
-    def repeated(run: Callable[[], object]) -> int:
-        end, repetitions = time.perf_counter() + seconds, 0
-        while not repetitions or time.perf_counter() < end:
+    def watch(run: Callable[[], object]) -> tuple[float, dict[str, float]]:
+        """Seconds and joules of one of the repetitions of `run` that fill `seconds`."""
+        before, started, repetitions = {c.name: c.read() for c in counters}, time.perf_counter(), 0
+        while not repetitions or time.perf_counter() < started + seconds:
             run()
             repetitions += 1
-        return repetitions
-
-    def idle() -> int:
-        sleep(seconds)
-        return 1
+        elapsed = time.perf_counter() - started
+        return elapsed / repetitions, {c.name: (c.read() - before[c.name]) / repetitions for c in counters}
 
     for run in runs.values():
         run()
     samples: dict[str, list[tuple[float, dict[str, float], dict[str, float]]]] = {name: [] for name in runs}
     for _ in range(rounds):
-        idle_seconds, _, idle_joules = watch(idle)
+        idle_seconds, idle_joules = watch(functools.partial(sleep, seconds))
         for name, run in runs.items():
-            elapsed, repetitions, joules = watch(functools.partial(repeated, run))
-            each = {counter: value / repetitions for counter, value in joules.items()}
-            if not all(value > 0 for value in each.values()):
-                still = [counter for counter, value in each.items() if value <= 0]
-                raise RuntimeError(f"energy cannot be measured on this machine: the counter {still[0]} stands still")
-            time_of_one = elapsed / repetitions
+            time_of_one, each = watch(run)
+            for counter, value in each.items():
+                if not value > 0:
+                    raise RuntimeError(f"energy cannot be measured on this machine: the counter {counter} stands still")
             above = {c: value - idle_joules[c] / idle_seconds * time_of_one for c, value in each.items()}
             samples[name].append((time_of_one, each, above))
     return {

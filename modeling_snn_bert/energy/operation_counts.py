@@ -220,22 +220,20 @@ def _in_int8(rows: list[OperationCount], parts: tuple[str, ...]) -> list[Operati
 
 def neuron_costs(config: SNNBertConfig, statistics: SpikeStatistics) -> list[NeuronCost]:
     """The steps of one neuron and their operations, per channel, token and time-step."""
-    compare = 2.0 if config.spike_type == "ternary" else 1.0
-    both_signs = ", once for each sign" if config.spike_type == "ternary" else ""
-    threshold = f"threshold: a comparison{both_signs}"
+    threshold = NeuronCost("threshold: a comparison", additions=1.0)
+    if config.spike_type == "ternary":
+        threshold = NeuronCost("threshold: a comparison, once for each sign", additions=2.0)
     if config.neuron_type == "lif":
         return [
             NeuronCost("leak: the decay times the potential, plus the current", macs=1),
-            NeuronCost(threshold, additions=compare),
+            threshold,
             NeuronCost("soft reset: the threshold subtracted (at most; only where it fired)", additions=1),
         ]
     if config.neuron_type == "psn":
         lengths = statistics.lengths
         seen = (lengths.square().sum() / lengths.sum()).item()
-        return [
-            NeuronCost(f"row of the T x T matrix times the currents of {seen:.0f} valid tokens", macs=seen),
-            NeuronCost(threshold, additions=compare),
-        ]
+        row = NeuronCost(f"row of the T x T matrix times the currents of {seen:.0f} valid tokens", macs=seen)
+        return [row, threshold]
     directions = 2 if config.bidirectional else 1
     words = "forward and backward" if config.bidirectional else "forward"
     merge = 2.0 if config.bidirectional else 0.0
@@ -246,7 +244,7 @@ def neuron_costs(config: SNNBertConfig, statistics: SpikeStatistics) -> list[Neu
         group = config.hidden_size // config.num_attention_heads
         weight = (directions + MACS_PER_RECIPROCAL) / group
         costs.append(NeuronCost("division by the total weight, whose reciprocal a group shares", 0, weight, 1))
-    costs.append(NeuronCost(threshold, additions=compare))
+    costs.append(threshold)
     for sweep in range(1, config.reset_iterations + 1):
         title = f"reset, sweep {sweep}"
         costs += [
@@ -257,7 +255,7 @@ def neuron_costs(config: SNNBertConfig, statistics: SpikeStatistics) -> list[Neu
                 macs=1,
                 multiplications=1 if config.normalize else 0,
             ),
-            NeuronCost(f"{title}: {threshold}", additions=compare),
+            dataclasses.replace(threshold, step=f"{title}: {threshold.step}"),
         ]
     return costs
 
@@ -275,7 +273,7 @@ def bert_operations(config, lengths: torch.Tensor) -> list[OperationCount]:
         rows.append(OperationCount("GELU", "activation", layer, macs=MACS_PER_GELU * config.intermediate_size * tokens))
         rows.append(_softmax(heads, tokens, pairs, layer))
         if getattr(config, "relative_attention_num_buckets", 0):
-            rows.append(_position_bias(heads * pairs, layer))
+            rows.append(OperationCount("position bias", "scores", layer, additions=heads * pairs))
         rows += _norms_and_sums(config, tokens, layer)
     return [*rows, *_embeddings(config, tokens)]
 
@@ -330,12 +328,11 @@ def _operations(
             # The offset's row of `k^T v` is added for every token; gain and offset are multiplied in once per head.
             folded = heads * head_size**2
             affine = dataclasses.replace(affine, additions=width * tokens, macs=folded, multiplications=folded)
-            scaling = OperationCount("attention scaling", "contexts", layer, multiplications=width * tokens)
-            rows.append(scaling)
+            rows.append(OperationCount("attention scaling", "contexts", layer, multiplications=width * tokens))
             # A value's spike adds a number of the bias to the context of every token, which is a term of its own.
             bias = (value * lengths).mean().item() + width * tokens
         if config.relative_attention_num_buckets:
-            rows.append(_position_bias(bias, layer))
+            rows.append(OperationCount("position bias", "scores", layer, additions=bias))
         # In the spiking form the first product is `k^T v` and the second one `q (k^T v)`.
         rows.append(OperationCount("QK^T", "scores", layer, additions=scores))
         rows.append(OperationCount("attention x V", "contexts", layer, additions=contexts))
@@ -360,10 +357,6 @@ def _softmax(heads: int, tokens: float, pairs: float, layer: int) -> OperationCo
     scores = heads * pairs
     macs = MACS_PER_EXPONENTIAL * scores + MACS_PER_RECIPROCAL * heads * tokens
     return OperationCount("softmax", "weights", layer, additions=3 * scores, macs=macs, multiplications=2 * scores)
-
-
-def _position_bias(additions: float, layer: int) -> OperationCount:
-    return OperationCount("position bias", "scores", layer, additions=additions)
 
 
 def _layer_norm(width: int, tokens: float, name: str, layer: int | None) -> OperationCount:
@@ -431,10 +424,7 @@ def _memory_traffic(
     matrices = sum(fan_in * fan_out for fan_in, fan_out in _sizes(config).values())
     weights = layers * (matrices + 9 * width + inner)
     weights += config.relative_attention_num_buckets * config.num_attention_heads
-    for name in statistics.read_out:
-        linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        weights += linear.out_features * (linear.in_features + 1)
+    weights += sum(x.numel() for name in statistics.read_out for x in model.get_submodule(name).parameters())
     # Of each token a row of three embeddings, which stay in float32 as does the norm.
     embedded = 4 * (3 * width * tokens + 2 * width)
     values = layers * (8 * width + inner * (1 if has_spikes else 2)) * tokens * activation_bytes

@@ -5,11 +5,13 @@ layer's spikes are kept at a time.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import logging
 
 from ..loading import INPUT_NAMES
@@ -130,7 +132,7 @@ class _SpikeCounter(SpikeObserver):
         super().start()
         for name, module in self.model.named_modules():
             if isinstance(module, nn.Linear) and ".encoder." not in f".{name}":
-                self.handles.append(module.register_forward_hook(self._read_out_hook(name)))
+                self.handles.append(module.register_forward_hook(functools.partial(self._count_rows, name)))
 
     def count(self, inputs: dict[str, torch.Tensor]) -> None:
         ids = inputs["input_ids"]
@@ -171,13 +173,10 @@ class _SpikeCounter(SpikeObserver):
     def _per_head(self, fired: torch.Tensor) -> torch.Tensor:
         return fired.unflatten(-1, (self.model.config.num_attention_heads, -1)).sum(-1)
 
-    def _read_out_hook(self, name: str):
-        def hook(module: nn.Linear, args, output: torch.Tensor) -> None:
-            # A Linear on all tokens has an output of three dimensions, one on a token per sequence has two.
-            rows = self.mask.sum().item() if output.dim() > 2 else output.shape[0]
-            self.read_out[name] = self.read_out.get(name, 0.0) + rows
-
-        return hook
+    def _count_rows(self, name: str, module: nn.Linear, args, output: torch.Tensor) -> None:
+        # A Linear on all tokens has an output of three dimensions, one on a token per sequence has two.
+        rows = self.mask.sum().item() if output.dim() > 2 else output.shape[0]
+        self.read_out[name] = self.read_out.get(name, 0.0) + rows
 
     def _count_runs(self, firing: Firing, fired: torch.Tensor) -> None:
         """Runs along time, which are the tokens, or the time-steps of each token with repeat coding."""
@@ -226,11 +225,8 @@ class _Runs:
 
     def add(self, layer: str, fired: torch.Tensor, time_steps: int) -> None:
         """Add `fired`, `[rows, time, channels]`, of which `time_steps` rows and times are valid."""
-        histogram = run_length_histogram(fired).cpu()
-        longer, shorter = sorted((histogram, self.histogram), key=len, reverse=True)
-        longer = longer.clone()
-        longer[: len(shorter)] += shorter
-        self.histogram = longer
+        # The shorter one is filled up with zeros.
+        self.histogram = pad_sequence([self.histogram, run_length_histogram(fired).cpu()]).sum(1)
         self.counts[layer] = self.counts.get(layer, 0) + fired.sum((0, 1)).cpu()
         self.time_steps[layer] = self.time_steps.get(layer, 0) + time_steps
 
