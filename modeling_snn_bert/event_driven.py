@@ -38,7 +38,6 @@ from .event_kernels import (
     PackedSpikes,
     SpikeLists,
     attention_spikes,
-    block_weights,
     event_linear,
     fits_blocks,
     linear_neuron_spikes,
@@ -263,9 +262,7 @@ class Snapshot:
             self.copies = [None if x is None else x.detach().clone() for x in tensors]
 
     def _share(self, tensors: Tensors) -> bool:
-        if not COPIES_ON_WRITE:
-            return False
-        if any(x is not None and _holders(x) > HELD_ONCE for x in tensors):
+        if not COPIES_ON_WRITE or any(x is not None and _holders(x) > HELD_ONCE for x in tensors):
             return False
         try:
             copies = [None if x is None else lazy_clone(x.detach()) for x in tensors]
@@ -289,15 +286,14 @@ class Snapshot:
         """Whether `tensors` hold what they did. Those that have only moved are followed."""
         if self.is_in_place(tensors):
             return True
-        pairs = zip(tensors, self.copies, strict=True)
-        if any((x is None) != (y is None) or (x is not None and not _equal(x, y)) for x, y in pairs):
+        if not all(_equal(x, y) for x, y in zip(tensors, self.copies, strict=True)):
             return False
         self._share(tensors)
         return True
 
 
-def _equal(x: torch.Tensor, y: torch.Tensor | None) -> bool:
-    return y is not None and x.dtype == y.dtype and torch.equal(x, y)
+def _equal(x: torch.Tensor | None, y: torch.Tensor | None) -> bool:
+    return x is y if x is None or y is None else x.dtype == y.dtype and torch.equal(x, y)
 
 
 class MadeOf:
@@ -455,13 +451,15 @@ class EventDrivenProduct:
 
     def blocked(self, linear: nn.Linear) -> BlockedWeights:
         """The weights for the compiled kernels."""
-        return self._layout("blocked", linear, lambda w, scale: block_weights(w, scale, linear.bias, self.weight_dtype))
+        return self._layout(
+            "blocked", linear, lambda w, scale: BlockedWeights(w, scale, linear.bias, self.weight_dtype)
+        )
 
     def tiled(self, linear: nn.Linear) -> BlockedWeights | None:
         """The int8 weights for dense products on AMX, where there is that."""
         if self.weight_dtype != "int8" or not available() or not tiles_available():
             return None
-        return self._layout("tiled", linear, lambda w, scale: block_weights(w, scale, linear.bias, TILES))
+        return self._layout("tiled", linear, lambda w, scale: BlockedWeights(w, scale, linear.bias, TILES))
 
     def runs_by_events(self, linear: nn.Linear, spikes: "SpikeLists | PackedSpikes | Bags") -> bool:
         """Whether that is the faster product at the firing rate of `spikes`."""
@@ -478,13 +476,12 @@ class EventDrivenProduct:
 
     def run(self, linear: nn.Linear, spikes: torch.Tensor) -> torch.Tensor:
         """`[..., outputs]` in float32 from `spikes`, `[..., inputs]`, by whichever product is faster at their rate."""
-        lists = self.shared.of(spikes)
+        lists, rows = self.shared.of(spikes), spikes.flatten(0, -2)
+        by_events = self.runs_by_events(linear, lists)
         if isinstance(lists, Bags):
-            by_events = self.runs_by_events(linear, lists)
-            result = self._run_bags(linear, lists) if by_events else self.run_dense(linear, spikes.flatten(0, -2))
+            result = self._run_bags(linear, lists) if by_events else self.run_dense(linear, rows)
         else:
-            weights = self.blocked(linear) if self.runs_by_events(linear, lists) else self.tiled(linear)
-            rows = spikes.flatten(0, -2)
+            weights = self.blocked(linear) if by_events else self.tiled(linear)
             result = self.run_dense(linear, rows) if weights is None else event_linear(lists, weights)
         return result.unflatten(0, spikes.shape[:-1])
 
@@ -667,11 +664,10 @@ class EventDrivenLayer:
     def _neuron(self, name: str, neuron: BPSN) -> NeuronParameters:
         """The parameters of `neuron` as the kernels take them."""
 
-        def make() -> NeuronParameters:
-            return NeuronParameters(neuron.learned.values(torch.float32), neuron.settings)
-
+        made = self._parameters.setdefault(name, MadeOf())
         # The same as `parameters()`, which takes longer than a small layer's products.
-        return self._parameters.setdefault(name, MadeOf()).get("", list(neuron._parameters.values()), make)
+        tensors = list(neuron._parameters.values())
+        return made.get("", tensors, lambda: NeuronParameters(neuron.learned.values(torch.float32), neuron.settings))
 
     def _spikes_behind(
         self,

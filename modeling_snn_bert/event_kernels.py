@@ -117,37 +117,55 @@ class PackedSpikes:
 
 
 class BlockedWeights:
-    """The weights `[outputs, inputs]` of a product in one of the `LAYOUTS`, with what belongs to them.
+    """The weights of a product as csrc/event_linear.c wants them, with what belongs to them.
+
+    A 32-bit word of a cache line holds two bfloat16 columns or four int8 columns that lie 16 apart. `TILES` is the
+    layout of csrc/spike_tiles.c, of int8 weights. All is copied, and filled up to whole blocks.
 
     Args:
+        weight: `[outputs, inputs]`, of the dtype that `layout` names.
+        scale, bias: `[outputs]`, or `None`; int8 needs a scale and the others take none.
         layout: one of `LAYOUTS`.
-        outputs, inputs: of the product.
-        blocks: the weights, in one dimension.
-        scale, bias (`[outputs]`, float32): filled up to whole blocks; int8 needs a scale and the others take none.
     """
 
     def __init__(
-        self,
-        layout: str,
-        outputs: int,
-        inputs: int,
-        blocks: torch.Tensor,
-        scale: torch.Tensor | None,
-        bias: torch.Tensor | None,
+        self, weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None, layout: str
     ) -> None:
-        self.layout, self.outputs, self.inputs = layout, outputs, inputs
-        filled_outputs = outputs + -outputs % COLUMNS[layout]
-        filled_inputs = inputs + (-inputs % TILE_INPUTS if layout == TILES else 0)
-        address = checked_pointer("blocks", blocks, DTYPES[layout], (filled_outputs * filled_inputs,))
-        if address % BLOCK_ALIGNMENT:
-            raise ValueError(f"`blocks` must start at a multiple of {BLOCK_ALIGNMENT} bytes")
         if (scale is not None) != (layout in ("int8", TILES)):
             raise ValueError(f"`scale` belongs to int8 weights, and to no others, got {layout}")
-        of_columns = {"scale": scale, "bias": bias}
-        pointers = [_pointer(name, x, torch.float32, (filled_outputs,)) for name, x in of_columns.items()]
-        self.struct = _Product(outputs, LAYOUTS[layout], address, *pointers, None, None)
+        self.layout = layout
+        self.outputs, self.inputs = weight.shape
+        columns = COLUMNS[layout]
+        filling = -self.outputs % columns
+        filling_inputs = -self.inputs % TILE_INPUTS if layout == TILES else 0
+        if filling or filling_inputs:
+            weight = nn.functional.pad(weight, (0, filling_inputs, 0, filling))
+        outputs, inputs = weight.shape
+        if layout == "float32":
+            blocks = weight.reshape(-1, columns, inputs).transpose(1, 2)
+        elif layout == "bfloat16":
+            blocks = weight.reshape(-1, 2, 2, columns // 4, inputs).permute(0, 4, 1, 3, 2)
+        elif layout == "int8":
+            fours = weight.reshape(-1, 4, columns // 4, inputs).to(torch.int16)
+            fours[:, ::2] += 128
+            blocks = fours.to(torch.uint8).permute(0, 3, 2, 1)
+        else:
+            # [groups of columns, 16 columns, steps, 16 rows of a tile, 4 inputs]
+            tiles = weight.reshape(-1, TILE_COLUMNS, inputs // TILE_INPUTS, TILE_INPUTS // 4, 4)
+            blocks = tiles.permute(0, 2, 3, 1, 4)
+        # A copy in any case: the weights themselves belong to somebody else.
+        blocks = blocks.clone(memory_format=torch.contiguous_format).view(-1)
+        address = checked_pointer("weight", blocks, DTYPES[layout], (outputs * inputs,))
+        if address % BLOCK_ALIGNMENT:
+            raise ValueError(f"blocks of weights must start at a multiple of {BLOCK_ALIGNMENT} bytes")
         # The memory that `struct` points to.
-        self.tensors = blocks, scale, bias
+        self.tensors = (
+            blocks,
+            *(None if x is None else nn.functional.pad(x.float(), (0, filling)) for x in (scale, bias)),
+        )
+        of_columns = zip(("scale", "bias"), self.tensors[1:], strict=True)
+        pointers = [_pointer(name, x, torch.float32, (outputs,)) for name, x in of_columns]
+        self.struct = _Product(self.outputs, LAYOUTS[layout], address, *pointers, None, None)
 
 
 class NeuronParameters:
@@ -199,38 +217,6 @@ def _packed_rows(packed: torch.Tensor) -> tuple[int, int, int]:
     if packed.dim() < 2 or packed.shape[0] not in (1, 2):
         raise ValueError(f"packed spikes must be [1 or 2, ..., channels / 8], got {list(packed.shape)}")
     return packed.shape[0], packed.shape[1:-1].numel(), 8 * packed.shape[-1]
-
-
-def block_weights(
-    weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None, layout: str
-) -> BlockedWeights:
-    """Weights `[outputs, inputs]`, of the dtype that `layout` names, as csrc/event_linear.c wants them.
-
-    A 32-bit word of a cache line holds two bfloat16 columns or four int8 columns that lie 16 apart. `TILES` is the
-    layout of csrc/spike_tiles.c, of int8 weights.
-    """
-    outputs, inputs = weight.shape
-    columns = COLUMNS[layout]
-    filling = -outputs % columns
-    filling_inputs = -inputs % TILE_INPUTS if layout == TILES else 0
-    if filling or filling_inputs:
-        weight = nn.functional.pad(weight, (0, filling_inputs, 0, filling))
-    if layout == "float32":
-        blocks = weight.reshape(-1, columns, inputs).transpose(1, 2)
-    elif layout == "bfloat16":
-        blocks = weight.reshape(-1, 2, 2, columns // 4, inputs).permute(0, 4, 1, 3, 2)
-    elif layout == "int8":
-        fours = weight.reshape(-1, 4, columns // 4, inputs).to(torch.int16)
-        fours[:, ::2] += 128
-        blocks = fours.to(torch.uint8).permute(0, 3, 2, 1)
-    else:
-        # [groups of columns, 16 columns, steps, 16 rows of a tile, 4 inputs]
-        tiles = weight.reshape(-1, TILE_COLUMNS, weight.shape[1] // TILE_INPUTS, TILE_INPUTS // 4, 4)
-        blocks = tiles.permute(0, 2, 3, 1, 4)
-    # A copy in any case: the weights themselves belong to somebody else.
-    blocks = blocks.clone(memory_format=torch.contiguous_format).view(-1)
-    filled = (None if x is None else nn.functional.pad(x.float(), (0, filling)) for x in (scale, bias))
-    return BlockedWeights(layout, outputs, inputs, blocks, *filled)
 
 
 def list_float_spikes(spikes: torch.Tensor, ternary: bool) -> SpikeLists:

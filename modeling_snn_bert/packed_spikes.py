@@ -30,8 +30,8 @@ from .cpu_kernels import PLAIN_TYPES
 from .cpu_kernels import available as kernels_available
 from .event_kernels import (
     MAX_INPUTS,
+    BlockedWeights,
     SpikeLists,
-    block_weights,
     event_linear,
     list_packed_columns,
     list_packed_spikes,
@@ -116,7 +116,7 @@ class _LinearOnSpikes(torch.autograd.Function):
         lists = _by_events(list_packed_spikes, packed, spikes, weight) if whole else None
         if lists is None:
             return nn.functional.linear(spikes, weight, bias)
-        return event_linear(lists, block_weights(weight, None, bias, "float32")).unflatten(0, spikes.shape[:-1])
+        return event_linear(lists, BlockedWeights(weight, None, bias, "float32")).unflatten(0, spikes.shape[:-1])
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -138,7 +138,7 @@ def _weight_gradient(packed: torch.Tensor, grad_rows: torch.Tensor, inputs: int)
     """`grad_rows.T @ spikes`, `[outputs, inputs]`, from packed spikes and the gradient `[rows, outputs]`."""
     lists = _by_events(list_packed_columns, packed, grad_rows)
     if lists is not None:
-        return event_linear(lists, block_weights(grad_rows.T, None, None, "float32"))[:inputs].T
+        return event_linear(lists, BlockedWeights(grad_rows.T, None, None, "float32"))[:inputs].T
     return grad_rows.T @ unpack(packed, inputs, grad_rows.dtype).flatten(0, -2)
 
 

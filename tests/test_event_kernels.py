@@ -13,7 +13,6 @@ from modeling_snn_bert.event_kernels import (
     PackedSpikes,
     SpikeLists,
     attention_spikes,
-    block_weights,
     event_linear,
     linear_neuron_spikes,
     list_float_spikes,
@@ -50,7 +49,7 @@ def neuron(**values):
 
 
 def weights():
-    return block_weights(torch.randn(CHANNELS, CHANNELS), None, torch.randn(CHANNELS), "float32")
+    return BlockedWeights(torch.randn(CHANNELS, CHANNELS), None, torch.randn(CHANNELS), "float32")
 
 
 def mask():
@@ -72,28 +71,17 @@ ENTRY_POINTS = {
         lambda: {"kernel": "list_packed_spikes", "spikes": packed(), "rows": 10, "inputs": CHANNELS, "signs": 1},
     ),
     "PackedSpikes": (lambda packed: PackedSpikes(packed).firing_rate, lambda: {"packed": packed()}),
-    "block_weights": (
-        block_weights,
+    "BlockedWeights": (
+        BlockedWeights,
         lambda: {"weight": torch.randn(40, 8), "scale": None, "bias": torch.randn(40), "layout": "float32"},
     ),
-    "block_weights for tiles": (
-        block_weights,
+    "BlockedWeights for tiles": (
+        BlockedWeights,
         lambda: {
             "weight": torch.ones(40, 8, dtype=torch.int8),
             "scale": torch.ones(40),
             "bias": torch.randn(40),
             "layout": TILES,
-        },
-    ),
-    "BlockedWeights": (
-        BlockedWeights,
-        lambda: {
-            "layout": TILES,
-            "outputs": 40,
-            "inputs": 8,
-            "blocks": torch.ones(64 * 64, dtype=torch.int8),
-            "scale": torch.ones(64),
-            "bias": torch.ones(64),
         },
     ),
     "NeuronParameters": (neuron, parameters),
@@ -172,16 +160,16 @@ TAKEN = {
     ("list_packed_columns", "packed"): ANY_PACKED,
     ("SpikeLists", "spikes"): {"another_dimension"},
     ("PackedSpikes", "packed"): ANY_PACKED,
-    ("block_weights", "weight"): {"shorter", "longer"},
-    ("block_weights", "bias"): {"float64", "int64"},
-    ("block_weights for tiles", "weight"): {"shorter", "longer"},
-    ("block_weights for tiles", "scale"): {"float64", "int64"},
-    ("block_weights for tiles", "bias"): {"float64", "int64"},
+    ("BlockedWeights", "weight"): {"shorter", "longer"},
+    ("BlockedWeights", "bias"): {"float64", "int64"},
+    ("BlockedWeights for tiles", "weight"): {"shorter", "longer"},
+    ("BlockedWeights for tiles", "scale"): {"float64", "int64"},
+    ("BlockedWeights for tiles", "bias"): {"float64", "int64"},
     **{("NeuronParameters", name): {"float64", "int64"} for name in parameters()},
     **{(f"snn_bert::bpsn_{way}", "mask"): {"float64", "int64"} for way in ("forward", "backward")},
 }
 # torch's own operations come first there, and read what was freed.
-COPIED = {"block_weights", "block_weights for tiles", "NeuronParameters"}
+COPIED = {"BlockedWeights", "BlockedWeights for tiles", "NeuronParameters"}
 TENSORS = [
     (name, argument)
     for name, (_, make) in ENTRY_POINTS.items()
@@ -213,11 +201,11 @@ def test_bad_memory_is_refused(name, argument):
 
 
 FITTING = {
-    "inputs": (event_linear, {"weights": lambda: block_weights(torch.randn(64, 72), None, None, "float32")}),
-    "lists for tiles": (event_linear, {"weights": lambda: block_weights(*int8_weights(), None, TILES)}),
+    "inputs": (event_linear, {"weights": lambda: BlockedWeights(torch.randn(64, 72), None, None, "float32")}),
+    "lists for tiles": (event_linear, {"weights": lambda: BlockedWeights(*int8_weights(), None, TILES)}),
     "packed for lists": (event_linear, {"spikes": lambda: PackedSpikes(packed())}),
     "batch": (linear_neuron_spikes, {"batch": lambda: 3}),
-    "outputs": (linear_neuron_spikes, {"weights": lambda: block_weights(torch.randn(72, 64), None, None, "float32")}),
+    "outputs": (linear_neuron_spikes, {"weights": lambda: BlockedWeights(torch.randn(72, 64), None, None, "float32")}),
     "groups and blocks": (linear_neuron_spikes, {"neuron": lambda: neuron_of(72, 3)}),
     "channels": (neuron_spikes, {"neuron": lambda: neuron_of(72, 3)}),
     "heads": (attention_spikes, {"neuron": lambda: neuron_of(72, 3)}),
@@ -247,7 +235,7 @@ def test_settings_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="at most 65536 inputs"):
         list_float_spikes(torch.zeros(1, 65537), ternary=False)
     with pytest.raises(ValueError, match="`scale` belongs to int8 weights"):
-        block_weights(torch.ones(CHANNELS, CHANNELS), torch.ones(CHANNELS), None, "float32")
+        BlockedWeights(torch.ones(CHANNELS, CHANNELS), torch.ones(CHANNELS), None, "float32")
     with pytest.raises(TypeError, match="`v_threshold` must be a plain tensor, got Mine"):
         neuron(v_threshold=torch.ones(CHANNELS).as_subclass(Mine))
     with pytest.raises(ValueError, match=r"`current` must be a contiguous torch.float32 .* \[2, 5, 64\]"):
@@ -262,7 +250,7 @@ def test_what_is_laid_out_is_a_copy():
     """Nobody else can free or change it."""
     weight, bias = nn.Parameter(torch.randn(32, 1)), torch.randn(32)
     with torch.no_grad():
-        blocked = block_weights(weight, None, bias, "float32")
+        blocked = BlockedWeights(weight, None, bias, "float32")
         known = neuron()
         before = [x.clone() for x in (*blocked.tensors, *known.tensors) if x is not None]
         for x in (weight, bias):
