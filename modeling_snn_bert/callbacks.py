@@ -80,15 +80,12 @@ class FiringRateCallback(TrainerCallback):
 
     def _will_log(self, args: TrainingArguments, state: TrainerState, loader) -> bool:
         """Whether Trainer will log when the step that begins now is done."""
-        if args.logging_strategy == "epoch":
-            if not has_length(loader):
-                return state.global_step + 1 == state.max_steps
-            steps = max(math.ceil(len(loader) / args.gradient_accumulation_steps), 1)
-            return self.step_of_epoch == steps or state.global_step + 1 == state.max_steps
-        if args.logging_strategy != "steps":
-            return False
         step = state.global_step + 1
-        return step % state.logging_steps == 0 or (step == 1 and args.logging_first_step)
+        if args.logging_strategy == "epoch":
+            steps = max(math.ceil(len(loader) / args.gradient_accumulation_steps), 1) if has_length(loader) else None
+            return self.step_of_epoch == steps or step == state.max_steps
+        is_first = step == 1 and args.logging_first_step
+        return args.logging_strategy == "steps" and (is_first or step % state.logging_steps == 0)
 
     def _record(self, rates: dict[str, float]) -> dict[str, float]:
         layers: dict[str, list[float]] = {}

@@ -60,9 +60,8 @@ class FiringRateRecorder(SpikeObserver):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self.counts: list[torch.Tensor] = []
-        self.sizes: list[int] = []
-        self.tokens: list[int] = []
+        # Spikes, channels, and tokens with padding of each neuron layer.
+        self.counts: list[tuple[torch.Tensor, int, int]] = []
         # Of the first layer that a gradient can reach, for `warn_unless_counted`.
         self.spikes: torch.Tensor | None = None
         self.without_gradient = False
@@ -77,9 +76,8 @@ class FiringRateRecorder(SpikeObserver):
             self.spikes = spikes
         # Re-entrant checkpointing runs a layer without a graph first, and again, with one, after the loss is made.
         self.without_gradient |= not torch.is_grad_enabled()
-        self.counts.append(SpikeCount.apply(spikes, neuron.spike_type == "ternary"))
-        self.sizes.append(neuron.num_channels)
-        self.tokens.append(spikes.shape[0] * spikes.shape[1])
+        count = SpikeCount.apply(spikes, neuron.spike_type == "ternary")
+        self.counts.append((count, neuron.num_channels, spikes.shape[0] * spikes.shape[1]))
 
     def rates(self, attention_mask: torch.Tensor | None = None, num_timesteps: int = 1) -> list[torch.Tensor]:
         """The firing rate of every neuron layer, as scalars.
@@ -98,13 +96,8 @@ class FiringRateRecorder(SpikeObserver):
                 "the firing rates carry no gradient, so `firing_rate_target` would have no effect: use gradient "
                 "checkpointing with `gradient_checkpointing_kwargs={'use_reentrant': False}`"
             )
-        valid: torch.Tensor | None = None
-        if attention_mask is not None:
-            valid = (num_timesteps * attention_mask.sum()).clamp(min=1).float()
-        return [
-            count / (size * (tokens if valid is None else valid))
-            for count, size, tokens in zip(self.counts, self.sizes, self.tokens, strict=True)
-        ]
+        valid = None if attention_mask is None else (num_timesteps * attention_mask.sum()).clamp(min=1).float()
+        return [count / (channels * (tokens if valid is None else valid)) for count, channels, tokens in self.counts]
 
 
 def firing_rate_penalty(rates: Sequence[torch.Tensor], firing_rate_target: float) -> torch.Tensor:

@@ -266,11 +266,7 @@ def comparison_neurons(neuron: SpikingNeuron, decay: float) -> dict[str, Spiking
         neuron: a neuron of the model.
         decay: for a neuron that has no decay of its own (PSN).
     """
-    settings: dict[str, Any] = {
-        "num_channels": neuron.num_channels,
-        "num_groups": neuron.num_groups,
-        "spike_type": neuron.spike_type,
-    }
+    settings: dict[str, Any] = {name: getattr(neuron, name) for name in ("num_channels", "num_groups", "spike_type")}
     bidirectional = isinstance(neuron, BPSN) and neuron.bidirectional
     no_reset: dict[str, Any] = {"reset_iterations": 0, "bidirectional": bidirectional}
     neurons: dict[str, SpikingNeuron] = {}
