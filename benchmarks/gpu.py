@@ -92,27 +92,23 @@ def floors(settings: Settings) -> Iterator[Table]:
         notes=["Calculated, not measured. The bandwidth is nominal (`--bandwidth`); no copy reaches it."],
     )
     for shape in neuron_shapes(settings):
-        forward, backward = shape.forward_bytes(), shape.backward_bytes()
-        table.rows.append(
-            {
-                "shape": list(shape),
-                "forward_megabytes": forward / 1e6,
-                "forward_microseconds": 1e6 * forward / settings.bandwidth,
-                "backward_megabytes": backward / 1e6,
-                "backward_microseconds": 1e6 * backward / settings.bandwidth,
-            }
-        )
+        row: dict[str, Any] = {"shape": list(shape)}
+        for name, moved in (("forward", shape.forward_bytes()), ("backward", shape.backward_bytes())):
+            row |= {f"{name}_megabytes": moved / 1e6, f"{name}_microseconds": 1e6 * moved / settings.bandwidth}
+        table.rows.append(row)
     yield table
 
 
 def on_gpu(section: Section, settings: Settings) -> Iterator[Table]:
-    """The tables of a section that measures; ends the program with one line unless there is a GPU."""
+    """The tables of a section that measures, which name the GPU; ends the program with one line unless there is one."""
     if not torch.cuda.is_available():
         raise SystemExit(
             f"the section `{section.__name__}` of the benchmark `gpu` needs a CUDA device, and torch sees none; "
             "`--sections floors` runs anywhere"
         )
-    yield from section(settings)
+    for table in section(settings):
+        table.title += f", on {torch.cuda.get_device_name()}"
+        yield table
 
 
 def gpu_clock(call: Callable[[], object], times: int) -> float:
@@ -152,7 +148,7 @@ def neuron(settings: Settings) -> Iterator[Table]:
             moved[f"{name} forward + backward"] = shape.forward_bytes() + shape.backward_bytes()
         samples = gpu_seconds(calls, settings.repeats)
         table = Table(
-            f"One neuron layer, bfloat16, {list(shape)}, on {torch.cuda.get_device_name()}",
+            f"One neuron layer, bfloat16, {list(shape)}",
             {
                 "subject": "subject",
                 "microseconds": "us",
@@ -210,9 +206,8 @@ def inference_shapes(settings: Settings) -> list[Shape]:
     return shapes
 
 
-def training_step(variant: str, subject: str, shape: Shape, seed: int) -> TrainingStep:
-    """A call is a training step of `subject` in bfloat16 autocast: forward, loss, backward, fused AdamW."""
-    return TrainingStep(subject, shape, variant, seed, "cuda")
+# A call is a training step in bfloat16 autocast: forward, loss, backward, fused AdamW.
+gpu_step = partial(TrainingStep, device="cuda")
 
 
 class Inference:
@@ -268,7 +263,7 @@ def model_table(
         free_memory()
     reference = settings.subjects[0]
     table = Table(
-        f"{title}, {shape}, on {torch.cuda.get_device_name()}",
+        f"{title}, {shape}",
         {
             "subject": "model",
             "milliseconds": "ms",
@@ -293,13 +288,12 @@ def model_table(
 def training(settings: Settings) -> Iterator[Table]:
     """Time and peak memory of a training step, compiled and not."""
     for shape in training_shapes(settings):
-        make = partial(training_step, "plain")
-        yield model_table("Training step, bfloat16 autocast", make, shape, settings)
+        yield model_table("Training step, bfloat16 autocast", gpu_step, shape, settings)
 
 
 def masked_lm(settings: Settings) -> Iterator[Table]:
     """The same of masked language modelling, at the first shape."""
-    make = partial(training_step, MASKED_LM)
+    make = partial(gpu_step, variant=MASKED_LM)
     title = "Training step, masked LM, bfloat16 autocast"
     yield model_table(title, make, training_shapes(settings)[0], settings, variant=MASKED_LM)
 
@@ -374,7 +368,7 @@ def profile(settings: Settings) -> Iterator[Table]:
     """A training step taken apart: wall, GPU and host time of each subject, and its largest kernels."""
     for shape in training_shapes(settings):
         apart = Table(
-            f"Training step taken apart, {shape}, on {torch.cuda.get_device_name()}",
+            f"Training step taken apart, {shape}",
             {
                 "subject": "model",
                 "wall": "wall, ms",
@@ -387,7 +381,7 @@ def profile(settings: Settings) -> Iterator[Table]:
             ],
         )
         for subject in settings.subjects:
-            step = training_step("plain", subject, shape, settings.seed)
+            step = gpu_step(subject, shape, settings.seed)
             wall = gpu_seconds({subject: step}, settings.repeats)[subject]
             host = [host_seconds(step) for _ in range(settings.repeats)]
             runs = kernel_runs(step, PROFILED_STEPS)
@@ -401,7 +395,7 @@ def profile(settings: Settings) -> Iterator[Table]:
                     "launches": len(runs) / PROFILED_STEPS,
                 }
             )
-            title = f"The {LARGEST} largest kernels of {subject}, {shape}, on {torch.cuda.get_device_name()}"
+            title = f"The {LARGEST} largest kernels of {subject}, {shape}"
             columns = {"kernel": "kernel", "launches": "launches", "milliseconds": "ms a step", "share": "share"}
             yield Table(title, columns, largest_kernels(runs, PROFILED_STEPS))
             del step
@@ -442,7 +436,7 @@ def tiles(settings: Settings) -> Iterator[Table]:
         shape = NeuronShape(2, 32, 96) if settings.quick else NeuronShape(TOKENS // length, length, HIDDEN)
         both = neuron_pass("auto", shape, settings.seed)
         columns = {"tile": "[channels, warps]", "forward": "forward, us", "both": "forward + backward, us"}
-        title = f"Sizes of the neuron's programs, bfloat16, {list(shape)}, on {torch.cuda.get_device_name()}"
+        title = f"Sizes of the neuron's programs, bfloat16, {list(shape)}"
         now = [list(table[length]) for table in (bpsn_triton.FORWARD_TILES, bpsn_triton.BACKWARD_TILES)]
         table = Table(title, columns, notes=[f"In use: {now[0]} forward, {now[1]} backward."])
         for tile in tile_choices(length):

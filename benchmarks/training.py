@@ -132,7 +132,7 @@ def compiled(network: nn.Module) -> Callable[..., Any]:
 class TrainingStep:
     """A call is one step of `subject` at `shape`, in one of the `VARIANTS`; on a GPU in bfloat16 autocast always."""
 
-    def __init__(self, subject: str, shape: Shape, variant: str, seed: int, device: str = "cpu") -> None:
+    def __init__(self, subject: str, shape: Shape, seed: int, variant: str = "plain", device: str = "cpu") -> None:
         torch.manual_seed(seed)
         self.subject, self.device = subject, device
         config = model_config(subject, shape)
@@ -180,7 +180,7 @@ def measure_memory(subject: str, variant: str, seed: int, shapes: list[Shape]) -
     """State and peaks (see the module's docstring) of a subject at each of `shapes`."""
     results = []
     for shape in shapes:
-        step = TrainingStep(subject, shape, variant, seed)
+        step = TrainingStep(subject, shape, seed, variant)
         step()
         step.optimizer.zero_grad(set_to_none=False)
         results.append(
@@ -242,7 +242,7 @@ def time_table(
     settings: Settings, subjects: tuple[str, ...], shape: Shape, notes: list[str], variant: str = "plain"
 ) -> Table:
     """Time of each subject's step, and its ratios to the first one's."""
-    steps = {name: TrainingStep(name, shape, variant, settings.seed) for name in subjects}
+    steps = {name: TrainingStep(name, shape, settings.seed, variant) for name in subjects}
     samples = interleaved_seconds(steps, settings.repeats)
     reference = subjects[0]
     return Table(
@@ -345,7 +345,7 @@ def growth(settings: Settings) -> Iterator[Table]:
     }
     times = {}
     for shape in shapes:
-        steps = {name: TrainingStep(name, shape, "plain", settings.seed) for name in subjects}
+        steps = {name: TrainingStep(name, shape, settings.seed) for name in subjects}
         times[shape] = interleaved_seconds(steps, settings.repeats)
     for key, sizes in values.items():
         columns = {key: key.replace("_", " ")}
@@ -375,7 +375,7 @@ def profile(settings: Settings) -> Iterator[Table]:
     """Where the time of a step goes, by operator."""
     shape, _ = small_shape(settings)
     for name in among(settings, PAIR):
-        training_step = TrainingStep(name, shape, "plain", settings.seed)
+        training_step = TrainingStep(name, shape, settings.seed)
         training_step()
         with torch.profiler.profile(activities=[ProfilerActivity.CPU]) as profiler:
             training_step()
