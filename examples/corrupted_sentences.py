@@ -77,7 +77,6 @@ def main() -> None:
 
 def write_rows(path: Path, rows: Iterable[tuple[int, list[str]]]) -> None:
     """Write labels and sentences in CoLA's columns: source, label, mark of a fault, sentence."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as partial, open(partial, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, delimiter="\t", quoting=csv.QUOTE_NONE, quotechar=None, lineterminator="\n")
         writer.writerows(("text", label, "" if label else "*", " ".join(words)) for label, words in rows)

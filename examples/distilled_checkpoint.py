@@ -118,7 +118,6 @@ def pack(source: Path, folder: Path, bert: BertModel) -> None:
             packed[name + SCALE] = scale
         elif name.startswith("encoder."):
             packed[name] = x
-    folder.mkdir(parents=True, exist_ok=True)
     with written_whole(folder / ENCODER_FILE) as partial:
         save_file(packed, partial, metadata={"format": "pt"})
     # Without the version that happened to write it, as in the other folders.

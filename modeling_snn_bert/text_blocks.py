@@ -178,7 +178,6 @@ def token_file(args: TextArguments, tokenizer: PreTrainedTokenizerBase, folder: 
     path = folder / f"tokens-{fingerprint}.bin"
     if path.exists():
         return path
-    folder.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as partial:
         with open(partial, "wb") as file, tqdm(desc="tokenize the text", unit=" tokens", unit_scale=True) as progress:
             for ids in tokenize_sources(args.documents(), tokenizer, args.max_text_tokens):

@@ -99,17 +99,9 @@ class Corruption:
         self.words = [word for word, count in counts.items() if count >= MIN_COUNT and word.isalpha()]
         self.cumulative = list(itertools.accumulate(counts[word] ** 0.5 for word in self.words))
         self.forms = forms_of(self.words)
-        edits = {
-            self.swap: 1,
-            self.move: 1,
-            self.leave_out: 1,
-            self.repeat: 1,
-            self.put_in: 1,
-            self.inflect: 3,
-            self.exchange: 3,
-            self.replace: 1,
-        }
-        self.edits = [edit for edit, share in edits.items() for _ in range(share)]
+        # The two that change a word's form or a function word are the likelier ones.
+        self.edits = [self.swap, self.move, self.leave_out, self.repeat, self.put_in]
+        self.edits += [self.inflect] * 3 + [self.exchange] * 3 + [self.replace]
 
     def __call__(self, words: list[str], rng: random.Random, edits: int | None = None) -> list[str]:
         """A copy of `words`, one or more of them and a full stop, that differs from it.
