@@ -60,6 +60,10 @@ class Limits:
     connections: int = 512
 
 
+def _limit(option: str, help: str) -> Any:
+    return typer.Option(option, callback=at_least_one, help=help)
+
+
 def serve(
     model: Model,
     host: Annotated[
@@ -71,18 +75,12 @@ def serve(
     max_length: MaxLength = None,
     batch_size: BatchSize = 32,
     weight_dtype: WeightDtype = "float32",
-    max_texts: Annotated[
-        int, typer.Option("--max_texts", callback=at_least_one, help="Texts that one request may hold.")
-    ] = Limits.texts,
+    max_texts: Annotated[int, _limit("--max_texts", "Texts that one request may hold.")] = Limits.texts,
     max_characters: Annotated[
-        int, typer.Option("--max_characters", callback=at_least_one, help="Characters that one text may hold.")
+        int, _limit("--max_characters", "Characters that one text may hold.")
     ] = Limits.characters,
-    max_body_bytes: Annotated[
-        int, typer.Option("--max_body_bytes", callback=at_least_one, help="Bytes that one request may hold.")
-    ] = Limits.body_bytes,
-    max_waiting: Annotated[
-        int, typer.Option("--max_waiting", callback=at_least_one, help="Texts that may wait; more get status 503.")
-    ] = Limits.waiting,
+    max_body_bytes: Annotated[int, _limit("--max_body_bytes", "Bytes that one request may hold.")] = Limits.body_bytes,
+    max_waiting: Annotated[int, _limit("--max_waiting", "Texts that may wait; more get status 503.")] = Limits.waiting,
     revision: Revision = None,
 ) -> None:
     """Serve a classifier as JSON over HTTP: POST /predict and GET /health.
