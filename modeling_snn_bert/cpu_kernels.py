@@ -14,10 +14,12 @@ operators see them.
 
 import ctypes
 import functools
+import importlib.machinery
 import importlib.util
 import itertools
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -110,12 +112,17 @@ def _find() -> tuple[Path, str | None] | None:
         return beside, None
     try:
         spec = importlib.util.find_spec(PACKAGE)
+        if spec is not None and spec.origin is not None and not Path(spec.origin).with_name(FILENAME).exists():
+            # Started in a clone, Python finds the sources there before the package that was installed from them.
+            sources = Path(spec.origin).resolve().parents[1]
+            others = [folder for folder in sys.path if Path(folder).resolve() != sources]
+            spec = importlib.machinery.PathFinder.find_spec(PACKAGE, others)
     except (ImportError, ValueError):
         return None
     if spec is None or spec.origin is None:
         return None
     module = Path(spec.origin)
-    installed = module.parent / FILENAME
+    installed = module.with_name(FILENAME)
     if not installed.exists():
         return None
     version = re.search(r'^__version__ = "([^"]+)"$', module.read_text(encoding="utf-8"), re.MULTILINE)

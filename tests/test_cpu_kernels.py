@@ -202,12 +202,28 @@ class TestLoading:
         )
         spec = importlib.machinery.ModuleSpec("modeling_snn_bert", None, origin=str(installed / "__init__.py"))
         monkeypatch.setattr(importlib.util, "find_spec", {"modeling_snn_bert": spec}.get)
+        monkeypatch.setattr(sys, "path", [str(tmp_path)])
         library, logged = load(None)
         assert library is None and "not installed" in logged
         shutil.copy(PACKAGE / cpu_kernels.FILENAME, installed)
         library, logged = load(None)
         assert (library is not None) == (version == "0.0.1") and message in logged
         assert str(installed / cpu_kernels.FILENAME) in logged
+
+    @needs_kernels
+    def test_sources_in_front_of_the_installed_package(self, tmp_path):
+        """As in a clone's folder, where Python finds the sources first, and they have no kernels beside them."""
+        shutil.copytree(PACKAGE, tmp_path / "site" / "modeling_snn_bert")
+        without = shutil.ignore_patterns(cpu_kernels.FILENAME)
+        shutil.copytree(PACKAGE, tmp_path / "clone" / "modeling_snn_bert", ignore=without)
+        code = "from modeling_snn_bert import cpu_kernels; print(cpu_kernels.__file__, cpu_kernels.kernel_facts())"
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+        command, folder = [sys.executable, "-c", code], tmp_path / "clone"
+        printed = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, check=True
+        ).stdout
+        assert printed.startswith(str(folder))
+        assert f"runs on the CPU kernels in {tmp_path / 'site' / 'modeling_snn_bert' / cpu_kernels.FILENAME}" in printed
 
     @pytest.mark.parametrize("error", [ModuleNotFoundError("hidden"), ValueError("modeling_snn_bert.__spec__ is None")])
     def test_a_package_that_cannot_be_found(self, load, monkeypatch, error):
