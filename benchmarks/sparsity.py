@@ -36,7 +36,15 @@ from modeling_snn_bert.batches import RowBatches
 from modeling_snn_bert.energy import energy_report
 from modeling_snn_bert.energy.plots import import_pyplot, save_figure
 from modeling_snn_bert.event_driven import event_driven, round_products
-from modeling_snn_bert.fine_tuning import DISTILLATION_STEPS, Recipe, finetune, make_student, predictions, teach
+from modeling_snn_bert.fine_tuning import (
+    DISTILLATION_STEPS,
+    TAUGHT_RATE,
+    Recipe,
+    finetune,
+    make_student,
+    predictions,
+    teach,
+)
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 TARGETS = ("none", "0.2", "0.1", "0.05")
@@ -135,7 +143,7 @@ def measure(args: argparse.Namespace) -> Table:
         rate = None if target == "none" else float(target)
         model = make_student(bert, batches, rate or args.firing_rate, encoder)
         model.config.firing_rate_target, model.config.firing_rate_weight = rate, args.firing_rate_weight
-        teach(accelerator, model, bert, batches, args.learning_rate, args.logit_weight, **stages)
+        teach(accelerator, model, bert, batches, args.learning_rate or TAUGHT_RATE, args.logit_weight, **stages)
         wanted, _ = predictions(model, validation)
         report = energy_report(model, validation, run_lengths=False)
         rates = report.firing_rates()

@@ -267,14 +267,14 @@ class DistillationTrainer(Trainer):
             return 0.0
         wanted = self.args.resume_from_checkpoint
         checkpoint = checkpoint_of(self.args.output_dir, wanted, only_own=only_own_checkpoints)
-        return round(self.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"], 1)
+        return self.train(resume_from_checkpoint=checkpoint).metrics["train_runtime"]
 
     def run_of_seed(self, seconds: float, metrics: dict[str, float]) -> dict[str, Any]:
         """What the results say of a run that is one of several, after training for `seconds`."""
         return {
             "seed": self.args.seed,
             "last_step": self.state.global_step,
-            "seconds": seconds,
+            "seconds": round(seconds, 1),
             "training_tokens": self.state.num_input_tokens_seen,
             "metrics": metrics,
             "log": self.state.log_history,

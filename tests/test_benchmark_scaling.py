@@ -174,7 +174,7 @@ def test_the_command(command, measurement):
 def test_the_benchmark_writes_what_is_read(tmp_path):
     """The row that `run.py` writes has what `measured_speeds` looks for, and its loss is that of masked tokens."""
     shape = training.QUICK
-    step = training.TrainingStep("snn_bert", shape, training.MASKED_LM, 0)
+    step = training.TrainingStep("snn_bert", shape, 0, training.MASKED_LM)
     assert 0 < (step.labels != -100).float().mean() < 0.5
     step()
     assert 0 < step.firing_rate() < 1
