@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import json
 import math
 import os
 import time
@@ -23,6 +22,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from .atomic_writes import write_json
 from .batches import Batch, Row, RowBatches, batches_in_order
 from .configuration_snn_bert import SNNBertConfig
 from .conversion import convert_bert
@@ -334,7 +334,7 @@ def write_report(trained: Trained, folder: Path, model_folder: Path, title: str,
         The report as markdown.
     """
     report = report_markdown(trained.results, trained.energy, title)
-    (folder / "report.json").write_text(json.dumps(trained.results, indent=2), encoding="utf-8")
+    write_json(folder / "report.json", trained.results)
     (folder / "report.md").write_text(report, encoding="utf-8")
     (folder / "report.html").write_text(html_page(report, {"Firing rates": pictures}), encoding="utf-8")
     card_from_report(trained.model.config, trained.results).save(model_folder / "README.md")

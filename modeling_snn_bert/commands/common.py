@@ -2,19 +2,21 @@
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, TypeVar
 
 import transformers
 import typer
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..conversion import SPIKING_CLASSES, Original, is_neuron_parameter
 from ..loading import load_model
 from ..modeling_snn_bert import SNNBertForSequenceClassification, SNNBertPreTrainedModel
+
+Loaded = TypeVar("Loaded", bound=PreTrainedModel)
 
 # What bad files, settings and checkpoints raise. Anything else is a bug here, and deserves its traceback.
 FAILURES = (ImportError, OSError, RuntimeError, TypeError, ValueError, SafetensorError, StrictDataclassError)
@@ -129,31 +131,26 @@ def load_bert(model_name_or_path: str, head: str | None, revision: str | None, *
             f"{model_name_or_path} has the head {own!r}, which SNN-BERT lacks: give --head with one of "
             f"{', '.join(HEADS)}"
         )
-    with own_load_report():
-        model, loading = CLASSES[model_type][head or own].from_pretrained(
-            model_name_or_path, revision=revision or "main", output_loading_info=True, **settings
-        )
-    report_new_weights(model_name_or_path, loading)
-    return model.eval()
+    return load_weights(CLASSES[model_type][head or own], model_name_or_path, revision, **settings).eval()
 
 
-@contextlib.contextmanager
-def own_load_report() -> Iterator[None]:
-    """Leaves out transformers' table of what a checkpoint lacks: `report_new_weights` says it."""
+def load_weights(model_class: type[Loaded], model_name_or_path: str, revision: str | None, **settings) -> Loaded:
+    """`model_class` with the weights of a checkpoint; those that it lacks are named, in place of transformers' table.
+
+    `settings` are further arguments of `from_pretrained`.
+
+    Raises:
+        ValueError: if it lacks some of the encoder.
+        OSError: if there is no such checkpoint.
+    """
     verbosity = transformers.utils.logging.get_verbosity()
     transformers.utils.logging.set_verbosity_error()
     try:
-        yield
+        model, loading = model_class.from_pretrained(
+            model_name_or_path, revision=revision or "main", output_loading_info=True, **settings
+        )
     finally:
         transformers.utils.logging.set_verbosity(verbosity)
-
-
-def report_new_weights(model_name_or_path: str, loading: Mapping[str, Any]) -> None:
-    """Name the weights that are random, from what `from_pretrained` says with `output_loading_info`.
-
-    Raises:
-        ValueError: if some of the encoder are.
-    """
     # A weight of another shape is new as well.
     missing = {*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])}
     new = sorted(name for name in missing if not is_neuron_parameter(name))
@@ -161,6 +158,7 @@ def report_new_weights(model_name_or_path: str, loading: Mapping[str, Any]) -> N
         raise ValueError(f"{model_name_or_path} lacks weights of the encoder: {', '.join(new[:5])}")
     if new:
         typer.echo(f"not in {model_name_or_path}, and so random until trained: {', '.join(new)}", err=True)
+    return model
 
 
 def load_classifier(

@@ -33,8 +33,7 @@ from .common import (
     at_least_one,
     check_output_folder,
     load_bert,
-    own_load_report,
-    report_new_weights,
+    load_weights,
     reported,
 )
 
@@ -250,11 +249,7 @@ def describe(path: Path, rows: Labelled, training: int, validation: int) -> None
 
 def load_snn_bert(model_name_or_path: str, revision: str | None, **settings) -> SNNBertForSequenceClassification:
     """The SNN-BERT of a checkpoint with a classifier, new if it has none of so many labels."""
-    with own_load_report():
-        model, loading = SNNBertForSequenceClassification.from_pretrained(
-            model_name_or_path, revision=revision or "main", output_loading_info=True, **settings, **NO_DROPOUT
-        )
-    report_new_weights(model_name_or_path, loading)
+    model = load_weights(SNNBertForSequenceClassification, model_name_or_path, revision, **settings, **NO_DROPOUT)
     if model.config.psn_length is not None:
         raise ValueError(
             f"{model_name_or_path} takes texts of exactly {model.config.psn_length} tokens (its neurons are PSN): "
