@@ -6,6 +6,7 @@ others are tested against.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from .cpu_kernels import available as kernels_available
 from .leaky_integration import divide_by_group, leaky_mean, silence, total_weight, wide_dtype, widen
 from .neuron_settings import BPSNParameters, BPSNSettings
 from .surrogate_gradients import fire
+from .triton_tiles import call_operator
 from .triton_tiles import takes as triton_takes
 
 # Spikes, and their packed form where it comes at no cost.
@@ -95,7 +97,9 @@ class _Operators(NamedTuple):
 
 
 _OPERATORS = {
-    "triton": _Operators(bpsn_tile_forward, bpsn_tile_backward, trained=True),
+    "triton": _Operators(
+        partial(call_operator, bpsn_tile_forward), partial(call_operator, bpsn_tile_backward), trained=True
+    ),
     "triton_segments": _Operators(segments_forward, segments_backward),
     "cpu": _Operators(bpsn_forward, bpsn_backward, wide=True),
 }

@@ -84,10 +84,17 @@ def _carry(tile, decay, REVERSE: constexpr, CHUNK: constexpr):
         ends = decay * ends + tile[CHUNK - 1 - k if REVERSE else k]
     for _ in tl.static_range(CHUNK.bit_length() - 1):
         power = power * power
-    power = tl.broadcast_to(power, ends.shape)
-    # The sum without the last chunk is kept beside the sum: to shift the latter would change the layout of all tiles.
-    _, _, _, before = tl.associative_scan((power, ends, power * 0 + 1, ends * 0), 0, _join, reverse=REVERSE)
-    return before
+    # Triton 3.6 cannot scan a tile of one column.
+    if ends.shape[1] == 1:
+        line = tl.reshape(ends, [ends.shape[0]])
+        power = tl.broadcast_to(tl.reshape(power, [1]), line.shape)
+        _, _, _, before = tl.associative_scan((power, line, power * 0 + 1, line * 0), 0, _join, reverse=REVERSE)
+        return before[:, None]
+    else:
+        power = tl.broadcast_to(power, ends.shape)
+        # The sum without the last chunk is kept beside the sum: to shift that would change the layout of all tiles.
+        _, _, _, before = tl.associative_scan((power, ends, power * 0 + 1, ends * 0), 0, _join, reverse=REVERSE)
+        return before
 
 
 @jit

@@ -37,6 +37,7 @@ from .event_kernels import (
     list_packed_spikes,
 )
 from .packed_spikes_triton import takes_packed, unpack_triton
+from .triton_tiles import call_operator
 
 # Byte `i` of eight, each 0 or 1, times 2^(56 - 7 i) lands on bit 56 + i, and nothing else reaches the highest byte.
 _GATHER_BITS = 0x0102040810204080
@@ -62,7 +63,7 @@ def pack(spikes: torch.Tensor, ternary: bool) -> torch.Tensor:
 def unpack(packed: torch.Tensor, channels: int, dtype: torch.dtype) -> torch.Tensor:
     """The inverse of `pack`: spikes `[..., channels]` of the given dtype."""
     if takes_packed(packed, dtype):
-        return unpack_triton(packed, channels, dtype)
+        return call_operator(unpack_triton, packed, channels, dtype)
     eight = packed.to(torch.int64, memory_format=torch.contiguous_format).mul_(_COPY_BYTE).bitwise_and_(_OWN_BIT)
     bits = eight.view(torch.uint8)[..., :channels]
     # The comparison itself writes `dtype`: to convert its bools would be another pass.

@@ -11,12 +11,15 @@ tokens. All arithmetic is in float32.
 """
 
 import os
+import threading
+from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from transformers.utils import logging
 
-from .cpu_kernels import NAMESPACE
+from .cpu_kernels import NAMESPACE, PLAIN_TYPES
 
 # The other modules with kernels take these from here.
 try:
@@ -252,9 +255,18 @@ def on_device_of(x: torch.Tensor):
 
 
 def triton_operator(name: str):
-    """Register the torch operator `name`, whose kernels `torch.compile` sees where Triton compiles them."""
+    """Register the torch operator `name`, whose kernels `torch.compile` sees where Triton compiles them.
+
+    It is to be called by `call_operator`.
+    """
     register = torch.library.custom_op if triton is None or INTERPRETED else torch.library.triton_op
-    return register(f"{NAMESPACE}::{name}", mutates_args=())
+
+    def operator_of(launch: Callable) -> Any:
+        operator: Any = register(f"{NAMESPACE}::{name}", mutates_args=())(launch)
+        operator.launch = launch
+        return operator
+
+    return operator_of
 
 
 def register_fake(operator, fake) -> None:
@@ -263,6 +275,29 @@ def register_fake(operator, fake) -> None:
         operator.register_fake(fake)
 
 
+class _Launching(threading.local):
+    """Whether this thread launches kernels outside an operator, where nothing is to see them."""
+
+    directly = False
+
+
+_launching = _Launching()
+
+
 def kernel_in_operator(function):
     """A kernel to launch inside an operator of `triton_operator`."""
-    return function if INTERPRETED else torch.library.wrap_triton(function)
+    return function if INTERPRETED or _launching.directly else torch.library.wrap_triton(function)
+
+
+def call_operator(operator: Any, x: torch.Tensor, *arguments: Any) -> Any:
+    """`operator(x, *arguments)`; where no compiler is to see it, by the function that it was made of.
+
+    The way through torch's dispatcher takes the host several times as long as the launch itself.
+    """
+    if torch.compiler.is_compiling() or type(x) not in PLAIN_TYPES:
+        return operator(x, *arguments)
+    _launching.directly = True
+    try:
+        return operator.launch(x, *arguments)
+    finally:
+        _launching.directly = False

@@ -102,4 +102,5 @@ def test_measures(tmp_path):
     for table in tables:
         for row in table["rows"]:
             for key in ("microseconds", "milliseconds"):
-                assert key not in row or row[key]["median"] > 0
+                figure = row.get(key, 1)
+                assert (figure["median"] if isinstance(figure, dict) else figure) > 0
