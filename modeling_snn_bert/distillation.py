@@ -138,7 +138,12 @@ def embedding_loss(
 
 
 def logit_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 2.0) -> torch.Tensor:
-    """Kullback-Leibler divergence of the softened class probabilities, times `temperature ** 2`.
+    """The mean of `logit_losses` over the rows."""
+    return logit_losses(student_logits, teacher_logits, temperature).mean()
+
+
+def logit_losses(student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 2.0) -> torch.Tensor:
+    """Kullback-Leibler divergence of the softened class probabilities, times `temperature ** 2`, of each row: `[...]`.
 
     Source: Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", 2015. With one logit
     (regression) it is the squared error.
@@ -158,10 +163,9 @@ def logit_loss(student_logits: torch.Tensor, teacher_logits: torch.Tensor, tempe
     if not temperature > 0:
         raise ValueError(f"`temperature` must be positive, got {temperature}")
     if student_logits.shape[-1] == 1:
-        return nn.functional.mse_loss(student_logits, teacher_logits)
-    student = (student_logits / temperature).log_softmax(-1).flatten(0, -2)
-    teacher = (teacher_logits / temperature).log_softmax(-1).flatten(0, -2)
-    return nn.functional.kl_div(student, teacher, log_target=True, reduction="batchmean") * temperature**2
+        return nn.functional.mse_loss(student_logits, teacher_logits, reduction="none")[..., 0]
+    student, teacher = ((logits / temperature).log_softmax(-1) for logits in (student_logits, teacher_logits))
+    return nn.functional.kl_div(student, teacher, log_target=True, reduction="none").sum(-1) * temperature**2
 
 
 def label_and_logit_loss(

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
 from .batches import Batch, Collate, Row
-from .distillation import logit_loss
+from .distillation import logit_losses
 from .sparsity import add_penalty
 from .trainer import DistillationTrainer
 
@@ -45,12 +45,14 @@ def label_loss(
     """
     total = logits.new_zeros((), dtype=torch.float32)
     for index, head in enumerate(heads):
+        # Other rows count nothing, in place of being left out: how many there are, a GPU would have to be asked.
         mine = rows_head == index
-        of_head, wanted = logits[mine][:, head.logits].float(), labels[mine]
+        of_head, wanted = logits[:, head.logits].float(), labels.where(mine, 0)
         if head.is_regression:
-            total = total + nn.functional.mse_loss(of_head[:, 0], wanted.float(), reduction="sum")
+            of_rows = nn.functional.mse_loss(of_head[:, 0], wanted.float(), reduction="none")
         else:
-            total = total + nn.functional.cross_entropy(of_head, wanted.long(), reduction="sum")
+            of_rows = nn.functional.cross_entropy(of_head, wanted.long(), reduction="none")
+        total = total + of_rows.where(mine, 0).sum()
     return total / len(logits)
 
 
@@ -61,9 +63,7 @@ def heads_logit_loss(
     heads: Sequence[Head],
     teacher_heads: Sequence[Head],
 ) -> torch.Tensor:
-    """`logit_loss` of each head on the rows that it can read, single texts or pairs, summed over the heads.
-
-    A head whose rows are few in the batch counts by their share, so that every row has the same weight.
+    """The mean over rows of `logit_losses`, summed over the heads that can read a row: a single text, or a pair.
 
     Args:
         student_logits, teacher_logits (`[rows, logits of all heads]`).
@@ -73,12 +73,9 @@ def heads_logit_loss(
     total = student_logits.new_zeros((), dtype=torch.float32)
     for head, teacher_head in zip(heads, teacher_heads, strict=True):
         mine = is_pair if head.reads_pairs else ~is_pair
-        count = int(mine.sum())
-        if count:
-            student = student_logits[mine][:, head.logits].float()
-            teacher = teacher_logits[mine][:, teacher_head.logits].float()
-            total = total + count / len(mine) * logit_loss(student, teacher)
-    return total
+        student, teacher = student_logits[:, head.logits].float(), teacher_logits[:, teacher_head.logits].float()
+        total = total + logit_losses(student, teacher).where(mine, 0).sum()
+    return total / len(is_pair)
 
 
 class CollateForTeacher:
