@@ -3,11 +3,11 @@
     python benchmarks/inference.py                              6 x 384 and 12 x 768 at imposed firing rates
     python benchmarks/inference.py --model_name_or_path FOLDER  a trained SNN-BERT at its own rates
 
-Subjects have the same shape and vocabulary, no head and no pooler. Thresholds of the spiking models are set on random
-tokens so that each channel fires at the imposed rate; the rate that is met is in the table. All subjects of a table are
-timed in turns, round by round, and the ratios are taken round by round. Natural lengths are those of short film
-reviews, padded to the longest of the batch. The ONNX models are exports of the very BERT that is timed, checked against
-it. The section `linears` times the products of one layer alone, `levels` the whole encoder at each level of the
+Subjects have the same shape and vocabulary, no head and no pooler. The spiking models are random BERTs, converted on
+random tokens so that each channel fires at the imposed rate; the rate that is met is in the table. All subjects of a
+table are timed in turns, round by round, and the ratios are taken round by round. Natural lengths are those of short
+film reviews, padded to the longest of the batch. The ONNX models are exports of the very BERT that is timed, checked
+against it. The section `linears` times the products of one layer alone, `levels` the whole encoder at each level of the
 instruction set that the processor has. This is `run.py inference`, whose options it takes, and writes what that does.
 
 ONNX Runtime and its tools are needed for two of the subjects only:
@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from measure import (
@@ -43,10 +43,10 @@ from registry import Benchmark, Settings
 from report import Table
 from torch import nn
 from training import QUICK, Shape, compiled, model_config
-from transformers import BertModel
+from transformers import BertConfig, BertModel
 
-from modeling_snn_bert import SNNBertConfig, SNNBertModel, SpikingNeuron, cpu_kernels
-from modeling_snn_bert.conversion import bert_config
+from modeling_snn_bert import SNNBertConfig, SNNBertModel, cpu_kernels
+from modeling_snn_bert.conversion import bert_config, convert_bert
 from modeling_snn_bert.event_driven import EventDrivenLinear, dense_rates, event_driven
 from modeling_snn_bert.event_kernels import PackedSpikes, event_linear, tiles_available
 from modeling_snn_bert.export import export_onnx
@@ -79,7 +79,6 @@ TILES = "any, on AMX"
 # Token counts of short film reviews (SST-2's validation sentences): mean, standard deviation, and the range.
 NATURAL_LENGTHS = (25.0, 12.0, 5, 64)
 MEDIANS = "Median of interleaved rounds (quartiles)."
-BISECTION_STEPS = 10
 
 Inputs = dict[str, torch.Tensor]
 
@@ -102,32 +101,20 @@ def make_batches(batch_sizes: tuple[int, ...], length: int, vocab_size: int, see
     return batches
 
 
-@torch.no_grad()
-def impose_firing_rate(model: SNNBertModel, rate: float, inputs: Inputs) -> None:
-    """Set the thresholds of `model` so that each channel of each neuron layer fires at `rate` on `inputs`.
+def spiking_at(rate: float, shape: Shape, inputs: Inputs, seed: int) -> SNNBertModel:
+    """A random SNN-BERT of that size in which each channel of each neuron layer fires at `rate` on `inputs`."""
+    torch.manual_seed(seed)
+    bert = BertModel(cast(BertConfig, model_config("bert", shape)))
+    model = cast(SNNBertModel, convert_bert(bert, [inputs], rate, ridge=float("inf")))
+    # A BERT is converted whole.
+    model.pooler = None
+    return model
 
-    By bisection, layer after layer: each neuron's currents are those that the layers before it send at their new rates.
-    """
 
-    def set_thresholds(neuron: SpikingNeuron, args: tuple) -> None:
-        current = args[0]
-        mask = inputs["attention_mask"]
-        valid = current[mask != 0]
-        low, high = valid.amin(0), valid.amax(0)
-        for _ in range(BISECTION_STEPS):
-            neuron.v_threshold.copy_((low + high) / 2)
-            quiet = neuron.forward(*args)[mask != 0].mean(0) < rate
-            high = torch.where(quiet, neuron.v_threshold, high)
-            low = torch.where(quiet, low, neuron.v_threshold)
-        neuron.v_threshold.copy_(low)
-
-    neurons = [module for module in model.modules() if isinstance(module, SpikingNeuron)]
-    handles = [neuron.register_forward_pre_hook(set_thresholds) for neuron in neurons]
-    try:
-        model(**inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+def need_kernels(what: str) -> None:
+    """Ends the program with one line unless there are compiled kernels, which `what` needs."""
+    if not cpu_kernels.available():
+        raise SystemExit(f"{what} needs the compiled kernels: leave it out, or install the package with a C compiler")
 
 
 def spiking_subject(name: str, model: SNNBertModel) -> tuple[SNNBertModel, Callable[..., Any]]:
@@ -135,11 +122,8 @@ def spiking_subject(name: str, model: SNNBertModel) -> tuple[SNNBertModel, Calla
     weight_dtype, on_kernels = SPIKING[name]
     context = nullcontext if on_kernels else without_kernels
     if weight_dtype is not None:
-        if on_kernels and not cpu_kernels.available():
-            raise SystemExit(
-                f"the subject {name} needs the compiled kernels: install the package where there is a C compiler, "
-                f"or leave it out with --subjects"
-            )
+        if on_kernels:
+            need_kernels(f"the subject {name}")
         with context():
             model = event_driven(copy.deepcopy(model), weight_dtype)
     return model, within(context, model)
@@ -168,12 +152,6 @@ def rival(name: str, bert: BertModel) -> Callable[..., Any]:
     if name == "bert_bfloat16":
         return copy.deepcopy(bert).bfloat16()
     return compiled(copy.deepcopy(bert)) if name == "bert_compiled" else bert
-
-
-def build_spiking(shape: Shape, seed: int) -> SNNBertModel:
-    """A random SNN-BERT of that size."""
-    torch.manual_seed(seed)
-    return SNNBertModel(model_config("snn_bert", shape), add_pooling_layer=False).eval()
 
 
 def bert_like(config: SNNBertConfig) -> BertModel:
@@ -276,7 +254,8 @@ def linears(settings: Settings) -> Iterator[Table]:
         shape = (QUICK if settings.quick else full_shape)._replace(num_layers=1)
         for weight_dtype in ("float32", "int8"):
             generator = torch.Generator().manual_seed(settings.seed)
-            model = build_spiking(shape, settings.seed)
+            torch.manual_seed(settings.seed)
+            model = SNNBertModel(model_config("snn_bert", shape), add_pooling_layer=False).eval()
             weights = [module for module in model.encoder.modules() if isinstance(module, nn.Linear)]
             inputs = [torch.rand(tokens, linear.in_features, generator=generator) for linear in weights]
             dense = partial(run_dense, copy.deepcopy(weights), inputs)
@@ -330,13 +309,11 @@ def at_level(level: str) -> Iterator[None]:
 
 def levels(settings: Settings) -> Iterator[Table]:
     """The encoder at each level of the instruction set against BERT, every product by events, or on AMX by tiles."""
-    if not cpu_kernels.available():
-        raise SystemExit("the section levels needs the compiled kernels: install the package where there is a compiler")
+    need_kernels("the section levels")
     for shape_name, full_shape in SHAPES.items():
         shape = QUICK if settings.quick else full_shape
-        model = build_spiking(shape, settings.seed)
         (inputs, _) = make_batches((LEVELS_BATCH,), shape.length, shape.vocab_size, settings.seed).values()
-        impose_firing_rate(model, LEVELS_RATE, inputs)
+        model = spiking_at(LEVELS_RATE, shape, inputs, settings.seed)
         mean_firing_rate(model, inputs)
         calls: dict[str, Callable[..., Any]] = {REFERENCE: bert_like(model.config)}
         for weight_dtype in ("float32", "int8"):
@@ -359,12 +336,11 @@ def levels(settings: Settings) -> Iterator[Table]:
 def at_imposed_rates(full_shape: Shape, settings: Settings) -> Iterator[Table]:
     """Models of one size at each firing rate."""
     shape = QUICK if settings.quick else full_shape
-    model = build_spiking(shape, settings.seed)
     batch_sizes = (1, 2) if settings.quick else settings.batch_sizes or BATCH_SIZES
     batches = make_batches(batch_sizes, shape.length, shape.vocab_size, settings.seed)
     rates = settings.rates or RATES
     for rate in rates[:1] if settings.quick else rates:
-        impose_firing_rate(model, rate, next(iter(reversed(batches.values()))))
+        model = spiking_at(rate, shape, next(reversed(batches.values())), settings.seed)
         title = f"{shape.num_layers} layers x {shape.hidden_size}, rate {rate}"
         yield from compare(title, model, batches, settings, settings.memory and rate == 0.1)
 
