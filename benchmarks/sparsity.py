@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
 from measure import check_firing_rate, interleaved_seconds, spread
 from report import Table, write_results
 from torch.utils.data import DataLoader
@@ -46,34 +48,27 @@ from modeling_snn_bert.fine_tuning import (
     teach,
 )
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+# The example's own functions, so that both train in the same way.
+sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
+import quickstart
+
 TARGETS = ("none", "0.2", "0.1", "0.05")
 
 
-def parse_args() -> argparse.Namespace:
-    parser = HfArgumentParser(Recipe, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args() -> tuple[quickstart.DataArguments, Recipe, argparse.Namespace]:
+    kinds = [quickstart.DataArguments, Recipe]
+    parser = HfArgumentParser(kinds, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", help="a BERT: folder or Hub id (default: all-MiniLM-L6-v2)")
-    parser.add_argument("--train_file", help="csv, tsv or json file with training sentences and labels")
-    parser.add_argument("--validation_file", help="the same for validation")
-    parser.add_argument("--text_column", help="default: sentence or text, whichever there is")
-    parser.add_argument("--label_column", default="label")
     parser.add_argument("--convert", action="store_true", help="convert the fine-tuned BERT, whichever it is")
     parser.add_argument("--student_name_or_path", help="an SNN-BERT to start from, as one distilled with a target")
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), help="firing rates in (0, 1), or `none`")
     parser.add_argument("--firing_rate_weight", type=float, default=1.0)
     parser.add_argument("--steps", type=int, default=160, help="of fine-tuning, of the BERT and for each target")
-    parser.add_argument("--max_length", type=int, default=64)
-    parser.add_argument("--max_train_samples", type=int)
-    parser.add_argument("--max_eval_samples", type=int)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=5, help="interleaved rounds of the timing")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/benchmarks"))
-    args = parser.parse_args()
-    if (args.train_file is None) != (args.validation_file is None):
-        parser.error("--train_file and --validation_file must be given together")
-    if args.convert and args.student_name_or_path:
-        parser.error("give either --convert or --student_name_or_path")
-    for name in ("steps", "batch_size", "max_length", "threads", "repeats"):
+    data_args, recipe, args = parser.parse_args_into_dataclasses()
+    for name in ("steps", "threads", "repeats"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be >= 1, got {getattr(args, name)}")
     for target in args.targets:
@@ -83,34 +78,30 @@ def parse_args() -> argparse.Namespace:
             valid = False
         if not valid:
             parser.error(f"--targets must be `none` or lie in (0, 1), got {target!r}")
-    return args
+    return data_args, recipe, args
 
 
-def measure(args: argparse.Namespace) -> Table:
+def measure(data_args: quickstart.DataArguments, recipe: Recipe, args: argparse.Namespace) -> Table:
     """Train and measure one model for each target."""
-    # The example's own functions, so that both train in the same way.
-    sys.path.insert(0, str(EXAMPLES))
-    import quickstart
-    from accelerate import Accelerator
-    from accelerate.utils import set_seed
-
     accelerator = Accelerator(cpu=True)
     start = quickstart.Arguments(args.model_name_or_path, args.student_name_or_path, args.convert)
+    task, rows = data_args.load()
     encoder = start.encoder()
-    if args.distillation_steps is None:
-        args.distillation_steps = DISTILLATION_STEPS if encoder is None else 0
-    names = ("train_file", "validation_file", "text_column", "label_column", "max_train_samples", "max_eval_samples")
-    task, rows = quickstart.DataArguments(**{name: getattr(args, name) for name in names}).load()
+    distillation_steps = recipe.distillation_steps
+    if distillation_steps is None:
+        distillation_steps = DISTILLATION_STEPS if encoder is None else 0
     path = args.model_name_or_path or str(quickstart.minilm_folder())
     tokenizer = AutoTokenizer.from_pretrained(path)
-    data = {split: quickstart.tokenize(part, task, tokenizer, args.max_length) for split, part in rows.items()}
+    # MNLI has two dev sets.
+    splits = {"train": rows["train"], "validation": next(rows[name] for name in rows if name != "train")}
+    data = {name: quickstart.tokenize(part, task, tokenizer, data_args.max_seq_length) for name, part in splits.items()}
     collate = DataCollatorWithPadding(tokenizer)
-    validation = DataLoader(data["validation"], batch_size=2 * args.batch_size, collate_fn=collate)
+    validation = DataLoader(data["validation"], batch_size=2 * recipe.batch_size, collate_fn=collate)
     truth = torch.tensor(data["validation"]["labels"])
     majority = truth.bincount().max().item() / len(truth)
     table = Table(
-        f"Accuracy against energy and speed, {len(data['validation']):,} held-out sentences, {args.distillation_steps} "
-        f"steps of distillation and {args.steps} of fine-tuning of {args.batch_size} sentences, seed {args.seed}",
+        f"Accuracy against energy and speed, {len(data['validation']):,} held-out sentences, {distillation_steps} "
+        f"steps of distillation and {args.steps} of fine-tuning of {recipe.batch_size} sentences, seed {recipe.seed}",
         {
             "target": "firing rate target",
             "firing_rate": "firing rate",
@@ -129,21 +120,21 @@ def measure(args: argparse.Namespace) -> Table:
         },
         notes=[
             f"Energy per sentence at 45 nm, arithmetic only. The majority class has {majority:.3f} of the sentences. "
-            f"Time: the whole model on one batch of {2 * args.batch_size} sentences, float32, medians (quartiles).",
+            f"Time: the whole model on one batch of {2 * recipe.batch_size} sentences, float32, medians (quartiles).",
         ],
     )
     calls: dict[str, Callable[[], object]] = {}
-    set_seed(args.seed)
+    set_seed(recipe.seed)
     bert = AutoModelForSequenceClassification.from_pretrained(path, num_labels=len(task.labels))
-    batches = RowBatches(data["train"], collate, args.batch_size, args.seed)
-    finetune(accelerator, bert, batches, args.steps, args.bert_learning_rate)
-    stages = {"distillation_steps": args.distillation_steps, "finetuning_steps": args.steps}
+    batches = RowBatches(data["train"], collate, recipe.batch_size, recipe.seed)
+    finetune(accelerator, bert, batches, args.steps, recipe.bert_learning_rate)
+    stages = {"distillation_steps": distillation_steps, "finetuning_steps": args.steps}
     for target in args.targets:
-        set_seed(args.seed)
+        set_seed(recipe.seed)
         rate = None if target == "none" else float(target)
-        model = make_student(bert, batches, rate or args.firing_rate, encoder)
+        model = make_student(bert, batches, rate or recipe.firing_rate, encoder)
         model.config.firing_rate_target, model.config.firing_rate_weight = rate, args.firing_rate_weight
-        teach(accelerator, model, bert, batches, args.learning_rate or TAUGHT_RATE, args.logit_weight, **stages)
+        teach(accelerator, model, bert, batches, recipe.learning_rate or TAUGHT_RATE, recipe.logit_weight, **stages)
         wanted, _ = predictions(model, validation)
         report = energy_report(model, validation, run_lengths=False)
         rates = report.firing_rates()
@@ -219,12 +210,13 @@ def draw(table: Table, path: Path) -> None:
 
 
 def main() -> None:
-    args = parse_args()
+    data_args, recipe, args = parse_args()
     torch.set_num_threads(args.threads)
-    table = measure(args)
+    table = measure(data_args, recipe, args)
     print(table.markdown())
     draw(table, args.output_dir / "sparsity.png")
-    write_results(args.output_dir / "sparsity.json", args, [table])
+    settings = vars(data_args) | vars(recipe) | vars(args)
+    write_results(args.output_dir / "sparsity.json", settings, [table])
 
 
 if __name__ == "__main__":
