@@ -59,7 +59,7 @@ from .outputs import (
     firing_rate,
     recorded,
 )
-from .packed_spikes import SpikingLinear, affine, can_keep_packed, keep_packed
+from .packed_spikes import SpikingLinear, affine, can_keep_packed, keep_packed, spiking_linears
 from .packed_spikes_triton import takes_packed  # noqa: F401
 from .relative_position import bucket_starts, relative_position_bias
 from .sparsity import FiringRateRecorder, add_penalty, firing_rate_penalty, share_of_labels, warn_unless_counted
@@ -165,9 +165,10 @@ class SNNBertSelfAttention(nn.Module):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         spikes = self.neuron(hidden_states, token_mask)
-        query = self.query_neuron(self.query(spikes), token_mask)
-        key = self.key_neuron(self.key(spikes), token_mask)
-        value = self.value_neuron(self.value(spikes), token_mask)
+        query, key, value = spiking_linears((self.query, self.key, self.value), spikes)
+        query = self.query_neuron(query, token_mask)
+        key = self.key_neuron(key, token_mask)
+        value = self.value_neuron(value, token_mask)
         # A checkpointed layer keeps nothing inside it.
         packs = not self.gradient_checkpointing and can_keep_packed(query, key, value)
         with keep_packed(query, key, value) if packs else nullcontext() as kept_affine:

@@ -17,14 +17,15 @@ Packed spikes are `[signs, ..., channels / 8]` bytes: bit `k` of byte `i` is cha
 sign; ternary ones have a second plane with the spikes of -1.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules import module
 
 from .cpu_kernels import PLAIN_TYPES
 from .cpu_kernels import available as kernels_available
@@ -105,42 +106,61 @@ def _by_events(
     return lists if lists.firing_rate < EVENTS_BELOW else None
 
 
-class _LinearOnSpikes(torch.autograd.Function):
-    """`linear(spikes, weight, bias)` that keeps the packed spikes, and the weight, for the backward pass."""
+class _LinearsOnSpikes(torch.autograd.Function):
+    """`linear(spikes, weight, bias)` for each weight and bias; keeps the packed spikes, and the weights.
 
+    `parameters` are a weight, its bias or `None`, the next weight, and so on. For the backward pass the spikes are
+    unpacked, or listed, once.
+    """
+
+    # Not by `setup_context`, before which torch looks up this function's signature in each call.
     @staticmethod
     def forward(
-        spikes: torch.Tensor, packed: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
+        ctx, spikes: torch.Tensor, packed: torch.Tensor, *parameters: torch.Tensor | None
+    ) -> tuple[torch.Tensor, ...]:
+        weights = [weight for weight in parameters[::2] if weight is not None]
+        biases = parameters[1::2]
+        ctx.save_for_backward(packed, *weights)
         # The lists are of whole bytes of inputs.
-        whole = weight.shape[1] % 8 == 0
-        lists = _by_events(list_packed_spikes, packed, spikes, weight) if whole else None
+        whole = spikes.shape[-1] % 8 == 0
+        lists = _by_events(list_packed_spikes, packed, spikes, *weights) if whole else None
         if lists is None:
-            return nn.functional.linear(spikes, weight, bias)
-        return event_linear(lists, BlockedWeights(weight, None, bias, "float32")).unflatten(0, spikes.shape[:-1])
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        _, packed, weight, _ = inputs
-        ctx.save_for_backward(packed, weight)
+            return tuple(nn.functional.linear(spikes, w, bias) for w, bias in zip(weights, biases, strict=True))
+        return tuple(
+            event_linear(lists, BlockedWeights(w, None, bias, "float32")).unflatten(0, spikes.shape[:-1])
+            for w, bias in zip(weights, biases, strict=True)
+        )
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_output: torch.Tensor):
-        packed, weight = ctx.saved_tensors
-        needs_spikes, _, needs_weight, needs_bias = ctx.needs_input_grad
-        rows = grad_output.flatten(0, -2)
-        grad_spikes = grad_output @ weight if needs_spikes else None
-        grad_weight = _weight_gradient(packed, rows, weight.shape[1]) if needs_weight else None
-        return grad_spikes, None, grad_weight, rows.sum(0) if needs_bias else None
+    def backward(ctx, *grad_outputs: torch.Tensor):
+        packed, *weights = ctx.saved_tensors
+        needs_spikes, _, *needs = ctx.needs_input_grad
+        rows = [grad.flatten(0, -2) for grad in grad_outputs]
+        grads: list[torch.Tensor | None] = [None] * len(needs)
+        grads[1::2] = [grad.sum(0) if wanted else None for grad, wanted in zip(rows, needs[1::2], strict=True)]
+        learning = [number for number, wanted in enumerate(needs[::2]) if wanted]
+        of_weights = _weight_gradients(packed, [rows[number] for number in learning], weights[0].shape[1])
+        for number, gradient in zip(learning, of_weights, strict=True):
+            grads[2 * number] = gradient
+        grad_spikes = None
+        if needs_spikes:
+            grad_spikes = rows[0] @ weights[0]
+            for grad, weight in zip(rows[1:], weights[1:], strict=True):
+                grad_spikes.addmm_(grad, weight)
+            grad_spikes = grad_spikes.unflatten(0, grad_outputs[0].shape[:-1])
+        return grad_spikes, None, *grads
 
 
-def _weight_gradient(packed: torch.Tensor, grad_rows: torch.Tensor, inputs: int) -> torch.Tensor:
-    """`grad_rows.T @ spikes`, `[outputs, inputs]`, from packed spikes and the gradient `[rows, outputs]`."""
-    lists = _by_events(list_packed_columns, packed, grad_rows)
+def _weight_gradients(packed: torch.Tensor, grads: list[torch.Tensor], inputs: int) -> list[torch.Tensor]:
+    """`grad.T @ spikes`, `[outputs, inputs]`, from packed spikes and each gradient `[rows, outputs]`."""
+    if not grads:
+        return []
+    lists = _by_events(list_packed_columns, packed, *grads)
     if lists is not None:
-        return event_linear(lists, BlockedWeights(grad_rows.T, None, None, "float32"))[:inputs].T
-    return grad_rows.T @ unpack(packed, inputs, grad_rows.dtype).flatten(0, -2)
+        return [event_linear(lists, BlockedWeights(grad.T, None, None, "float32"))[:inputs].T for grad in grads]
+    spikes = unpack(packed, inputs, grads[0].dtype).flatten(0, -2)
+    return [grad.T @ spikes for grad in grads]
 
 
 class SpikingLinear(nn.Linear):
@@ -155,20 +175,49 @@ class SpikingLinear(nn.Linear):
     def forward(self, spikes: torch.Tensor) -> torch.Tensor:
         if self.runner is not None:
             return self.runner(self, spikes)
-        packed = packed_form(spikes)
-        # With a weight that is not trained nothing of the spikes is kept anyway.
-        if packed is None or not (torch.is_grad_enabled() and self.weight.requires_grad):
+        if not self.keeps_packed(spikes):
             return super().forward(spikes)
-        weight: torch.Tensor = self.weight
-        bias: torch.Tensor | None = self.bias
-        if torch.is_autocast_enabled(spikes.device.type):
-            dtype = torch.get_autocast_dtype(spikes.device.type)
-            spikes, weight = spikes.to(dtype), weight.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
-        return _LinearOnSpikes.apply(spikes, packed, weight, bias)
+        [output] = _products([self], spikes)
+        return output
+
+    def keeps_packed(self, spikes: torch.Tensor) -> bool:
+        """Whether a packed form of `spikes` is there, and wanted: with a weight that is not trained nothing is kept."""
+        return packed_form(spikes) is not None and torch.is_grad_enabled() and self.weight.requires_grad
 
     def extra_repr(self) -> str:
         return super().extra_repr() if self.runner is None else f"{super().extra_repr()}, {self.runner}"
+
+
+def _products(linears: Sequence[SpikingLinear], spikes: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The products of `linears` with spikes that have a packed form."""
+    packed = packed_form(spikes)
+    parameters = [x for linear in linears for x in (linear.weight, linear.bias)]
+    if torch.is_autocast_enabled(spikes.device.type):
+        dtype = torch.get_autocast_dtype(spikes.device.type)
+        spikes, *parameters = (None if x is None else x.to(dtype) for x in (spikes, *parameters))
+    return _LinearsOnSpikes.apply(spikes, packed, *parameters)
+
+
+def spiking_linears(linears: Sequence[nn.Module], spikes: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What each of `linears` makes of the same spikes: `linear(spikes)`.
+
+    Plain `SpikingLinear`s that keep the packed form share one backward pass. Others, and those that something is hooked
+    to, are called one by one.
+    """
+    plain = [linear for linear in linears if _is_plain(linear) and linear.keeps_packed(spikes)]
+    if len(plain) == len(linears):
+        return _products(plain, spikes)
+    return tuple(linear(spikes) for linear in linears)
+
+
+def _is_plain(linear: nn.Module) -> TypeGuard[SpikingLinear]:
+    """Whether calling it does what `SpikingLinear.forward` does, and nothing else."""
+    hooks = (
+        linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks,
+        module._global_forward_hooks, module._global_forward_pre_hooks, module._global_backward_hooks,
+        module._global_backward_pre_hooks,
+    )  # fmt: skip
+    return type(linear) is SpikingLinear and linear.runner is None and "forward" not in vars(linear) and not any(hooks)
 
 
 def affine(spikes: torch.Tensor, gain: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ from modeling_snn_bert.packed_spikes import (
     keep_packed,
     pack,
     packed_form,
+    spiking_linears,
     unpack,
 )
 
@@ -131,6 +132,56 @@ class TestSpikingLinear:
         with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
             linear(spikes).sum().backward()
         assert all(x.data_ptr() == linear.weight.data_ptr() for x in kept) and spikes.grad is not None
+
+
+class TestSpikingLinears:
+    @pytest.mark.parametrize("kernels", [True, False], ids=["events", "dense"])
+    @pytest.mark.parametrize("autocast", [True, False], ids=["bfloat16", "float32"])
+    def test_are_what_each_is(self, autocast, kernels, monkeypatch):
+        if not kernels:
+            monkeypatch.setattr(packed_spikes, "kernels_available", lambda: False)
+        linears = [SpikingLinear(64, outputs, bias=outputs != 24) for outputs in (16, 24, 8)]
+        linears[2].weight.requires_grad_(False)
+        grads = [torch.randn(5, 7, linear.out_features) for linear in linears]
+        spikes = random_spikes(5, 7, 64, rate=0.1)
+
+        def run(products):
+            x = spikes.clone().requires_grad_()
+            attach_packed(x, pack(spikes, False))
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                outputs = products(x)
+            parameters = [p for linear in linears for p in linear.parameters() if p.requires_grad]
+            wanted = [grad.to(output.dtype) for grad, output in zip(grads, outputs, strict=True)]
+            return outputs, torch.autograd.grad(outputs, [x, *parameters], wanted)
+
+        one_by_one = run(lambda x: [linear(x) for linear in linears])
+        with_frozen = run(lambda x: spiking_linears(linears, x))
+        linears.pop(), grads.pop()
+        few = run(lambda x: [linear(x) for linear in linears])
+        unpacked = []
+        unpacking = unpack if autocast or not kernels else packed_spikes.list_packed_columns
+        monkeypatch.setattr(packed_spikes, unpacking.__name__, lambda *x: unpacked.append(x) or unpacking(*x))
+        together = run(lambda x: spiking_linears(linears, x))
+        assert len(unpacked) == 1
+        assert spikes.any() and few[1][0].any()
+        for got, wanted in ((with_frozen, one_by_one), (together, few)):
+            for a, b in zip([*got[0], *got[1]], [*wanted[0], *wanted[1]], strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=0.1 if autocast else 1e-5)
+
+    def test_what_is_hooked_or_replaced_is_called(self):
+        linears = [SpikingLinear(16, 8) for _ in range(3)]
+        spikes = random_spikes(2, 16).requires_grad_()
+        attach_packed(spikes, pack(spikes.detach(), False))
+        wanted = [linear(spikes) for linear in linears]
+        seen = []
+        linears[0].register_forward_hook(lambda *_: seen.append("hook"))
+        spiking_linears(linears, spikes)
+        linears[0]._forward_hooks.clear()
+        linears[1].forward = lambda x: seen.append("forward") or SpikingLinear.forward(linears[1], x)
+        got = spiking_linears(linears, spikes)
+        assert seen == ["hook", "forward"] and all(map(torch.equal, got, wanted))
+        linears[1] = nn.Sequential(linears[2])
+        assert torch.equal(spiking_linears(linears, spikes)[1], wanted[2])
 
 
 def test_kept_views_come_back():
