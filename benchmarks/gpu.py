@@ -40,6 +40,8 @@ INFERENCE_BATCHES = (1, 32, 256)
 PROFILED_STEPS = 5
 LARGEST = 15
 COPY = "copy"
+# A subject whose name ends so is replayed from a CUDA graph.
+GRAPH = " in a graph"
 
 
 class NeuronShape(NamedTuple):
@@ -206,8 +208,30 @@ def inference_shapes(settings: Settings) -> list[Shape]:
     return shapes
 
 
-# A call is a training step in bfloat16 autocast: forward, loss, backward, fused AdamW.
-gpu_step = partial(TrainingStep, device="cuda")
+def in_graph(call: Callable[[], object]) -> Callable[[], object]:
+    """A call of the result replays what a call of `call` does on the GPU, from a CUDA graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def gpu_step(subject: str, shape: Shape, seed: int, variant: str = "plain") -> Callable[[], object]:
+    """A call is a training step in bfloat16 autocast: forward, loss, backward, fused AdamW."""
+    step = TrainingStep(subject.removesuffix(GRAPH), shape, seed, variant, device="cuda")
+    return in_graph(step) if subject.endswith(GRAPH) else step
+
+
+def gpu_inference(subject: str, shape: Shape, seed: int) -> Callable[[], object]:
+    """A call is a forward pass in bfloat16."""
+    inference = Inference(subject.removesuffix(GRAPH), shape, seed)
+    return in_graph(inference) if subject.endswith(GRAPH) else inference
 
 
 class Inference:
@@ -250,7 +274,7 @@ def model_table(
     variant: str = "plain",
     memory: bool = True,
 ) -> Table:
-    """Times and, if wanted, peaks of all subjects, and the ratios of the first one's to theirs.
+    """Times and, if wanted, peaks of all subjects, and the ratios to theirs of the first one's, run in the same way.
 
     They are on the GPU one at a time, so their rounds are not interleaved: side by side such large ones do not fit.
     """
@@ -261,21 +285,26 @@ def model_table(
             times[name], peaks[name] = measure_one(make, name, shape, settings, memory)
         # What did not fit is let go of here, outside the handler that holds on to it.
         free_memory()
-    reference = settings.subjects[0]
+    first = settings.subjects[0]
     table = Table(
         f"{title}, {shape}",
         {
             "subject": "model",
             "milliseconds": "ms",
-            "reference_over_subject": f"{reference} / model",
+            "reference_over_subject": f"{first} / model",
             "mebibytes": "peak above state, MiB",
-            "memory_reference_over_subject": f"memory, {reference} / model",
+            "memory_reference_over_subject": f"memory, {first} / model",
         },
-        notes=["A dash stands for what did not fit into the GPU's memory, or was not measured."],
+        notes=[
+            "What is compiled, or replayed from a CUDA graph, is compared with its like.",
+            "A dash stands for what did not fit into the GPU's memory, or was not measured.",
+        ],
     )
     for name in settings.subjects:
         row: dict[str, Any] = {"subject": name, "variant": variant, "shape": shape._asdict()}
         if name in times:
+            way = next((way for way in (GRAPH, COMPILED) if name.endswith(way)), "")
+            reference = first.removesuffix(way) + way
             row |= speeds(times, name, reference)
             if peak := peaks[name]:
                 row["mebibytes"] = peak / MIB
@@ -301,7 +330,7 @@ def masked_lm(settings: Settings) -> Iterator[Table]:
 def inference(settings: Settings) -> Iterator[Table]:
     """Time of a forward pass, compiled and not."""
     for shape in inference_shapes(settings):
-        yield model_table("Forward pass, bfloat16", Inference, shape, settings, memory=False)
+        yield model_table("Forward pass, bfloat16", gpu_inference, shape, settings, memory=False)
 
 
 class KernelRun(NamedTuple):
@@ -366,6 +395,15 @@ def host_seconds(call: Callable[[], object]) -> float:
 
 def profile(settings: Settings) -> Iterator[Table]:
     """A training step taken apart: wall, GPU and host time of each subject, and its largest kernels."""
+    clocked = {}
+    # All of it first: after a profiler every launch takes longer.
+    for shape in training_shapes(settings):
+        for subject in settings.subjects:
+            step = gpu_step(subject, shape, settings.seed)
+            wall = gpu_seconds({subject: step}, settings.repeats)[subject]
+            clocked[shape, subject] = wall, [host_seconds(step) for _ in range(settings.repeats)]
+            del step
+            free_memory()
     for shape in training_shapes(settings):
         apart = Table(
             f"Training step taken apart, {shape}",
@@ -382,8 +420,8 @@ def profile(settings: Settings) -> Iterator[Table]:
         )
         for subject in settings.subjects:
             step = gpu_step(subject, shape, settings.seed)
-            wall = gpu_seconds({subject: step}, settings.repeats)[subject]
-            host = [host_seconds(step) for _ in range(settings.repeats)]
+            step()
+            wall, host = clocked[shape, subject]
             runs = kernel_runs(step, PROFILED_STEPS)
             apart.rows.append(
                 {
@@ -452,6 +490,6 @@ BENCHMARK = Benchmark(
     "gpu",
     "The neuron and the model on a GPU, and the floors that memory sets.",
     {"floors": floors, **{section.__name__: partial(on_gpu, section) for section in MEASURED}},
-    ("snn_bert", "snn_bert compiled", "lif_repeat4", "bert", "bert compiled"),
+    (*(f"{subject}{way}" for way in ("", GRAPH, COMPILED) for subject in ("snn_bert", "bert")), "lif_repeat4"),
     repeats=15,
 )

@@ -144,7 +144,8 @@ class TrainingStep:
         elif variant == "torch.compile" or subject.endswith(COMPILED):
             self.model = compiled(self.network)
         self.autocast = variant == "bfloat16 autocast" or device == "cuda"
-        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=LEARNING_RATE, fused=True)
+        on_gpu = device == "cuda"  # where a graph can capture it
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=LEARNING_RATE, fused=True, capturable=on_gpu)
         self.input_ids = torch.randint(shape.vocab_size, (shape.batch_size, shape.length), device=device)
         self.labels = torch.randint(2, (shape.batch_size,), device=device)
         if variant == MASKED_LM:
