@@ -474,6 +474,14 @@ class EventDrivenProduct:
             return spikes.lists, self.blocked(linear)
         return spikes, self.tiled(linear)
 
+    def run_packed(self, linear: nn.Linear, spikes: PackedSpikes, addend: torch.Tensor | None = None) -> torch.Tensor:
+        """`[rows, outputs]` in float32 from packed spikes, plus `addend` of that shape, by the faster product."""
+        inputs, weights = self.kernel_operands(linear, spikes)
+        if weights is not None:
+            return event_linear(inputs, weights, addend)
+        result = self.run_dense(linear, unpack(spikes.packed, linear.in_features, torch.float32).flatten(0, -2))
+        return result if addend is None else result.add_(addend)
+
     def run(self, linear: nn.Linear, spikes: torch.Tensor) -> torch.Tensor:
         """`[..., outputs]` in float32 from `spikes`, `[..., inputs]`, by whichever product is faster at their rate."""
         lists, rows = self.shared.of(spikes), spikes.flatten(0, -2)
@@ -655,11 +663,11 @@ class EventDrivenLayer:
             spikes = attention_spikes(query, key, value, gain, offset, attention.scaling, mask, context)
         else:
             spikes = neuron_spikes(_biased_attention(attention, query, key, value, bias), mask, context)
-        states = after.LayerNorm(self._add_product(after.dense, PackedSpikes(spikes), states))
+        states = after.LayerNorm(_add_product(after.dense, spikes, states))
 
         spikes = neuron_spikes(states, mask, neuron["intermediate.neuron"])
         spikes = self._spikes_behind(layer.intermediate.dense, PackedSpikes(spikes), mask, neuron["output.neuron"])
-        return layer.output.LayerNorm(self._add_product(layer.output.dense, PackedSpikes(spikes), states))
+        return layer.output.LayerNorm(_add_product(layer.output.dense, spikes, states))
 
     def _neuron(self, name: str, neuron: BPSN) -> NeuronParameters:
         """The parameters of `neuron` as the kernels take them."""
@@ -679,20 +687,15 @@ class EventDrivenLayer:
         """Packed spikes of `neuron` behind `linear`."""
         batch, tokens = spikes.packed.shape[1:3]
         inputs, weights = linear.runner.kernel_operands(linear, spikes)
-        if weights is None:
-            current = linear.runner.run_dense(linear, _floats(spikes.packed))
-        elif fits_blocks(weights.layout, linear.out_features, neuron.groups):
+        if weights is not None and fits_blocks(weights.layout, linear.out_features, neuron.groups):
             return linear_neuron_spikes(inputs, weights, batch, mask, neuron)
-        else:
-            current = event_linear(inputs, weights)
+        current = linear.runner.run_packed(linear, spikes)
         return neuron_spikes(current.view(batch, tokens, -1), mask, neuron)
 
-    def _add_product(self, linear: SpikingLinear, spikes: PackedSpikes, states: torch.Tensor) -> torch.Tensor:
-        """`states` plus the product of `spikes`."""
-        inputs, weights = linear.runner.kernel_operands(linear, spikes)
-        if weights is None:
-            return states + linear.runner.run_dense(linear, _floats(spikes.packed)).view_as(states)
-        return event_linear(inputs, weights, states.flatten(0, -2)).view_as(states)
+
+def _add_product(linear: SpikingLinear, spikes: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    """`states` plus the product of packed spikes."""
+    return linear.runner.run_packed(linear, PackedSpikes(spikes), states.flatten(0, -2)).view_as(states)
 
 
 def _is_on_cpu(x: torch.Tensor) -> bool:
@@ -736,10 +739,6 @@ def _biased_attention(
     return context.transpose(1, 2).flatten(2).contiguous()
 
 
-def _floats(packed: torch.Tensor) -> torch.Tensor:
-    return unpack(packed, 8 * packed.shape[-1], torch.float32).flatten(0, -2)
-
-
 def crossover_rate(inputs: int, outputs: int, weight_dtype: str) -> float:
     """The firing rate in [0, 1] at which the event-driven and the dense product of this size take the same time."""
     return _measure_crossover(
@@ -758,33 +757,26 @@ def _measure_crossover(inputs: int, outputs: int, weight_dtype: str, level: str 
         # Packed spikes come in whole bytes.
         inputs += -inputs % 8
         linear = SpikingLinear(inputs, outputs)
-        product = EventDrivenProduct(weight_dtype, 1.0, SharedLists(False))
+        by_events, densely = (EventDrivenProduct(weight_dtype, above, SharedLists(False)) for above in (1.0, 0.0))
         batches = [(torch.rand(CROSSOVER_TOKENS, inputs) < rate).float() for rate in CROSSOVER_RATES]
+
+    def run(product: EventDrivenProduct, spikes: torch.Tensor) -> None:
+        if level is None:
+            # A view is a new tensor object, so the lists are made again.
+            product.run(linear, spikes.view_as(spikes))
+        else:
+            product.run_packed(linear, PackedSpikes(spikes))
 
     if level is not None:
         batches = [pack(spikes, False)[:, None] for spikes in batches]
-
-    def by_events(spikes: torch.Tensor) -> torch.Tensor:
-        # A view is a new tensor object, so the lists are made again.
-        if level is None:
-            return product.run(linear, spikes.view_as(spikes))
-        return event_linear(PackedSpikes(spikes).lists, product.blocked(linear))
-
-    def densely(spikes: torch.Tensor) -> torch.Tensor:
-        if level is None:
-            return product.run_dense(linear, spikes)
-        weights = product.tiled(linear)
-        packed = PackedSpikes(spikes)
-        return product.run_dense(linear, _floats(spikes)) if weights is None else event_linear(packed, weights)
-
-    calls = [*(functools.partial(by_events, spikes) for spikes in batches), functools.partial(densely, batches[0])]
-    best = [float("inf")] * len(calls)
+    runs = (by_events, batches[0]), (by_events, batches[1]), (densely, batches[0])
+    best = [float("inf")] * len(runs)
     with torch.no_grad():
         # In turns, so that whatever else runs on the machine for a while hits all of them.
         for repeat in range(1 + CROSSOVER_REPEATS):
-            for k, call in enumerate(calls):
+            for k, (product, spikes) in enumerate(runs):
                 started = time.perf_counter()
-                call()
+                run(product, spikes)
                 if repeat:
                     best[k] = min(best[k], time.perf_counter() - started)
     low, high, dense_seconds = best
