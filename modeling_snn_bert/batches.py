@@ -107,7 +107,8 @@ class DrawnBatches:
     """Batches of rows that are drawn one by one and without end.
 
     So many rows as fill `WINDOW` batches are drawn at a time, sorted by length and cut into batches, which saves
-    padding; the batches come in a random order.
+    padding; the batches come in a random order. `SIDE_BY_SIDE` windows take turns, so that the workers of a DataLoader,
+    which take turns as well, need not all draw every window: 2, 4 or 8 of them share the work.
 
     Args:
         draw: draws a row with `input_ids`; all that is random in it comes from its argument.
@@ -118,19 +119,22 @@ class DrawnBatches:
     """
 
     WINDOW = 16
+    SIDE_BY_SIDE = 8
 
     def __init__(
         self, draw: Callable[[random.Random], Row], collate: Collate, batch_size: int, seed: int, part: int = 0
     ) -> None:
         self.draw, self.collate, self.batch_size, self.seed, self.part = draw, collate, batch_size, seed, part
-        self._window = -1
+        self._windows: dict[int, tuple[int, list[list[Row]]]] = {}
 
     def __call__(self, number: int) -> Batch:
         """This process' batch number `number`, counted over the whole run."""
-        window, place = divmod(number, self.WINDOW)
-        if self._window != window:
-            self._window, self._batches = window, self._draw_window(window)
-        return dict(self.collate(self._batches[place]))
+        turn, side = divmod(number, self.SIDE_BY_SIDE)
+        window, place = divmod(turn, self.WINDOW)
+        window = window * self.SIDE_BY_SIDE + side
+        if self._windows.get(side, (None,))[0] != window:
+            self._windows[side] = window, self._draw_window(window)
+        return dict(self.collate(self._windows[side][1][place]))
 
     def _draw_window(self, window: int) -> list[list[Row]]:
         rng = random.Random(f"{self.seed}, {self.part}, {window}")

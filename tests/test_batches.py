@@ -83,17 +83,31 @@ def test_batches_follow_from_seed_and_step(rows, tokenizer):
         return DrawnBatches(rows, DataCollatorWithPadding(tokenizer), 4, seed, part)
 
     one, again = batches(), batches()
-    forwards = [one(number) for number in range(40)]
-    for number in (39, 0, 17, 16, 3):
+    forwards = [one(number) for number in range(260)]
+    for number in (259, 0, 17, 16, 3, 128, 127):
         assert all(torch.equal(x, forwards[number][name]) for name, x in again(number).items())
     for other in (batches(seed=1), batches(part=1)):
         assert any(other(number)["input_ids"].tolist() != forwards[number]["input_ids"].tolist() for number in (0, 1))
-    lengths = [batch["attention_mask"].sum(1) for batch in forwards[:16]]
+    # A window of one side.
+    lengths = [batch["attention_mask"].sum(1) for batch in forwards[5:128:8]]
+    assert len(lengths) == 16
     ordered = sorted(lengths, key=lambda rows: int(rows.sum()))
     assert all(a.max() <= b.min() for a, b in itertools.pairwise(ordered))
     assert [int(x.max()) for x in lengths] != [int(x.max()) for x in ordered]
     pairs = torch.cat([batch["token_type_ids"].any(1) for batch in forwards])
-    assert len(pairs) == 160 and 0.5 < pairs.float().mean() < 0.9
+    assert len(pairs) == 1040 and 0.5 < pairs.float().mean() < 0.9
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4, 8])
+def test_workers_that_take_turns_draw_each_window_once(rows, tokenizer, workers):
+    windows = []
+    for worker in range(workers):
+        batches = DrawnBatches(rows, DataCollatorWithPadding(tokenizer), 2, 0)
+        draw = batches._draw_window
+        batches._draw_window = lambda window, draw=draw: windows.append(window) or draw(window)
+        for number in range(worker, 256, workers):
+            batches(number)
+    assert sorted(windows) == list(range(16))
 
 
 def test_the_batches_of_a_run(tmp_path):
