@@ -18,7 +18,7 @@ ONNX Runtime and its tools are needed for two of the subjects only:
 import copy
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -42,7 +42,7 @@ from measure import (
 from registry import Benchmark, Settings
 from report import Table
 from torch import nn
-from training import QUICK, Shape, compiled, model_config
+from training import LARGE, QUICK, Shape, compiled, model_config
 from transformers import BertConfig, BertModel
 
 from modeling_snn_bert import SNNBertConfig, SNNBertModel, cpu_kernels
@@ -67,7 +67,7 @@ SPIKING = {
 ONNX = ("onnx_float32", "onnx_int8")
 SUBJECTS = (*SPIKING, REFERENCE, "bert_bfloat16", "bert_compiled", *ONNX)
 RATES = (0.05, 0.1, 0.2, 0.3)
-SHAPES = {"6x384": Shape(), "12x768": Shape(12, 768, 3072)}
+SHAPES = {"6x384": Shape(), "12x768": LARGE}
 BATCH_SIZES = (1, 8, 32)
 LENGTH = 128
 # The firing rate whose cost the section `linears` compares with, and the tokens of a product there.
@@ -83,7 +83,7 @@ MEDIANS = "Median of interleaved rounds (quartiles)."
 Inputs = dict[str, torch.Tensor]
 
 
-def make_batches(batch_sizes: tuple[int, ...], length: int, vocab_size: int, seed: int) -> dict[str, Inputs]:
+def make_batches(batch_sizes: Sequence[int], length: int, vocab_size: int, seed: int) -> dict[str, Inputs]:
     """Random tokens: full sequences for each batch size, and one padded batch of natural lengths."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -181,6 +181,7 @@ def compare(
     mean_firing_rate(model, next(reversed(batches.values())))
     bert = bert_like(model.config)
     threads = settings.threads
+    memory = memory and not (settings.no_memory or settings.quick)
     with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
         calls: dict[str, Callable[..., Any]] = {}
         crossovers = {}
@@ -342,7 +343,7 @@ def at_imposed_rates(full_shape: Shape, settings: Settings) -> Iterator[Table]:
     for rate in rates[:1] if settings.quick else rates:
         model = spiking_at(rate, shape, next(reversed(batches.values())), settings.seed)
         title = f"{shape.num_layers} layers x {shape.hidden_size}, rate {rate}"
-        yield from compare(title, model, batches, settings, settings.memory and rate == 0.1)
+        yield from compare(title, model, batches, settings, memory=rate == 0.1)
 
 
 def of_checkpoint(settings: Settings) -> Iterator[Table]:
@@ -351,7 +352,7 @@ def of_checkpoint(settings: Settings) -> Iterator[Table]:
     model = SNNBertModel.from_pretrained(name, add_pooling_layer=False).eval()
     length = min(LENGTH, model.config.max_position_embeddings)
     batches = make_batches(settings.batch_sizes or BATCH_SIZES, length, model.config.vocab_size, settings.seed)
-    yield from compare(str(name), model, batches, settings, settings.memory)
+    yield from compare(str(name), model, batches, settings, memory=True)
 
 
 BENCHMARK = Benchmark(

@@ -4,12 +4,23 @@ Importing this module does not import the benchmarks; `load_benchmarks` does.
 """
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from report import Table
 
 MODULES = ("neuron", "training", "inference", "gpu")
+
+
+def option(default: Any, **flag: Any) -> Any:
+    """A setting that is a flag of `run.py` too, with what `add_argument` takes."""
+    return field(default=default, metadata={"default": default, **flag})
+
+
+def bytes_per_second(terabytes: str) -> float:
+    return 1e12 * float(terabytes)
 
 
 @dataclass(frozen=True)
@@ -18,19 +29,22 @@ class Settings:
 
     sections: tuple[str, ...]
     subjects: tuple[str, ...]
-    quick: bool
-    threads: int
     repeats: int
-    seed: int
-    # Bytes per second that `gpu` works out its floors with.
-    bandwidth: float = 4.8e12
-    # Tokens in a row of the shapes of `gpu`, firing rates and batch sizes of `inference`; empty for all that it has.
-    lengths: tuple[int, ...] = ()
-    rates: tuple[float, ...] = ()
-    batch_sizes: tuple[int, ...] = ()
-    # Whether `inference` measures peaks of memory, and the checkpoint that it measures in place of its sections.
-    memory: bool = True
-    model_name_or_path: str | None = None
+    quick: bool = option(False, action="store_true", help="tiny shapes: shows that it runs, measures nothing")
+    threads: int = option(min(2, os.cpu_count() or 1), type=int)
+    seed: int = option(0, type=int)
+    bandwidth: float = option(
+        4.8e12,
+        type=bytes_per_second,
+        help="memory bandwidth for the floors of `gpu`, TB/s (default: 4.8, the nominal figure of an H200)",
+    )
+    lengths: Sequence[int] = option((), nargs="+", type=int, help="of `gpu`: only shapes of such a length")
+    rates: Sequence[float] = option((), nargs="+", type=float, help="of `inference` (default: 0.05 to 0.3)")
+    batch_sizes: Sequence[int] = option((), nargs="+", type=int, help="of `inference` (default: 1, 8, 32)")
+    no_memory: bool = option(False, action="store_true", help="of `inference`: leave out the peaks of memory")
+    model_name_or_path: str | None = option(
+        None, help="of `inference`: an SNN-BERT, folder or Hub id, measured at its own rates"
+    )
 
 
 Section = Callable[[Settings], Iterator[Table]]

@@ -9,9 +9,9 @@ A run writes `<output_dir>/<benchmark>.json`, or `<benchmark>-<sections>.json` f
 
 import argparse
 import math
-import os
 import time
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -31,29 +31,16 @@ def parse_args(benchmarks: dict[str, Benchmark], arguments: list[str] | None) ->
     parser.add_argument("--sections", nargs="+", default=[], metavar="SECTION", help="only these sections")
     parser.add_argument("--subjects", nargs="+", default=[], metavar="SUBJECT", help="measure only these")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/benchmarks"))
-    parser.add_argument("--quick", action="store_true", help="tiny shapes: shows that it runs, measures nothing")
-    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--repeats", type=int, help="interleaved rounds (default: as --list says)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--bandwidth",
-        type=float,
-        default=4.8,
-        help="memory bandwidth for the floors of `gpu`, TB/s (default: 4.8, the nominal figure of an H200)",
-    )
-    parser.add_argument("--lengths", nargs="+", type=int, default=[], help="of `gpu`: only shapes of such a length")
-    inference = parser.add_argument_group("of `inference`")
-    inference.add_argument("--model_name_or_path", help="an SNN-BERT: folder or Hub id, measured at its own rates")
-    inference.add_argument("--rates", nargs="+", type=float, default=[], help="firing rates (default: 0.05 to 0.3)")
-    inference.add_argument("--batch_sizes", nargs="+", type=int, default=[], help="(default: 1, 8, 32)")
-    inference.add_argument("--no_memory", action="store_true", help="leave out the peaks of memory")
+    for option in (field for field in fields(Settings) if field.metadata):
+        parser.add_argument(f"--{option.name}", **option.metadata)
     args = parser.parse_args(arguments)
     for name in ("threads", "repeats", "batch_sizes"):
         value = getattr(args, name)
         if min([value] if isinstance(value, int) else value or [1]) < 1:
             parser.error(f"--{name} must be >= 1, got {value}")
     if not 0 < args.bandwidth < math.inf:
-        parser.error(f"--bandwidth must be positive and finite, got {args.bandwidth}")
+        parser.error(f"--bandwidth must be positive and finite, got {args.bandwidth / 1e12}")
     if not all(0 < rate < 1 for rate in args.rates):
         parser.error(f"--rates must lie in (0, 1), got {args.rates}")
     unknown = [name for name in args.names if name not in benchmarks]
@@ -84,16 +71,8 @@ def run_benchmark(benchmark: Benchmark, args: argparse.Namespace) -> None:
     settings = Settings(
         sections=choose(args.sections, benchmark.sections),
         subjects=choose(args.subjects, benchmark.subjects),
-        quick=args.quick,
-        threads=args.threads,
         repeats=args.repeats or benchmark.repeats,
-        seed=args.seed,
-        bandwidth=1e12 * args.bandwidth,
-        lengths=tuple(args.lengths),
-        rates=tuple(args.rates),
-        batch_sizes=tuple(args.batch_sizes),
-        memory=not (args.no_memory or args.quick),
-        model_name_or_path=args.model_name_or_path,
+        **{option.name: getattr(args, option.name) for option in fields(Settings) if option.metadata},
     )
     started = time.perf_counter()
     tables = []

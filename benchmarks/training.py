@@ -78,6 +78,7 @@ class Shape(NamedTuple):
         return f"{self.num_layers} layers x {self.hidden_size}, batch {self.batch_size}, {self.length} tokens"
 
 
+LARGE = Shape(12, 768, 3072)
 QUICK = Shape(2, 48, 96, 4, 2, 16, 200)
 
 
@@ -198,27 +199,18 @@ def measure_memory(subject: str, variant: str, seed: int, shapes: list[Shape]) -
     return results
 
 
-Sized = Callable[[Settings, tuple[str, ...]], tuple[Shape, list[str]]]
-
-
-def small_shape(settings: Settings, subjects: tuple[str, ...] = ()) -> tuple[Shape, list[str]]:
-    """6 x 384, and no notes."""
-    return QUICK if settings.quick else Shape(), []
-
-
-def large_shape(settings: Settings, subjects: tuple[str, ...]) -> tuple[Shape, list[str]]:
-    """12 x 768, or on a machine too small for these subjects fewer layers and a note that says so."""
+def fitting(shape: Shape, settings: Settings, subjects: tuple[str, ...]) -> tuple[Shape, list[str]]:
+    """`shape`, or where 12 layers of these subjects are too much for the machine, fewer and a note that says so."""
     if settings.quick:
         return QUICK, []
-    large = Shape(12, 768, 3072)
     needed = MEMORY_WITH_BASELINE if BASELINE in subjects else MEMORY_WITHOUT_BASELINE
-    if physical_memory() >= needed:
-        return large, []
+    if shape != LARGE or physical_memory() >= needed:
+        return shape, []
     note = (
         f"{LAYERS_OF_A_SMALL_MACHINE} layers in place of 12: the machine has {physical_memory() / 2**30:.0f} GiB, "
         f"and 12 of these models are measured from {needed / 2**30:.0f} GiB on."
     )
-    return large._replace(num_layers=LAYERS_OF_A_SMALL_MACHINE), [note]
+    return shape._replace(num_layers=LAYERS_OF_A_SMALL_MACHINE), [note]
 
 
 def among(settings: Settings, wanted: tuple[str, ...]) -> tuple[str, ...]:
@@ -227,11 +219,11 @@ def among(settings: Settings, wanted: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def one_table(
-    table: Callable[..., Table], sized: Sized, wanted: tuple[str, ...], settings: Settings, variant: str = "plain"
+    table: Callable[..., Table], shape: Shape, wanted: tuple[str, ...], settings: Settings, variant: str = "plain"
 ) -> Iterator[Table]:
     """`time_table` or `memory_table` of the wanted subjects at a size."""
     subjects = among(settings, wanted)
-    yield table(settings, subjects, *sized(settings, subjects), variant)
+    yield table(settings, subjects, *fitting(shape, settings, subjects), variant)
 
 
 def described(what: str, variant: str, shape: Shape) -> str:
@@ -312,14 +304,14 @@ def plain_and(variant: str, settings: Settings) -> Iterator[Table]:
         note = f"Not measured, torch.compile does not work here: {problem}"
         yield Table("torch.compile", {"problem": "problem"}, [{"problem": problem}], [note])
         return
-    shape, notes = small_shape(settings)
+    shape = QUICK if settings.quick else Shape()
     shape = shape._replace(batch_size=math.ceil(shape.batch_size / 4))
     if variant == "torch.compile":
         # Compiling takes minutes a layer, and every layer compiles to the same.
         shape = shape._replace(num_layers=1)
     for name in ("plain", variant):
-        yield time_table(settings, among(settings, MAIN), shape, notes, name)
-        yield memory_table(settings, among(settings, MAIN), shape, notes, name)
+        yield time_table(settings, among(settings, MAIN), shape, [], name)
+        yield memory_table(settings, among(settings, MAIN), shape, [], name)
 
 
 def compile_problem() -> str | None:
@@ -374,7 +366,7 @@ def growth(settings: Settings) -> Iterator[Table]:
 
 def profile(settings: Settings) -> Iterator[Table]:
     """Where the time of a step goes, by operator."""
-    shape, _ = small_shape(settings)
+    shape = QUICK if settings.quick else Shape()
     for name in among(settings, PAIR):
         training_step = TrainingStep(name, shape, settings.seed)
         training_step()
@@ -401,12 +393,12 @@ BENCHMARK = Benchmark(
     "training",
     "Time and peak memory of a training step: SNN-BERT, the repeat-4 LIF baseline, transformers' BERT.",
     {
-        "step_384": partial(one_table, time_table, small_shape, tuple(SUBJECTS)),
-        "step_768": partial(one_table, time_table, large_shape, (*MAIN, TORCH_ONLY)),
-        "step_mlm_384": partial(one_table, time_table, small_shape, PAIR, variant=MASKED_LM),
-        "step_mlm_768": partial(one_table, time_table, large_shape, PAIR, variant=MASKED_LM),
-        "memory_384": partial(one_table, memory_table, small_shape, MAIN),
-        "memory_768": partial(one_table, memory_table, large_shape, MAIN),
+        "step_384": partial(one_table, time_table, Shape(), tuple(SUBJECTS)),
+        "step_768": partial(one_table, time_table, LARGE, (*MAIN, TORCH_ONLY)),
+        "step_mlm_384": partial(one_table, time_table, Shape(), PAIR, variant=MASKED_LM),
+        "step_mlm_768": partial(one_table, time_table, LARGE, PAIR, variant=MASKED_LM),
+        "memory_384": partial(one_table, memory_table, Shape(), MAIN),
+        "memory_768": partial(one_table, memory_table, LARGE, MAIN),
         "checkpointing": partial(plain_and, "gradient checkpointing"),
         "autocast": partial(plain_and, "bfloat16 autocast"),
         "compile": partial(plain_and, "torch.compile"),
