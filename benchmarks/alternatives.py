@@ -109,7 +109,7 @@ def build_minilm(sources: Sources, target: Path, dtype: torch.dtype) -> None:
 
 
 def build_snn_bert(sources: Sources, target: Path) -> None:
-    SNNBertModel.from_pretrained(sources.snn_bert).save_pretrained(target)
+    SNNBertModel.from_pretrained(sources.snn_bert, dtype=torch.float32).save_pretrained(target)
     AutoTokenizer.from_pretrained(sources.snn_bert).save_pretrained(target)
 
 
@@ -155,27 +155,27 @@ def save_tokenizer(sources: Sources, target: Path) -> None:
     config.save_pretrained(target)
 
 
-def load_torch(folder: Path, threads: int, dtype: torch.dtype = torch.float32) -> SentenceTransformer:
+def load_torch(folder: Path) -> SentenceTransformer:
     # Without modules of its own a folder gets a Transformer and a mean.
-    return SentenceTransformer(str(folder), device="cpu", model_kwargs={"dtype": dtype})
+    return SentenceTransformer(str(folder), device="cpu", model_kwargs={"dtype": "auto"})
 
 
-def load_event_driven(folder: Path, threads: int) -> SentenceTransformer:
-    encoder = load_torch(folder, threads)
+def load_event_driven(folder: Path) -> SentenceTransformer:
+    encoder = load_torch(folder)
     transformer: Any = encoder[0]
     transformer.auto_model.to_event_driven("int8")
     return encoder
 
 
-def load_onnx(folder: Path, threads: int) -> SentenceTransformer:
-    session = onnx_session(folder / "int8.onnx", threads)
+def load_onnx(folder: Path) -> SentenceTransformer:
+    session = onnx_session(folder / "int8.onnx")
     return with_mean(folder, lambda inputs: session.run(None, inputs)[0])
 
 
-def load_openvino(folder: Path, threads: int) -> SentenceTransformer:
+def load_openvino(folder: Path) -> SentenceTransformer:
     import openvino
 
-    settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+    settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
     compiled = openvino.Core().compile_model(folder / "int8.xml", "CPU", settings)
     return with_mean(folder, lambda inputs: compiled(inputs)[0])
 
@@ -185,7 +185,7 @@ def with_mean(folder: Path, run: Callable[[dict[str, Any]], Any]) -> SentenceTra
     return SentenceTransformer(modules=[RuntimeTransformer(folder, run), Pooling(width, "mean")], device="cpu")
 
 
-def load_static(folder: Path, threads: int) -> SentenceTransformer:
+def load_static(folder: Path) -> SentenceTransformer:
     return SentenceTransformer(modules=[StaticEmbedding.from_model2vec(str(folder))], device="cpu")
 
 
@@ -196,7 +196,7 @@ class Subject:
     Attributes:
         label: its name in the table.
         build: writes what `load` needs into a folder.
-        load: the encoder of such a folder, on so many threads.
+        load: the encoder of such a folder, on as many threads as torch has.
         folder: name of that folder.
         packages: what must be installed to load it.
         tools: what must be installed to build it, beside that.
@@ -206,7 +206,7 @@ class Subject:
 
     label: str
     build: Callable[[Sources, Path], None]
-    load: Callable[[Path, int], SentenceTransformer]
+    load: Callable[[Path], SentenceTransformer]
     folder: str
     packages: tuple[str, ...] = ()
     tools: tuple[str, ...] = ()
@@ -225,7 +225,7 @@ SUBJECTS = {
     "minilm_bfloat16": Subject(
         "MiniLM, PyTorch bfloat16",
         partial(build_minilm, dtype=torch.bfloat16),
-        partial(load_torch, dtype=torch.bfloat16),
+        load_torch,
         "minilm-bfloat16",
     ),
     "minilm_onnx_int8": Subject(
@@ -311,7 +311,7 @@ def main(arguments: list[str] | None = None) -> None:
         if not folder.is_dir():
             with folder_written_whole(folder) as unfinished:
                 subject.build(sources, unfinished)
-        encoders[name] = subject.load(folder, args.threads)
+        encoders[name] = subject.load(folder)
         size = sum(path.stat().st_size for path in folder.iterdir())
         rows[name] = {"subject": name, "label": subject.label, "disk_megabytes": size / 1e6}
     if not rows:
@@ -324,7 +324,7 @@ def main(arguments: list[str] | None = None) -> None:
     if "memory" in args.figures:
         for name, row in rows.items():
             folder = args.model_dir / SUBJECTS[name].folder
-            peak = in_fresh_process(peak_bytes, args.threads, name, folder, args.threads, sentences)
+            peak = in_fresh_process(peak_bytes, args.threads, name, folder, sentences)
             row["peak_mebibytes"] = None if peak is None else peak / 2**20
     if "energy" in args.figures:
         for name, figures in energies(sources, encoders, sentences).items():
@@ -439,13 +439,13 @@ def correlation(encoder: SentenceTransformer, pairs: tuple[list[str], list[str]]
     return score(TASKS["stsb"], torch.cosine_similarity(first, second)[:, None].tolist(), labels)["combined"]
 
 
-def peak_bytes(name: str, folder: Path, threads: int, sentences: list[str]) -> int | None:
+def peak_bytes(name: str, folder: Path, sentences: list[str]) -> int | None:
     """What loading the subject and encoding add to the resident memory of this process at most."""
     for package in SUBJECTS[name].packages:
         importlib.import_module(package)
 
     def load_and_encode() -> None:
-        encoder = SUBJECTS[name].load(folder, threads)
+        encoder = SUBJECTS[name].load(folder)
         for size in BATCH_SIZES:
             encode(encoder, sentences, size)
 

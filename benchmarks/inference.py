@@ -129,7 +129,7 @@ def spiking_subject(name: str, model: SNNBertModel) -> tuple[SNNBertModel, Calla
     return model, within(context, model)
 
 
-def onnx_subject(name: str, bert: BertModel, threads: int, folder: Path) -> Callable[..., Any]:
+def onnx_subject(name: str, bert: BertModel, folder: Path) -> Callable[..., Any]:
     """ONNX Runtime on an export of `bert`, in float32 or dynamically quantized to int8.
 
     Raises:
@@ -141,7 +141,7 @@ def onnx_subject(name: str, bert: BertModel, threads: int, folder: Path) -> Call
             export_onnx(bert, path, ("input_ids", "attention_mask"))
         if name == "onnx_int8":
             path = quantized_onnx(path, folder / "int8.onnx")
-        session = onnx_session(path, threads)
+        session = onnx_session(path)
     except ImportError as error:
         raise SystemExit(f"the subject {name}: {error}\nor leave the subject out with --subjects") from error
     return lambda **inputs: session.run(None, {key: x.numpy() for key, x in inputs.items()})[0]
@@ -191,7 +191,7 @@ def compare(
                 crossovers[name] = dense_rates(spiking)
             elif name in ONNX:
                 with torch.inference_mode(False), torch.no_grad():
-                    calls[name] = onnx_subject(name, bert, threads, Path(folder))
+                    calls[name] = onnx_subject(name, bert, Path(folder))
             else:
                 calls[name] = rival(name, bert)
         for label, inputs in batches.items():

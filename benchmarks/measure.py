@@ -152,15 +152,15 @@ def within(context: Callable[[], AbstractContextManager], call: Callable[..., Re
     return run
 
 
-def onnx_session(path: Path, threads: int) -> Any:
-    """ONNX Runtime on the model in `path`, on the CPU.
+def onnx_session(path: Path) -> Any:
+    """ONNX Runtime on the model in `path`, on the CPU, with as many threads as torch has.
 
     Raises:
         ImportError: if onnxruntime is not installed.
     """
     onnxruntime = importlib.import_module("onnxruntime")
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = torch.get_num_threads()
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
