@@ -15,11 +15,12 @@ import csv
 import itertools
 import random
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from glue_tasks import TASKS
 from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
 
 from modeling_snn_bert.atomic_writes import written_whole
 from modeling_snn_bert.text_blocks import check_text_files, read_documents
@@ -30,14 +31,12 @@ from modeling_snn_bert.unlabelled_data import MAX_WORDS, MIN_WORDS, PIECE_CHARAC
 class Arguments:
     """The text, and what is made of it."""
 
-    train_file: list[str] = field(metadata={"help": ".txt (a document a line), .csv, .tsv, .json, .parquet; or .xz"})
-    output_dir: str = field(metadata={"help": "the folder CoLA is written to it"})
-    text_column: str = field(default="text", metadata={"help": "name of the column of texts"})
-    source_shares: list[float] | None = field(
-        default=None, metadata={"help": "share of each --train_file (default: the same)"}
-    )
-    max_sentences: int = field(default=100_000, metadata={"help": "sentences of the text"})
-    validation_sentences: int = field(default=1000, metadata={"help": "so many of them for dev.tsv"})
+    train_file: list[str] = HfArg(help=".txt (a document a line), .csv, .tsv, .json, .parquet; or .xz")
+    output_dir: str = HfArg(help="the folder CoLA is written to it")
+    text_column: str = HfArg(default="text", help="name of the column of texts")
+    source_shares: list[float] | None = HfArg(default=None, help="share of each --train_file (default: the same)")
+    max_sentences: int = HfArg(default=100_000, help="sentences of the text")
+    validation_sentences: int = HfArg(default=1000, help="so many of them for dev.tsv")
     seed: int = 0
 
     def __post_init__(self) -> None:

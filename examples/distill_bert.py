@@ -10,7 +10,7 @@ the other scripts start from there.
 """
 
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import torch
@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from fetch_inputs import minilm_folder
 from transformers import AutoConfig, AutoTokenizer, BertModel, HfArgumentParser, MPNetModel, PreTrainedModel, set_seed
+from transformers.hf_argparser import HfArg
 
 from modeling_snn_bert import SNNBertModel
 from modeling_snn_bert.batches import Batches
@@ -36,14 +37,14 @@ TEACHERS = {"bert": BertModel, "mpnet": MPNetModel}
 class StudentArguments(ConversionArguments):
     """Teacher and student."""
 
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "the BERT or MPNet: folder or Hub id (default: all-MiniLM-L6-v2)"}
+    model_name_or_path: str | None = HfArg(
+        default=None, help="the BERT or MPNet: folder or Hub id (default: all-MiniLM-L6-v2)"
     )
-    student_name_or_path: str | None = field(
-        default=None, metadata={"help": "an SNN-BERT to go on from, in place of a calibrated one"}
+    student_name_or_path: str | None = HfArg(
+        default=None, help="an SNN-BERT to go on from, in place of a calibrated one"
     )
-    threshold_per: Literal["channel", "layer"] = field(
-        default="channel", metadata={"help": "at calibration, a threshold for each channel, or one for a neuron layer"}
+    threshold_per: Literal["channel", "layer"] = HfArg(
+        default="channel", help="at calibration, a threshold for each channel, or one for a neuron layer"
     )
 
 
@@ -51,9 +52,9 @@ class StudentArguments(ConversionArguments):
 class Arguments(DistillationTrainingArguments):
     """DistillationTrainingArguments for a run on text: hidden states are taught."""
 
-    learning_rate: float = field(default=5e-4, metadata={"help": "of all but the neurons"})
-    max_steps: int = field(default=1000, metadata={"help": "steps of the run"})
-    hidden_weight: float = field(default=1.0, metadata={"help": "weight of the loss on hidden states"})
+    learning_rate: float = HfArg(default=5e-4, help="of all but the neurons")
+    max_steps: int = HfArg(default=1000, help="steps of the run")
+    hidden_weight: float = HfArg(default=1.0, help="weight of the loss on hidden states")
 
     def __post_init__(self) -> None:
         super().__post_init__()

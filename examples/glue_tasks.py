@@ -132,17 +132,17 @@ TASKS = {
 class TaskArguments:
     """The task and its data."""
 
-    task_name: str | None = field(default=None, metadata={"help": "cola, sst2, mrpc, stsb, qqp, mnli, ..."})
-    data_dir: str | None = field(default=None, metadata={"help": "GLUE's folder in its standard layout"})
-    dataset_name: str | None = field(default=None, metadata={"help": "a dataset on the Hub"})
+    task_name: str | None = HfArg(default=None, help="cola, sst2, mrpc, stsb, qqp, mnli, ...")
+    data_dir: str | None = HfArg(default=None, help="GLUE's folder in its standard layout")
+    dataset_name: str | None = HfArg(default=None, help="a dataset on the Hub")
     dataset_config_name: str | None = None
-    train_file: str | None = field(default=None, metadata={"help": ".csv, .tsv, .json or .jsonl"})
+    train_file: str | None = HfArg(default=None, help=".csv, .tsv, .json or .jsonl")
     validation_file: str | None = None
-    text_column: str | None = field(default=None, metadata={"help": "column of the (first) text"})
-    text_pair_column: str | None = field(default=None, metadata={"help": "column of the second text"})
+    text_column: str | None = HfArg(default=None, help="column of the (first) text")
+    text_pair_column: str | None = HfArg(default=None, help="column of the second text")
     label_column: str = "label"
     max_seq_length: int = HfArg(default=128, aliases=["--max_length"], help="longer inputs are truncated")
-    max_train_samples: int | None = field(default=None, metadata={"help": "the same rows for every seed"})
+    max_train_samples: int | None = HfArg(default=None, help="the same rows for every seed")
     max_eval_samples: int | None = None
 
     def __post_init__(self) -> None:
@@ -401,11 +401,11 @@ def attention_implementation(weights: bool, device: torch.device, dropout: float
 class RunsArguments:
     """The runs, and what is measured of their models."""
 
-    seeds: list[int] | None = field(
-        default=None, metadata={"help": "a run for each seed, and mean and spread of their figures (default: --seed)"}
+    seeds: list[int] | None = HfArg(
+        default=None, help="a run for each seed, and mean and spread of their figures (default: --seed)"
     )
-    energy_samples: int = field(
-        default=256, metadata={"help": "dev rows on which firing rates and energy are measured; 0 measures nothing"}
+    energy_samples: int = HfArg(
+        default=256, help="dev rows on which firing rates and energy are measured; 0 measures nothing"
     )
 
     def __post_init__(self) -> None:
@@ -417,10 +417,8 @@ class RunsArguments:
 class ClassifierArguments(ConversionArguments):
     """The classifier that is trained: an SNN-BERT, a BERT, or a BERT that becomes an SNN-BERT first."""
 
-    model_name_or_path: str = field(metadata={"help": "an SNN-BERT or a BERT: folder or Hub id"})
-    convert: bool = field(
-        default=False, metadata={"help": "convert the BERT to an SNN-BERT by calibration on the training rows"}
-    )
+    model_name_or_path: str = HfArg(help="an SNN-BERT or a BERT: folder or Hub id")
+    convert: bool = HfArg(default=False, help="convert the BERT to an SNN-BERT by calibration on the training rows")
 
     def load(
         self,

@@ -21,7 +21,7 @@ import shlex
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -50,14 +50,12 @@ EXAMPLE_SENTENCES = [
 class Arguments:
     """The two models, and where the results go."""
 
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "a BERT: folder or Hub id (default: all-MiniLM-L6-v2)"}
+    model_name_or_path: str | None = HfArg(default=None, help="a BERT: folder or Hub id (default: all-MiniLM-L6-v2)")
+    student_name_or_path: str | None = HfArg(
+        default=None, help="an SNN-BERT of the BERT's shape and vocabulary to start from"
     )
-    student_name_or_path: str | None = field(
-        default=None, metadata={"help": "an SNN-BERT of the BERT's shape and vocabulary to start from"}
-    )
-    convert: bool = field(default=False, metadata={"help": "convert the fine-tuned BERT, whichever it is"})
-    num_train_epochs: float = field(default=1.0, metadata={"help": "of fine-tuning, of each of the two"})
+    convert: bool = HfArg(default=False, help="convert the fine-tuned BERT, whichever it is")
+    num_train_epochs: float = HfArg(default=1.0, help="of fine-tuning, of each of the two")
     output_dir: Path = Path("outputs/quickstart")
 
     def __post_init__(self) -> None:

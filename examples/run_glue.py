@@ -11,7 +11,7 @@ flags and versions. `run_glue_no_trainer.py` shows fine-tuning in a loop of one'
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from datasets import DatasetDict
@@ -36,6 +36,7 @@ from transformers import (
     HfArgumentParser,
     PreTrainedModel,
 )
+from transformers.hf_argparser import HfArg
 
 from modeling_snn_bert.batches import Batch, Batches, DrawnBatches, RowBatches, alternating
 from modeling_snn_bert.seeds import run_seeds
@@ -47,8 +48,8 @@ from modeling_snn_bert.unlabelled_data import UnlabelledArguments
 class BatchArguments:
     """What the batches are made of."""
 
-    unlabelled_batches: int = field(default=4, metadata={"help": "of --unlabelled_file, for each batch with labels"})
-    pad_to_max_length: bool = field(default=False, metadata={"help": "pad all inputs to --max_seq_length"})
+    unlabelled_batches: int = HfArg(default=4, help="of --unlabelled_file, for each batch with labels")
+    pad_to_max_length: bool = HfArg(default=False, help="pad all inputs to --max_seq_length")
 
     def __post_init__(self) -> None:
         if self.unlabelled_batches < 1:

@@ -8,7 +8,7 @@ text without labels and several seeds.
 """
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from glue_tasks import ClassifierArguments, Task, TaskArguments, measure_energy,
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, DataCollatorWithPadding, HfArgumentParser, SchedulerType, get_scheduler
+from transformers.hf_argparser import HfArg
 
 from modeling_snn_bert.atomic_writes import write_json
 from modeling_snn_bert.batches import RowBatches
@@ -29,26 +30,26 @@ from modeling_snn_bert.distillation import parameter_groups
 class LoopArguments:
     """The loop."""
 
-    output_dir: str = field(metadata={"help": "folder for the model, checkpoints and results"})
+    output_dir: str = HfArg(help="folder for the model, checkpoints and results")
     learning_rate: float = 1e-4
-    neuron_learning_rate: float | None = field(
-        default=None, metadata={"help": "of thresholds, decays and resets (default: 10 times --learning_rate)"}
+    neuron_learning_rate: float | None = HfArg(
+        default=None, help="of thresholds, decays and resets (default: 10 times --learning_rate)"
     )
     weight_decay: float = 0.01
-    freeze_embeddings: bool = field(default=False, metadata={"help": "keep the embeddings as they are"})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "gradients are clipped at this norm"})
+    freeze_embeddings: bool = HfArg(default=False, help="keep the embeddings as they are")
+    max_grad_norm: float = HfArg(default=1.0, help="gradients are clipped at this norm")
     per_device_train_batch_size: int = 32
     per_device_eval_batch_size: int = 32
     gradient_accumulation_steps: int = 1
     num_train_epochs: float = 3.0
-    max_train_steps: int | None = field(default=None, metadata={"help": "in place of epochs; 0 evaluates only"})
+    max_train_steps: int | None = HfArg(default=None, help="in place of epochs; 0 evaluates only")
     lr_scheduler_type: SchedulerType = SchedulerType.LINEAR
     num_warmup_steps: int = 0
-    mixed_precision: str | None = field(default=None, metadata={"help": "no, fp16 or bf16"})
+    mixed_precision: str | None = HfArg(default=None, help="no, fp16 or bf16")
     seed: int = 0
-    checkpointing_steps: int | None = field(default=None, metadata={"help": "save a checkpoint every so many steps"})
-    resume_from_checkpoint: str | None = field(default=None, metadata={"help": "a folder step_N of a run like this"})
-    energy_samples: int = field(default=256, metadata={"help": "dev rows that energy is measured on; 0 for none"})
+    checkpointing_steps: int | None = HfArg(default=None, help="save a checkpoint every so many steps")
+    resume_from_checkpoint: str | None = HfArg(default=None, help="a folder step_N of a run like this")
+    energy_samples: int = HfArg(default=256, help="dev rows that energy is measured on; 0 for none")
 
 
 def main() -> None:

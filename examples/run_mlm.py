@@ -9,7 +9,7 @@ TrainingArguments. Writes a Hub-ready folder with tokenizer, and mlm_results.jso
 """
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 import torch
 from accelerate import Accelerator
@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
+from transformers.hf_argparser import HfArg
 
 from modeling_snn_bert import SNNBertConfig, SNNBertForMaskedLM
 from modeling_snn_bert.batches import Batch, Batches
@@ -38,15 +39,11 @@ RESULTS_FILE = "mlm_results.json"
 class ModelArguments(ConversionArguments):
     """The model, and how much of the text is masked."""
 
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "an SNN-BERT to go on from, or a BERT with --convert"}
-    )
-    config_name: str | None = field(
-        default=None, metadata={"help": "configuration of an SNN-BERT that is trained from scratch"}
-    )
-    tokenizer_name: str | None = field(default=None, metadata={"help": "default: the model's"})
-    convert: bool = field(default=False, metadata={"help": "convert the BERT by calibration on the text"})
-    mlm_probability: float = field(default=0.15, metadata={"help": "share of tokens that are to be predicted"})
+    model_name_or_path: str | None = HfArg(default=None, help="an SNN-BERT to go on from, or a BERT with --convert")
+    config_name: str | None = HfArg(default=None, help="configuration of an SNN-BERT that is trained from scratch")
+    tokenizer_name: str | None = HfArg(default=None, help="default: the model's")
+    convert: bool = HfArg(default=False, help="convert the BERT by calibration on the text")
+    mlm_probability: float = HfArg(default=0.15, help="share of tokens that are to be predicted")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,8 +61,8 @@ class ModelArguments(ConversionArguments):
 class Arguments(DistillationTrainingArguments):
     """DistillationTrainingArguments for a run on text."""
 
-    learning_rate: float = field(default=5e-4, metadata={"help": "of all but the neurons"})
-    max_steps: int = field(default=1000, metadata={"help": "steps of the run"})
+    learning_rate: float = HfArg(default=5e-4, help="of all but the neurons")
+    max_steps: int = HfArg(default=1000, help="steps of the run")
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ seed, which SentenceTransformer loads, and results.json: figures before training
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -29,6 +29,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.hf_argparser import HfArg
 
 from modeling_snn_bert.batches import Batch, Batches, Collate, Row, RowBatches
 from modeling_snn_bert.distillation import embedding_loss, hidden_state_loss
@@ -45,15 +46,14 @@ ALIKE = ("equivalent", "duplicate", "entailment")
 class RunArguments(RunsArguments):
     """Model and teacher, what similarity is, and the runs."""
 
-    model_name_or_path: str = field(metadata={"help": "an SNN-BERT or a BERT: folder or Hub id"})
-    teacher_name_or_path: str | None = field(
-        default=None, metadata={"help": "a BERT to learn embeddings of, best one fine-tuned alike"}
+    model_name_or_path: str = HfArg(help="an SNN-BERT or a BERT: folder or Hub id")
+    teacher_name_or_path: str | None = HfArg(
+        default=None, help="a BERT to learn embeddings of, best one fine-tuned alike"
     )
-    similarity: Literal["cosine", "max_sim", "second_in_first"] = field(
-        default="cosine",
-        metadata={"help": "of the mean embeddings, or by the best match of each token: of both, of the second"},
+    similarity: Literal["cosine", "max_sim", "second_in_first"] = HfArg(
+        default="cosine", help="of the mean embeddings, or by the best match of each token: of both, of the second"
     )
-    max_score: float = field(default=5.0, metadata={"help": "score of two that say the same"})
+    max_score: float = HfArg(default=5.0, help="score of two that say the same")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,8 +65,8 @@ class RunArguments(RunsArguments):
 class Arguments(DistillationTrainingArguments):
     """DistillationTrainingArguments for a sentence encoder, which learns a teacher's embeddings if there is one."""
 
-    num_train_epochs: float = field(default=2.0, metadata={"help": "or give --max_steps"})
-    embedding_weight: float = field(default=1.0, metadata={"help": "weight of the loss on the teacher's embeddings"})
+    num_train_epochs: float = HfArg(default=2.0, help="or give --max_steps")
+    embedding_weight: float = HfArg(default=1.0, help="weight of the loss on the teacher's embeddings")
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     get_linear_schedule_with_warmup,
 )
+from transformers.hf_argparser import HfArg
 from transformers.utils import logging
 
 from .atomic_writes import write_json
@@ -51,19 +52,17 @@ ENERGY_TEXTS = 512
 class Recipe:
     """How a BERT is fine-tuned and its student taught; `HfArgumentParser` makes flags of it."""
 
-    batch_size: int = field(default=32, metadata={"help": "texts of a step"})
-    firing_rate: float = field(default=0.2, metadata={"help": "firing rate at calibration"})
-    distillation_steps: int | None = field(
-        default=None,
-        metadata={"help": f"before the labels (default: {DISTILLATION_STEPS} for a BERT that is converted, else 0)"},
+    batch_size: int = HfArg(default=32, help="texts of a step")
+    firing_rate: float = HfArg(default=0.2, help="firing rate at calibration")
+    distillation_steps: int | None = HfArg(
+        default=None, help=f"before the labels (default: {DISTILLATION_STEPS} for a BERT that is converted, else 0)"
     )
-    learning_rate: float | None = field(
-        default=None,
-        metadata={"help": f"of the SNN-BERT (default: {TAUGHT_RATE:g} if a BERT teaches it, else {LABELS_RATE:g})"},
+    learning_rate: float | None = HfArg(
+        default=None, help=f"of the SNN-BERT (default: {TAUGHT_RATE:g} if a BERT teaches it, else {LABELS_RATE:g})"
     )
-    bert_learning_rate: float = field(default=5e-5, metadata={"help": "of the BERT"})
-    logit_weight: float = field(default=0.5, metadata={"help": "share of the BERT's logits in the loss"})
-    seed: int = field(default=0, metadata={"help": "of all that is random"})
+    bert_learning_rate: float = HfArg(default=5e-5, help="of the BERT")
+    logit_weight: float = HfArg(default=0.5, help="share of the BERT's logits in the loss")
+    seed: int = HfArg(default=0, help="of all that is random")
 
 
 class Trained(NamedTuple):

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from transformers.hf_argparser import HfArg
@@ -45,7 +45,7 @@ def parse_settings(words: str | Sequence[str] | None) -> dict[str, Any]:
 class ConversionArguments:
     """How a BERT becomes an SNN-BERT; `HfArgumentParser` makes flags of it."""
 
-    firing_rate: float = field(default=0.2, metadata={"help": "firing rate at calibration"})
+    firing_rate: float = HfArg(default=0.2, help="firing rate at calibration")
     config_overrides: str | None = HfArg(
         default=None, aliases=["--setting"], help="settings of SNNBertConfig: spike_type=ternary,decay=0.1"
     )

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
+from transformers.hf_argparser import HfArg
 
 from .atomic_writes import written_whole
 
@@ -39,23 +40,20 @@ MIN_SEQ_LENGTH = 8
 class TextArguments:
     """Which text to use, and how to cut it into blocks; `HfArgumentParser` makes flags of it."""
 
-    train_file: list[str] | None = field(
-        default=None, metadata={"help": ".txt (a document a line), .csv, .tsv, .json, .parquet; or packed as .xz, .gz"}
+    train_file: list[str] | None = HfArg(
+        default=None, help=".txt (a document a line), .csv, .tsv, .json, .parquet; or packed as .xz, .gz"
     )
-    dataset_name: str | None = field(default=None, metadata={"help": "a dataset on the Hub, read as a stream"})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "its configuration"})
-    text_column: str = field(default="text", metadata={"help": "name of the column of texts"})
-    max_seq_length: int = field(default=128, metadata={"help": "tokens in a block, with [CLS] and [SEP]"})
-    max_text_tokens: int | None = field(default=None, metadata={"help": "stop reading after so many (default: all)"})
-    validation_blocks: int = field(default=64, metadata={"help": "blocks that are held out"})
-    pair_probability: float = field(
-        default=0.0, metadata={"help": "share of the blocks that are cut into a pair of segments"}
+    dataset_name: str | None = HfArg(default=None, help="a dataset on the Hub, read as a stream")
+    dataset_config_name: str | None = HfArg(default=None, help="its configuration")
+    text_column: str = HfArg(default="text", help="name of the column of texts")
+    max_seq_length: int = HfArg(default=128, help="tokens in a block, with [CLS] and [SEP]")
+    max_text_tokens: int | None = HfArg(default=None, help="stop reading after so many (default: all)")
+    validation_blocks: int = HfArg(default=64, help="blocks that are held out")
+    pair_probability: float = HfArg(default=0.0, help="share of the blocks that are cut into a pair of segments")
+    short_probability: float = HfArg(
+        default=0.0, help="share of the batches whose blocks are cut to one shorter length, drawn anew for each"
     )
-    short_probability: float = field(
-        default=0.0,
-        metadata={"help": "share of the batches whose blocks are cut to one shorter length, drawn anew for each"},
-    )
-    calibration_tokens: int = field(default=10_000, metadata={"help": "to convert a BERT"})
+    calibration_tokens: int = HfArg(default=10_000, help="to convert a BERT")
 
     def __post_init__(self) -> None:
         if bool(self.train_file) == bool(self.dataset_name):
