@@ -81,13 +81,16 @@ class SpikingNeuron(nn.Module):
 
         Returns:
             Spikes of the shape and dtype of `current`, 0 at masked tokens. In training their packed form is attached
-            (see `packed_spikes`).
+            (see `packed_spikes`). In autocast on a GPU a current in float32 is rounded to autocast's dtype first, as
+            the input of a Linear is: half the bytes to move. On a CPU, whose kernels take float32, it is not.
 
         Raises:
             ValueError: if a shape is wrong, or is none that this neuron can take.
             TypeError: if `current` is not floating point.
         """
         self.check_current(current, attention_mask)
+        if current.is_cuda and current.dtype == torch.float32 and torch.is_autocast_enabled("cuda"):
+            current = current.to(torch.get_autocast_dtype("cuda"))
         spikes = self.spikes(current, attention_mask)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling() and packed_form(spikes) is None:
             attach_packed(spikes, pack(spikes.detach(), self.spike_type == "ternary"))

@@ -350,6 +350,18 @@ def test_agrees_with_the_scans_on_a_gpu(length, dtype, channels, groups, setting
 
 @pytest.mark.gpu
 @needs_gpu
+def test_autocast_rounds_the_current():
+    neuron = make_neuron(64, 4).cuda()
+    current = torch.randn(2, 40, 64, device="cuda", requires_grad=True)
+    with torch.autocast("cuda", torch.bfloat16):
+        spikes = neuron(current)
+    assert spikes.dtype == torch.bfloat16 and torch.equal(spikes, neuron(current.bfloat16())) and spikes.any()
+    spikes.sum().backward()
+    assert current.grad.dtype == torch.float32 and current.grad.any()
+
+
+@pytest.mark.gpu
+@needs_gpu
 def test_a_graph_captures_a_training_step_and_an_inference(make_config):
     """The recipe of docs/gpu.md."""
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "attn_implementation": "sdpa"}
