@@ -222,7 +222,7 @@ def _is_plain(linear: nn.Module) -> TypeGuard[SpikingLinear]:
 
 def affine(spikes: torch.Tensor, gain: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
     """`spikes * gain + offset`, with a gain and an offset per channel, `[channels]`."""
-    return spikes * gain + offset
+    return torch.addcmul(offset, spikes, gain)
 
 
 def can_keep_packed(*spikes: torch.Tensor) -> bool:
