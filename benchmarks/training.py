@@ -1,8 +1,9 @@
 """One training step of SNN-BERT, of the repeat-4 LIF baseline and of transformers' BERT: time and memory.
 
 A step is `zero_grad`, forward, loss, backward and a fused AdamW step, in training mode with BERT's dropout, on random
-tokens without padding. All subjects have the same shape, dtype, vocabulary, attention kernel (sdpa), head and loss, so
-embedding table, its gradient and its optimiser state cost each the same.
+tokens without padding. All subjects have the same shape, dtype, vocabulary, attention kernel (sdpa), loss, and
+transformers' head for sequence classification or masked language modelling, so embedding table, its gradient and its
+optimiser state cost each the same.
 
 Memory is measured in a process of its own, after one complete step. By then weights, gradients and optimiser state
 are there and stay (`zero_grad(set_to_none=False)`). The peak is the most that forward and backward of the next step
@@ -32,7 +33,13 @@ from registry import Benchmark, Settings
 from report import Table
 from torch import nn
 from torch.profiler import ProfilerActivity
-from transformers import AutoModel, AutoModelForMaskedLM, BertConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from modeling_snn_bert import SNNBertConfig
 
@@ -94,36 +101,6 @@ def model_config(subject: str, shape: Shape) -> PreTrainedConfig:
     )
 
 
-class Classifier(nn.Module):
-    """An encoder, and a Linear on the mean of its hidden states."""
-
-    def __init__(self, config: PreTrainedConfig) -> None:
-        super().__init__()
-        self.encoder: PreTrainedModel = AutoModel.from_config(
-            config, attn_implementation="sdpa", add_pooling_layer=False
-        )
-        self.head = nn.Linear(config.hidden_size, 2)
-
-    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.encoder(input_ids=input_ids).last_hidden_state
-        return nn.functional.cross_entropy(self.head(hidden_states.mean(1)).float(), labels)
-
-
-class MaskedLM(nn.Module):
-    """The model with a masked-LM head; the loss is taken at the tokens that have a label."""
-
-    def __init__(self, config: PreTrainedConfig) -> None:
-        super().__init__()
-        self.model = AutoModelForMaskedLM.from_config(config, attn_implementation="sdpa")
-
-    @property
-    def encoder(self) -> PreTrainedModel:
-        return self.model.base_model
-
-    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return self.model(input_ids=input_ids, labels=labels).loss
-
-
 def compiled(network: nn.Module) -> Callable[..., Any]:
     """`network` by `torch.compile`, which forgets what it compiled before."""
     torch.compiler.reset()
@@ -136,12 +113,12 @@ class TrainingStep:
     def __init__(self, subject: str, shape: Shape, seed: int, variant: str = "plain", device: str = "cpu") -> None:
         torch.manual_seed(seed)
         self.subject, self.device = subject, device
-        config = model_config(subject, shape)
-        self.network: Classifier | MaskedLM = MaskedLM(config) if variant == MASKED_LM else Classifier(config)
+        kind = AutoModelForMaskedLM if variant == MASKED_LM else AutoModelForSequenceClassification
+        self.network: PreTrainedModel = kind.from_config(model_config(subject, shape), attn_implementation="sdpa")
         self.network.to(device).train()
-        self.model: Callable[..., torch.Tensor] = self.network
+        self.model: Callable[..., Any] = self.network
         if variant == "gradient checkpointing":
-            self.network.encoder.gradient_checkpointing_enable()
+            self.network.gradient_checkpointing_enable()
         elif variant == "torch.compile" or subject.endswith(COMPILED):
             self.model = compiled(self.network)
         self.autocast = variant == "bfloat16 autocast" or device == "cuda"
@@ -163,7 +140,7 @@ class TrainingStep:
         """Forward, loss and backward, on top of the gradients that are there."""
         with without_kernels() if self.subject == TORCH_ONLY else nullcontext():
             with torch.autocast(self.device, torch.bfloat16, enabled=self.autocast):
-                loss = self.model(self.input_ids, self.labels)
+                loss = self.model(input_ids=self.input_ids, labels=self.labels).loss
             loss.backward()
 
     def state_bytes(self) -> int:
@@ -175,7 +152,7 @@ class TrainingStep:
 
     def firing_rate(self) -> float | None:
         """Mean firing rate of all neuron layers on the batch, `None` for BERT; an error if one is dead or saturated."""
-        return mean_firing_rate(self.network.encoder, {"input_ids": self.input_ids})
+        return mean_firing_rate(self.network.base_model, {"input_ids": self.input_ids})
 
 
 def measure_memory(subject: str, variant: str, seed: int, shapes: list[Shape]) -> list[dict[str, Any]]:
