@@ -26,6 +26,7 @@ from .commands.common import (
     BatchSize,
     DataFile,
     Encoding,
+    FiringRate,
     MaxLength,
     Model,
     Revision,
@@ -102,9 +103,7 @@ def convert(
     data_file: DataFile,
     text_column: TextColumn = "sentence",
     encoding: Encoding = "utf-8",
-    firing_rate: Annotated[
-        float, typer.Option("--firing_rate", help="Spikes per token that each neuron is calibrated to, in (0, 1).")
-    ] = 0.2,
+    firing_rate: FiringRate = 0.2,
     head: Annotated[
         str | None, typer.Option("--head", help=f"One of {', '.join(HEADS)} (default: the checkpoint's own).")
     ] = None,
@@ -128,8 +127,6 @@ def convert(
     Thresholds are set for the wanted firing rate, and the weights are fitted to spikes, layer by layer. Some 10,000
     tokens are enough. Fine-tune or distil the result to win back accuracy.
     """
-    if not 0 < firing_rate < 1:
-        raise typer.BadParameter(f"must lie in (0, 1), got {firing_rate}", param_hint="--firing_rate")
     if head is not None and head not in HEADS:
         raise typer.BadParameter(f"must be one of {', '.join(HEADS)}, got {head!r}", param_hint="--head")
     check_output_folder(output_dir, overwrite, "OUTPUT_DIR")

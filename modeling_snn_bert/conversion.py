@@ -28,14 +28,16 @@ from .spiking_neurons import SpikingNeuron
 # What is converted.
 Original: TypeAlias = BertPreTrainedModel | MPNetPreTrainedModel
 
-# A head's class has the same name in each of these, but for the beginning.
-HEADS = (
-    "Model ForMaskedLM ForSequenceClassification ForTokenClassification ForQuestionAnswering ForMultipleChoice"
-).split()
+# By `model_type`, how the names of their classes begin; and by the name of a head, how they go on.
+FAMILIES = {"bert": "Bert", "mpnet": "MPNet"}
+HEADS = {"Model": "Model"} | {
+    head: f"For{head}"
+    for head in ("MaskedLM", "SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice")
+}
 SPIKING_CLASSES: dict[type[Original], type[SNNBertPreTrainedModel]] = {
     getattr(transformers, f"{family}{head}"): getattr(modeling_snn_bert, f"SNNBert{head}")
-    for family in ("Bert", "MPNet")
-    for head in HEADS
+    for family in FAMILIES.values()
+    for head in HEADS.values()
 }
 
 # The settings that an SNN-BERT and a BERT of the same shape have in common.

@@ -4,7 +4,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import transformers
 import typer
@@ -12,7 +12,7 @@ from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..conversion import SPIKING_CLASSES, Original, is_neuron_parameter
+from ..conversion import FAMILIES, HEADS, Original, is_neuron_parameter
 from ..loading import load_model
 from ..modeling_snn_bert import SNNBertForSequenceClassification, SNNBertPreTrainedModel
 
@@ -22,23 +22,15 @@ Loaded = TypeVar("Loaded", bound=PreTrainedModel)
 FAILURES = (ImportError, OSError, RuntimeError, TypeError, ValueError, SafetensorError, StrictDataclassError)
 
 
-# What is converted, by its `model_type`, and the names of its classes.
-CONVERTED = {"bert": "Bert", "mpnet": "MPNet"}
-# Of each the classes by their heads.
-CLASSES = {
-    model_type: {
-        model_class.__name__.removeprefix(f"{name}For").removeprefix(name): model_class
-        for model_class in SPIKING_CLASSES
-        if model_class.__name__.startswith(name)
-    }
-    for model_type, name in CONVERTED.items()
-}
-HEADS = tuple(CLASSES["bert"])
-
-
 def at_least_one(value: int | None) -> int | None:
     if value is not None and value < 1:
         raise typer.BadParameter(f"must be >= 1, got {value}")
+    return value
+
+
+def fraction(value: float) -> float:
+    if not 0 < value < 1:
+        raise typer.BadParameter(f"must lie in (0, 1), got {value}")
     return value
 
 
@@ -51,6 +43,8 @@ def text_encoding(value: str) -> str:
     return value
 
 
+# Settings of an option or argument that is a file to read.
+READABLE: dict[str, Any] = {"exists": True, "dir_okay": False, "readable": True, "show_default": False}
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="An SNN-BERT checkpoint: a folder or a Hub id.", show_default=False)
 ]
@@ -60,13 +54,13 @@ DataFile = Annotated[
     typer.Option(
         "--data_file",
         help="Texts of the task: .txt (a line each), .csv or .tsv with a header, .json or .jsonl.",
-        exists=True,
-        dir_okay=False,
-        readable=True,
-        show_default=False,
+        **READABLE,
     ),
 ]
 TextColumn = Annotated[str, typer.Option("--text_column", help="Name of the column of texts.")]
+FoundTextColumn = Annotated[
+    str | None, typer.Option("--text_column", help="The column of texts (default: found by its name).")
+]
 Encoding = Annotated[
     str, typer.Option("--encoding", callback=text_encoding, help="How the file spells characters, such as cp1252.")
 ]
@@ -77,6 +71,9 @@ MaxLength = Annotated[
     ),
 ]
 BatchSize = Annotated[int, typer.Option("--batch_size", callback=at_least_one, help="Texts that run at once.")]
+FiringRate = Annotated[
+    float, typer.Option("--firing_rate", callback=fraction, help="Spikes per token to calibrate each neuron to.")
+]
 
 
 @contextlib.contextmanager
@@ -122,16 +119,17 @@ def load_bert(model_name_or_path: str, head: str | None, revision: str | None, *
     """
     config = PreTrainedConfig.get_config_dict(model_name_or_path, revision=revision)[0]
     model_type = config.get("model_type")
-    if model_type not in CONVERTED:
+    if model_type not in FAMILIES:
         raise ValueError(f"{model_name_or_path} must be a BERT or an MPNet, its model_type is {model_type!r}")
-    name = CONVERTED[model_type]
-    own = (config.get("architectures") or [f"{name}Model"])[0].removeprefix(f"{name}For").removeprefix(name)
+    family = FAMILIES[model_type]
+    own = (config.get("architectures") or [f"{family}Model"])[0].removeprefix(family).removeprefix("For")
     if head is None and own not in HEADS:
         raise ValueError(
             f"{model_name_or_path} has the head {own!r}, which SNN-BERT lacks: give --head with one of "
             f"{', '.join(HEADS)}"
         )
-    return load_weights(CLASSES[model_type][head or own], model_name_or_path, revision, **settings).eval()
+    model_class = getattr(transformers, family + HEADS[head or own])
+    return load_weights(model_class, model_name_or_path, revision, **settings).eval()
 
 
 def load_weights(model_class: type[Loaded], model_name_or_path: str, revision: str | None, **settings) -> Loaded:

@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, TextIO
+from typing import Annotated
 
 import typer
 from tqdm.auto import tqdm
@@ -13,7 +13,17 @@ from tqdm.auto import tqdm
 from ..atomic_writes import written_whole
 from ..text_files import Row, numbered_texts
 from .classifier import Prediction, TextClassifier, WeightDtype
-from .common import BatchSize, Encoding, MaxLength, Model, Revision, load_classifier, reported
+from .common import (
+    READABLE,
+    BatchSize,
+    Encoding,
+    FoundTextColumn,
+    MaxLength,
+    Model,
+    Revision,
+    load_classifier,
+    reported,
+)
 
 # Of a text, so many characters are shown in the terminal.
 SHOWN = 80
@@ -26,15 +36,10 @@ def predict(
         typer.Argument(
             metavar="FILE",
             help="Texts: .txt (a line each), .csv or .tsv with a header, .json or .jsonl.",
-            exists=True,
-            dir_okay=False,
-            readable=True,
-            show_default=False,
+            **READABLE,
         ),
     ],
-    text_column: Annotated[
-        str | None, typer.Option("--text_column", help="The column of texts (default: found by its name).")
-    ] = None,
+    text_column: FoundTextColumn = None,
     encoding: Encoding = "utf-8",
     output_file: Annotated[
         Path | None, typer.Option("--output_file", help="A .csv or .jsonl file to write, in place of the terminal.")
@@ -82,19 +87,13 @@ def predict_all(
 
 def write_whole(path: Path, rows: Sequence[Row], predictions: Sequence[Prediction]) -> None:
     """Write the predictions beside their texts as .csv or .jsonl, whole or not at all."""
-    with written_whole(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
-        write(file, path.suffix, rows, predictions)
-
-
-def write(file: TextIO, suffix: str, rows: Sequence[Row], predictions: Sequence[Prediction]) -> None:
     names = ("place", "label", "score", "text")
     table = [(row.place, p.label, round(p.score, 6), row.value) for row, p in zip(rows, predictions, strict=True)]
-    if suffix == ".csv":
-        writer = csv.writer(file)
-        writer.writerow(names)
-        writer.writerows(table)
-    else:
-        file.writelines(json.dumps(dict(zip(names, row, strict=True)), ensure_ascii=False) + "\n" for row in table)
+    with written_whole(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+        if path.suffix == ".csv":
+            csv.writer(file).writerows([names, *table])
+        else:
+            file.writelines(json.dumps(dict(zip(names, row, strict=True)), ensure_ascii=False) + "\n" for row in table)
 
 
 def shown(text: str) -> str:

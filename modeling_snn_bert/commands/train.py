@@ -28,10 +28,14 @@ from ..fine_tuning import (
 from ..modeling_snn_bert import SNNBertForSequenceClassification
 from ..text_files import Labelled, read_labelled, shortened
 from .common import (
+    READABLE,
     Encoding,
+    FiringRate,
+    FoundTextColumn,
     Revision,
     at_least_one,
     check_output_folder,
+    fraction,
     load_bert,
     load_weights,
     reported,
@@ -49,22 +53,13 @@ def _positive(value: float | None) -> float | None:
     return value
 
 
-def _share(value: float) -> float:
-    if not 0 < value < 1:
-        raise typer.BadParameter(f"must lie in (0, 1), got {value}")
-    return value
-
-
 def train(
     data: Annotated[
         Path,
         typer.Option(
             "--data",
             help="Texts with labels: .csv or .tsv with a header, .json or .jsonl.",
-            exists=True,
-            dir_okay=False,
-            readable=True,
-            show_default=False,
+            **READABLE,
         ),
     ],
     model: Annotated[
@@ -74,15 +69,13 @@ def train(
     output: Annotated[
         Path, typer.Option("--output", help="The folder to write, whole or not at all.", show_default=False)
     ],
-    text_column: Annotated[
-        str | None, typer.Option("--text_column", help="The column of texts (default: found by its name).")
-    ] = None,
+    text_column: FoundTextColumn = None,
     label_column: Annotated[
         str | None, typer.Option("--label_column", help="The column of labels (default: found by its name).")
     ] = None,
     encoding: Encoding = "utf-8",
     held_out: Annotated[
-        float, typer.Option("--held_out", callback=_share, help="Share of the texts to score on, not to learn from.")
+        float, typer.Option("--held_out", callback=fraction, help="Share of the texts to score on, not to learn from.")
     ] = 0.2,
     steps: Annotated[
         int | None,
@@ -115,9 +108,7 @@ def train(
     bert_learning_rate: Annotated[
         float, typer.Option("--bert_learning_rate", callback=_positive, help="Of the BERT.")
     ] = Recipe.bert_learning_rate,
-    firing_rate: Annotated[
-        float, typer.Option("--firing_rate", callback=_share, help="Spikes per token to calibrate a BERT's copy to.")
-    ] = Recipe.firing_rate,
+    firing_rate: FiringRate = Recipe.firing_rate,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of the split, the order and the new weights.")] = 0,
     revision: Revision = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint in the folder.")] = False,
