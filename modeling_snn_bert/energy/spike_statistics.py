@@ -6,6 +6,7 @@ layer's spikes are kept at a time.
 
 import dataclasses
 import functools
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -114,9 +115,10 @@ class _SpikeCounter(SpikeObserver):
         self.model, self.with_run_lengths = model, run_lengths
         self.names = model.neuron_names()
         self.steps = model.config.num_timesteps
+        # A tensor for each batch; spikes and pairs by the name of the neuron layer.
         self.lengths: list[torch.Tensor] = []
-        self.spikes: list[torch.Tensor] = []
-        self.key_value_pairs: list[torch.Tensor] = []
+        self.spikes: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self.key_value_pairs: dict[str, list[torch.Tensor]] = defaultdict(list)
         self.totals: dict[str, torch.Tensor] = {}
         self.read_out: dict[str, float] = {}
         self.runs: dict[str, _Runs] = {}
@@ -124,8 +126,6 @@ class _SpikeCounter(SpikeObserver):
         self.example_spikes: dict[str, torch.Tensor] = {}
         # Of the batch that is running.
         self.mask = torch.empty(0)
-        self.batch_spikes: dict[str, torch.Tensor] = {}
-        self.batch_pairs: list[torch.Tensor] = []
         self.key_spikes = torch.empty(0)
 
     def start(self) -> None:
@@ -142,15 +142,13 @@ class _SpikeCounter(SpikeObserver):
             raise ValueError("every sequence in `batches` must have at least one valid token (`attention_mask` 1)")
         if not self.lengths:
             self.example_ids = ids.reshape(-1, ids.shape[-1])[0][self.mask[0]].tolist()
-        self.batch_spikes, self.batch_pairs = {}, []
         self.model(**inputs)
-        if list(self.batch_spikes) != self.names:
+        seen = [name for name in self.names if len(self.spikes[name]) == len(self.lengths) + 1]
+        if seen != self.names:
             raise RuntimeError(
-                f"spikes were seen from {len(self.batch_spikes)} of the {len(self.names)} neuron layers: measure the "
+                f"spikes were seen from {len(seen)} of the {len(self.names)} neuron layers: measure the "
                 "model in its plain form, not compiled and not converted to another way of inference"
             )
-        self.spikes.append(torch.stack([self.batch_spikes[name] for name in self.names], -1))
-        self.key_value_pairs.append(torch.stack(self.batch_pairs, -1))
         self.lengths.append(self.mask.sum(-1).double())
 
     def see(self, firing: Firing) -> None:
@@ -160,13 +158,13 @@ class _SpikeCounter(SpikeObserver):
         if not self.lengths:
             self.example_spikes[name] = spikes[0][self.mask[0]].to(torch.int8).cpu()
         counts = fired.sum((0, 2)).double() / self.steps
-        self.batch_spikes[name] = counts.sum(-1)
+        self.spikes[name].append(counts.sum(-1))
         self.totals[name] = self.totals.get(name, 0) + counts.sum(0)
         if name.endswith("key_neuron"):
             self.key_spikes = self._per_head(fired)
         elif name.endswith("value_neuron"):
             pairs = (self.key_spikes * self._per_head(fired)).sum((0, 2, 3))
-            self.batch_pairs.append(pairs.double() / self.steps)
+            self.key_value_pairs[name].append(pairs.double() / self.steps)
         if self.with_run_lengths:
             self._count_runs(firing, fired)
 
@@ -184,10 +182,9 @@ class _SpikeCounter(SpikeObserver):
         mask: torch.Tensor | None = self.mask
         if self.steps > 1:
             current, fired = (x.permute(1, 2, 0, 3)[self.mask] for x in (current, fired))
-            mask, time_steps = None, fired.shape[0] * self.steps
+            mask = None
         else:
             current, fired = current[0], fired[0]
-            time_steps = int(self.mask.sum())
         trains = {"this model's neurons": fired}
         # A soft reset by a threshold at or below zero would charge a neuron. So others are compared where it is
         # positive, and the model's own neurons are listed for those channels too.
@@ -196,7 +193,7 @@ class _SpikeCounter(SpikeObserver):
         for title, other in comparison_neurons(neuron, self.model.config.decay).items():
             trains[f"{title}, threshold > 0"] = (other(current, mask) != 0)[..., channels]
         for title, train in trains.items():
-            self.runs.setdefault(title, _Runs()).add(firing.name, train, time_steps)
+            self.runs.setdefault(title, _Runs()).add(firing.name, train)
 
     def statistics(self) -> SpikeStatistics:
         if not self.lengths:
@@ -205,11 +202,11 @@ class _SpikeCounter(SpikeObserver):
         return SpikeStatistics(
             names=self.names,
             rates=[self.totals[name] / lengths.sum() for name in self.names],
-            spikes=torch.cat(self.spikes),
+            spikes=torch.stack([torch.cat(self.spikes[name]) for name in self.names], -1),
             lengths=lengths,
-            key_value_pairs=torch.cat(self.key_value_pairs),
+            key_value_pairs=torch.stack([torch.cat(pairs) for pairs in self.key_value_pairs.values()], -1),
             read_out={name: rows / len(lengths) for name, rows in self.read_out.items()},
-            run_lengths=[runs.summary(title) for title, runs in self.runs.items()],
+            run_lengths=[runs.summary(title, lengths.sum() * self.steps) for title, runs in self.runs.items()],
             example_ids=self.example_ids,
             example_spikes=[self.example_spikes[name] for name in self.names],
         )
@@ -221,17 +218,16 @@ class _Runs:
     def __init__(self) -> None:
         self.histogram = torch.zeros(1, dtype=torch.long)
         self.counts: dict[str, torch.Tensor] = {}
-        self.time_steps: dict[str, int] = {}
 
-    def add(self, layer: str, fired: torch.Tensor, time_steps: int) -> None:
-        """Add `fired`, `[rows, time, channels]`, of which `time_steps` rows and times are valid."""
+    def add(self, layer: str, fired: torch.Tensor) -> None:
+        """Add `fired`, `[rows, time, channels]`."""
         # The shorter one is filled up with zeros.
         self.histogram = pad_sequence([self.histogram, run_length_histogram(fired).cpu()]).sum(1)
         self.counts[layer] = self.counts.get(layer, 0) + fired.sum((0, 1)).cpu()
-        self.time_steps[layer] = self.time_steps.get(layer, 0) + time_steps
 
-    def summary(self, name: str) -> RunLengths:
-        rates = torch.cat([count / self.time_steps[layer] for layer, count in self.counts.items()]).double()
+    def summary(self, name: str, time_steps: torch.Tensor) -> RunLengths:
+        """All that was added, in so many valid time-steps."""
+        rates = torch.cat([count / time_steps.cpu() for count in self.counts.values()])
         runs = self.histogram.sum()
         if not len(rates) or not runs:
             return RunLengths(name, len(rates), 0.0, 0.0, 0, 0.0)
