@@ -49,7 +49,7 @@ from transformers import AutoConfig, AutoTokenizer, BertModel, PreTrainedTokeniz
 from modeling_snn_bert import SNNBertModel
 from modeling_snn_bert.atomic_writes import folder_written_whole, write_json
 from modeling_snn_bert.energy import energy_report, tokenized_batches
-from modeling_snn_bert.energy.operation_counts import PICOJOULES_PER_BYTE_OF_DRAM, OperationCount
+from modeling_snn_bert.energy.operation_counts import MemoryTraffic, ModelCost, OperationCount
 from modeling_snn_bert.export import export_onnx
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
@@ -461,25 +461,21 @@ def energies(
     report = energy_report(model, batches, run_lengths=False)
     for name, rate in report.firing_rates().items():
         check_firing_rate(name, rate)
-    costs = {cost.name: cost for cost in report.costs}
+    costs: dict[str | None, ModelCost] = {cost.name: cost for cost in report.costs}
     found = {}
     for name, encoder in encoders.items():
-        counted = SUBJECTS[name].cost
-        if counted is not None:
-            cost = costs[counted]
-            found[name] = {
-                "matrix_product_microjoules": cost.matrix_product_picojoules / 1e6,
-                "arithmetic_microjoules": cost.picojoules / 1e6,
-                "memory_microjoules": cost.memory.picojoules / 1e6,
-            }
-        elif isinstance(encoder[0], StaticEmbedding):
+        cost = costs.get(SUBJECTS[name].cost)
+        if isinstance(encoder[0], StaticEmbedding):
             width = encoder[0].embedding_dim
             tokens = len(encoder[0].preprocess(sentences)["input_ids"]) / len(sentences)
             # The vectors added up, and the sum divided by their number.
             count = OperationCount("embeddings", additions=tokens * width, multiplications=width)
+            cost = ModelCost(name, "", [count], MemoryTraffic(4 * tokens * width, 0.0))
+        if cost is not None:
             found[name] = {
-                "arithmetic_microjoules": count.picojoules / 1e6,
-                "memory_microjoules": 4 * tokens * width * PICOJOULES_PER_BYTE_OF_DRAM / 1e6,
+                "matrix_product_microjoules": cost.matrix_product_picojoules / 1e6,
+                "arithmetic_microjoules": cost.picojoules / 1e6,
+                "memory_microjoules": cost.memory.picojoules / 1e6,
             }
     return found
 

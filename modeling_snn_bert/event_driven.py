@@ -429,7 +429,7 @@ class EventDrivenProduct:
             raise ValueError(f"the input must have {linear.in_features} channels, got {list(spikes.shape)}")
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
             # Lists have no fixed length, so a graph holds the dense product of the same weights.
-            return nn.functional.linear(spikes, self.rounded(linear).to(spikes.dtype), linear.bias)
+            return nn.functional.linear(spikes, rounded_floats(weight, self.weight_dtype).to(spikes.dtype), linear.bias)
         trained = (spikes, weight, linear.bias)
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in trained):
             return _WithoutGradient.apply(linear, *trained).to(spikes.dtype)
@@ -527,10 +527,6 @@ class EventDrivenProduct:
             signs = None if signs is None else signs.to(table.dtype)
             result = nn.functional.embedding_bag(indices, table, offsets, mode="sum", per_sample_weights=signs).float()
         return result if linear.bias is None else result + linear.bias
-
-    def rounded(self, linear: nn.Linear) -> torch.Tensor:
-        """The rounded weights as floats, in place of those of `linear`."""
-        return rounded_floats(linear.weight, self.weight_dtype)
 
 
 def _quantized_table(weight: torch.Tensor) -> torch.Tensor:

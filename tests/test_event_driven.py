@@ -26,6 +26,7 @@ from modeling_snn_bert.event_driven import (
     is_event_driven,
     round_products,
     round_weights,
+    rounded_floats,
 )
 from modeling_snn_bert.event_kernels import PackedSpikes, tiles_available
 from modeling_snn_bert.layer_places import LINEARS
@@ -51,6 +52,10 @@ HEADS = {
     "question": snn.SNNBertForQuestionAnswering,
     "choice": snn.SNNBertForMultipleChoice,
 }
+
+
+def rounded_weights(linear):
+    return rounded_floats(linear.weight, linear.runner.weight_dtype)
 
 
 @pytest.fixture
@@ -132,7 +137,7 @@ class TestProduct:
         spikes[1, 2] = 0  # a row without any
         with torch.no_grad():
             got = linear(spikes)
-            wanted = nn.functional.linear(spikes.double(), linear.runner.rounded(linear).double(), linear.bias.double())
+            wanted = nn.functional.linear(spikes.double(), rounded_weights(linear).double(), linear.bias.double())
         # Only embedding_bag rounds a result: to bfloat16, once, before the bias.
         tolerance = 2**-8 * wanted.abs().max().item() if weight_dtype == "bfloat16" and not kernels else 1e-5
         assert got.dtype == torch.float32
@@ -185,7 +190,7 @@ class TestProduct:
         monkeypatch.setattr(torch, "_int_mm", lambda *operands: products.append(operands) or multiply(*operands))
         spikes = (torch.rand(5, 96) < 0.3).float()
         with torch.no_grad():
-            wanted = nn.functional.linear(spikes, linear.runner.rounded(linear), linear.bias)
+            wanted = nn.functional.linear(spikes, rounded_weights(linear), linear.bias)
             torch.testing.assert_close(linear(spikes), wanted, rtol=0, atol=1e-5)
         assert len(products) == 1
 
@@ -227,7 +232,7 @@ class TestProduct:
             linear.weight.mul_(2)
             linear.bias.zero_()
             after = linear(spikes)
-            torch.testing.assert_close(after, spikes @ linear.runner.rounded(linear).T)
+            torch.testing.assert_close(after, spikes @ rounded_weights(linear).T)
         assert not torch.equal(before, after)
 
     def test_rounding(self):
