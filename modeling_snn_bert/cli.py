@@ -241,9 +241,7 @@ def spikes(
         rasters = [statistics.example_spikes[i] for i in panels]
         if output_file is not None:
             output_file.parent.mkdir(parents=True, exist_ok=True)
-            shown = [raster[:RASTER_TOKENS] for raster in rasters]
-            titles = [names[i] for i in panels]
-            plot_spikes(shown, titles, tokens[:RASTER_TOKENS], output_file, channels=channels)
+            plot_spikes(rasters, [names[i] for i in panels], tokens, output_file, channels=channels)
     if prediction is not None:
         typer.echo(prediction)
     if output_file is not None:

@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .configuration_snn_bert import AUTO_MAP, SNNBertConfig
+from .energy.report import SETTINGS
 from .energy.tables import markdown_table
 
 # Heads whose task has a name on the Hub.
@@ -22,10 +23,6 @@ PIPELINE_TAGS = {
     "SNNBertForMaskedLM": "fill-mask",
     "SNNBertModel": "feature-extraction",
 }
-SETTINGS = (
-    "num_hidden_layers hidden_size num_attention_heads intermediate_size max_position_embeddings neuron_type coding "
-    "num_timesteps attention_type spike_type reset_iterations firing_rate_target"
-).split()
 # Where the weights are, in a card that is written before they are published.
 UNPUBLISHED = "NAMESPACE/NAME"
 
@@ -237,7 +234,8 @@ def _speed_section(speeds: Sequence[Speed]) -> list[str]:
 
 
 def _architecture_section(config: SNNBertConfig) -> list[str]:
-    rows = [(f"`{name}`", _cell(value)) for name in SETTINGS if (value := getattr(config, name)) is not None]
+    values = {name: getattr(config, name) for name in (*SETTINGS, "max_position_embeddings")}
+    rows = [(f"`{name}`", _cell(value)) for name, value in values.items() if value is not None]
     return ["## Architecture", "", *markdown_table(("setting", "value"), rows)]
 
 

@@ -136,7 +136,7 @@ def plot_firing_rates(rates: Sequence[torch.Tensor], names: Sequence[str], path:
 def plot_spikes(
     spikes: Sequence[torch.Tensor], names: Sequence[str], tokens: Sequence[str], path: str | Path, *, channels: int = 96
 ) -> None:
-    """Draw the spikes of one sentence: its tokens along the x-axis, the first `channels` neurons of each layer up.
+    """Draw the spikes of one sentence: its first `RASTER_TOKENS` tokens to the right, `channels` neurons a layer up.
 
     Args:
         spikes: one `[seq_len, channels]` tensor per panel.
@@ -146,7 +146,7 @@ def plot_spikes(
         channels: how many neurons of each layer to show.
     """
     plt = import_pyplot()
-
+    spikes, tokens = [spike[:RASTER_TOKENS] for spike in spikes], tokens[:RASTER_TOKENS]
     figure, panels = plt.subplots(
         len(spikes), 1, figsize=(max(6, 2 + 0.42 * len(tokens)), 2.2 * len(spikes)), sharex=True, layout="constrained"
     )

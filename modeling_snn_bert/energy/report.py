@@ -23,7 +23,7 @@ from .operation_counts import (
     rival_costs,
     spiking_cost,
 )
-from .plots import RASTER_TOKENS, import_pyplot, plot_energy, plot_firing_rates, plot_spikes, raster_panels
+from .plots import import_pyplot, plot_energy, plot_firing_rates, plot_spikes, raster_panels
 from .spike_statistics import SpikeStatistics, measure_spikes
 from .tables import (
     CONVENTIONS,
@@ -195,9 +195,8 @@ class EnergyReport:
             plot_energy(self.models, pictures[0])
             plot_firing_rates(statistics.rates, statistics.names, pictures[1])
             panels = raster_panels(statistics.names)
-            spikes, names = statistics.example_spikes, statistics.names
-            shown = [spikes[i][:RASTER_TOKENS] for i in panels]
-            plot_spikes(shown, [names[i] for i in panels], tokens[:RASTER_TOKENS], pictures[2])
+            spikes = [statistics.example_spikes[i] for i in panels]
+            plot_spikes(spikes, [statistics.names[i] for i in panels], tokens, pictures[2])
         markdown = self.to_markdown()
         below = {"Against other models of the same shape": pictures[:1], "Firing rates": pictures[1:]}
         texts = {"md": markdown, "json": self.to_json() + "\n", "html": html_page(markdown, below)}
