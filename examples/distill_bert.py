@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from fetch_inputs import minilm_folder
 from transformers import AutoConfig, AutoTokenizer, BertModel, HfArgumentParser, MPNetModel, PreTrainedModel, set_seed
@@ -98,9 +97,7 @@ def main() -> None:
         teacher=teacher,
         train_dataset=Batches.of_run(blocks.of_run(args), args),
         processing_class=tokenizer,
-        figures_of=lambda model: evaluate_states(
-            trainer.accelerator, model, teacher, blocks, args.per_device_eval_batch_size
-        ),
+        figures_of=lambda model: evaluate_states(trainer, model, blocks),
     )
     before = None if checkpoint else trainer.evaluate()
     training_seconds = trainer.train_as_told()
@@ -138,15 +135,13 @@ def load_teacher(path: str, max_seq_length: int, attention_weights: bool) -> Ber
     return TEACHERS[config.model_type].from_pretrained(path, attn_implementation=attention, dtype=torch.float32).eval()
 
 
-def evaluate_states(
-    accelerator: Accelerator, model: torch.nn.Module, teacher: PreTrainedModel, blocks: TextBlocks, batch_size: int
-) -> dict[str, float]:
+def evaluate_states(trainer: DistillationTrainer, model: PreTrainedModel, blocks: TextBlocks) -> dict[str, float]:
     """On the held-out blocks: loss over all layers, of the last one and of its mean, and the mean firing rate."""
-    totals = torch.zeros(4, device=accelerator.device)
+    args, totals = trainer.args, torch.zeros(4, device=model.device)
     embeddings, wanted_embeddings = [], []
-    for batch in blocks.validation(batch_size, accelerator.process_index, accelerator.num_processes):
-        batch = {name: x.to(accelerator.device) for name, x in batch.items()}
-        wanted = teacher(**batch, output_hidden_states=True).hidden_states
+    for batch in blocks.validation(args.per_device_eval_batch_size, args.process_index, args.world_size):
+        batch = {name: x.to(model.device) for name, x in batch.items()}
+        wanted = trainer.ask_teacher(batch, output_hidden_states=True).hidden_states
         outputs = model(**batch, output_hidden_states=True, output_firing_rates=True)
         states, rows = outputs.hidden_states, len(batch["input_ids"])
         rate = torch.stack([rate.mean() for rate in outputs.firing_rates]).mean()
@@ -154,7 +149,7 @@ def evaluate_states(
         totals += rows * torch.stack([*figures, torch.ones_like(rate)])
         embeddings += outputs.last_hidden_state.float().mean(1).tolist()
         wanted_embeddings += wanted[-1].float().mean(1).tolist()
-    loss, last_layer_loss, rate, rows = accelerator.reduce(totals, reduction="sum").tolist()
+    loss, last_layer_loss, rate, rows = trainer.accelerator.reduce(totals, reduction="sum").tolist()
     # Of all blocks at once: a batch may hold one, whose embedding has no variance. Each stands for a one-token block.
     found, wanted = (torch.tensor(gather_object(x))[:, None] for x in (embeddings, wanted_embeddings))
     return {

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from datasets import Dataset
 from glue_tasks import ClassifierArguments, Task, TaskArguments, measure_energy, score, tokenize
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -113,11 +112,11 @@ def main() -> None:
     progress.close()
 
     validation = {split: part for split, part in data.items() if split != "train"}
-    metrics = {
-        f"{split}_{name}": value
-        for split, part in validation.items()
-        for name, value in evaluate(accelerator, model, part, collate, args.per_device_eval_batch_size, task).items()
-    }
+    metrics: dict[str, float] = {}
+    for split, part in validation.items():
+        loader = DataLoader(part, batch_size=args.per_device_eval_batch_size, collate_fn=collate)
+        figures = evaluate(accelerator, model, loader, task)
+        metrics |= {f"{split}_{name}": value for name, value in figures.items()}
     model = accelerator.unwrap_model(model)
     if accelerator.is_main_process:
         first = next(iter(validation.values()))
@@ -131,19 +130,11 @@ def main() -> None:
 
 
 @torch.no_grad()
-def evaluate(
-    accelerator: Accelerator,
-    model: torch.nn.Module,
-    rows: Dataset,
-    collate: DataCollatorWithPadding,
-    batch_size: int,
-    task: Task,
-) -> dict[str, float]:
+def evaluate(accelerator: Accelerator, model: torch.nn.Module, rows: DataLoader, task: Task) -> dict[str, float]:
     """The task's figures on `rows`, from all processes."""
     model.eval()
     logits, labels = [], []
-    loader = accelerator.prepare(DataLoader(rows, batch_size=batch_size, collate_fn=collate))
-    for batch in loader:
+    for batch in accelerator.prepare(rows):
         # In float32, which every way to gather takes.
         found = accelerator.gather_for_metrics((model(**batch).logits.float(), batch["labels"]))
         logits += found[0].tolist()

@@ -12,7 +12,6 @@ import math
 from dataclasses import asdict, dataclass
 
 import torch
-from accelerate import Accelerator
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -98,9 +97,7 @@ def main() -> None:
         args,
         train_dataset=Batches.of_run(batch_of, args),
         processing_class=tokenizer,
-        figures_of=lambda model: evaluate_masked_lm(
-            trainer.accelerator, model, collator, blocks, args.per_device_eval_batch_size
-        ),
+        figures_of=lambda model: evaluate_masked_lm(trainer, model, collator, blocks),
     )
     trainer.train_as_told()
     flags = {**asdict(model_args), **asdict(text_args)}
@@ -138,23 +135,19 @@ def masked(collator: DataCollatorForLanguageModeling, batch: Batch) -> Batch:
 
 
 def evaluate_masked_lm(
-    accelerator: Accelerator,
-    model: PreTrainedModel,
-    collator: DataCollatorForLanguageModeling,
-    blocks: TextBlocks,
-    batch_size: int,
+    trainer: DistillationTrainer, model: PreTrainedModel, collator: DataCollatorForLanguageModeling, blocks: TextBlocks
 ) -> dict[str, float]:
     """Loss, perplexity and accuracy at masked tokens of the held-out blocks, masked the same way each time."""
-    totals = torch.zeros(3, device=accelerator.device)
+    args, totals = trainer.args, torch.zeros(3, device=model.device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        for batch in blocks.validation(batch_size, accelerator.process_index, accelerator.num_processes):
-            batch = {name: x.to(accelerator.device) for name, x in masked(collator, batch).items()}
+        for batch in blocks.validation(args.per_device_eval_batch_size, args.process_index, args.world_size):
+            batch = {name: x.to(model.device) for name, x in masked(collator, batch).items()}
             outputs = model(**batch)
             chosen = batch["labels"] != -100
             right = (outputs.logits[chosen].argmax(-1) == batch["labels"][chosen]).sum()
             totals += torch.stack([outputs.loss * chosen.sum(), right, chosen.sum()])
-    loss, right, count = accelerator.reduce(totals, reduction="sum").tolist()
+    loss, right, count = trainer.accelerator.reduce(totals, reduction="sum").tolist()
     loss, accuracy = loss / count, right / count
     return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "accuracy": accuracy}
 
