@@ -313,32 +313,28 @@ def growth(settings: Settings) -> Iterator[Table]:
         name: in_fresh_process(measure_memory, settings.threads, name, "plain", settings.seed, shapes)
         for name in subjects
     }
-    times = {}
-    for shape in shapes:
+    headings: dict[str, str] = {}
+    for name in subjects:
+        headings |= {f"{name}_milliseconds": f"{name}, ms", f"{name}_mebibytes": f"{name}, peak MiB"}
+    for name in subjects[1:]:
+        headings[f"time_over_{name}"] = f"time, {subjects[0]} / {name}"
+        headings[f"memory_over_{name}"] = f"memory, {subjects[0]} / {name}"
+    rows = {}
+    for index, shape in enumerate(shapes):
         steps = {name: TrainingStep(name, shape, settings.seed) for name in subjects}
-        times[shape] = interleaved_seconds(steps, settings.repeats)
-    for key, sizes in values.items():
-        columns = {key: key.replace("_", " ")}
+        samples = interleaved_seconds(steps, settings.repeats)
+        row: dict[str, Any] = {"shape": shape._asdict()}
         for name in subjects:
-            columns |= {f"{name}_milliseconds": f"{name}, ms", f"{name}_mebibytes": f"{name}, peak MiB"}
+            row[f"{name}_milliseconds"] = spread(samples[name], 1e3)
+            row[f"{name}_mebibytes"] = peaks[name][index]["peak_bytes"] / MIB
         for name in subjects[1:]:
-            columns |= {
-                f"time_over_{name}": f"time, {subjects[0]} / {name}",
-                f"memory_over_{name}": f"memory, {subjects[0]} / {name}",
-            }
-        table = Table(f"Growth with {key.replace('_', ' ')}, otherwise {base}", columns)
-        for size in sizes:
-            shape = base._replace(**{key: size})
-            index = shapes.index(shape)
-            row: dict[str, Any] = {key: size, "shape": shape._asdict()}
-            for name in subjects:
-                row[f"{name}_milliseconds"] = spread(times[shape][name], 1e3)
-                row[f"{name}_mebibytes"] = peaks[name][index]["peak_bytes"] / MIB
-            for name in subjects[1:]:
-                row[f"time_over_{name}"] = ratio(times[shape], subjects[0], name)
-                row[f"memory_over_{name}"] = row[f"{subjects[0]}_mebibytes"] / row[f"{name}_mebibytes"]
-            table.rows.append(row)
-        yield table
+            row[f"time_over_{name}"] = ratio(samples, subjects[0], name)
+            row[f"memory_over_{name}"] = row[f"{subjects[0]}_mebibytes"] / row[f"{name}_mebibytes"]
+        rows[shape] = row
+    for key, sizes in values.items():
+        what = key.replace("_", " ")
+        table = [{key: size, **rows[base._replace(**{key: size})]} for size in sizes]
+        yield Table(f"Growth with {what}, otherwise {base}", {key: what, **headings}, table)
 
 
 def profile(settings: Settings) -> Iterator[Table]:
