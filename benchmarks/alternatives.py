@@ -355,7 +355,7 @@ def main(arguments: list[str] | None = None) -> None:
     used = {package for name in rows for package in (*SUBJECTS[name].packages, *SUBJECTS[name].tools)}
     packages = sorted({package.partition(".")[0] for package in used})
     versions = {name: importlib.metadata.version(name) for name in ["sentence-transformers", *packages]}
-    write_results(args.output_dir / "alternatives.json", args, [table], packages=versions)
+    write_results(args.output_dir / "alternatives.json", vars(args), [table], packages=versions)
 
 
 def sample(texts: list[str], count: int, seed: int) -> list[str]:

@@ -1,6 +1,5 @@
 """Tables as markdown, and files of results."""
 
-import argparse
 import math
 import sys
 from collections.abc import Iterable, Mapping
@@ -48,9 +47,7 @@ class Table:
         return {"section": self.section, "title": self.title, "rows": self.rows, "notes": self.notes}
 
 
-def write_results(
-    path: Path, settings: argparse.Namespace | Mapping[str, Any], tables: Iterable[Table], **more: Any
-) -> None:
+def write_results(path: Path, settings: Mapping[str, Any], tables: Iterable[Table], **more: Any) -> None:
     """Write tables with what they depend on, the command line among it, and say where.
 
     Args:
@@ -59,7 +56,6 @@ def write_results(
         tables: the tables.
         more: what else belongs into the file.
     """
-    settings = settings if isinstance(settings, Mapping) else vars(settings)
     result = {
         "benchmark": path.stem.partition("-")[0],
         "command": " ".join(["python", *sys.argv]),

@@ -98,7 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     print(table.markdown())
     if args.output_file is not None:
-        write_results(args.output_file, args, [table])
+        write_results(args.output_file, vars(args), [table])
 
 
 async def under_load(

@@ -52,8 +52,6 @@ from modeling_snn_bert.fine_tuning import (
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 import quickstart
 
-TARGETS = ("none", "0.2", "0.1", "0.05")
-
 
 def parse_args() -> tuple[quickstart.DataArguments, Recipe, argparse.Namespace]:
     kinds = [quickstart.DataArguments, Recipe]
@@ -61,7 +59,7 @@ def parse_args() -> tuple[quickstart.DataArguments, Recipe, argparse.Namespace]:
     parser.add_argument("--model_name_or_path", help="a BERT: folder or Hub id (default: all-MiniLM-L6-v2)")
     parser.add_argument("--convert", action="store_true", help="convert the fine-tuned BERT, whichever it is")
     parser.add_argument("--student_name_or_path", help="an SNN-BERT to start from, as one distilled with a target")
-    parser.add_argument("--targets", nargs="+", default=list(TARGETS), help="firing rates in (0, 1), or `none`")
+    parser.add_argument("--targets", nargs="+", default=["none", "0.2", "0.1", "0.05"], help="in (0, 1), or none")
     parser.add_argument("--firing_rate_weight", type=float, default=1.0)
     parser.add_argument("--steps", type=int, default=160, help="of fine-tuning, of the BERT and for each target")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

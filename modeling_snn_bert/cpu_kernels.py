@@ -343,11 +343,9 @@ def bpsn_forward(current, *neuron):
 
 
 @bpsn_forward.register_fake
-def fake_bpsn_forward(
-    current, mask, v_threshold, decay_forward, decay_backward, reset, normalize, reset_iterations, ternary
-):
+def fake_bpsn_forward(current, mask, v_threshold, decay_forward, decay_backward, reset, *settings):
     _check_one_device(current, mask, v_threshold, decay_forward, decay_backward, reset)
-    return empty_spikes(current, ternary)
+    return empty_spikes(current, ternary=settings[-1])
 
 
 @torch.library.custom_op(f"{NAMESPACE}::bpsn_backward", mutates_args=(), schema=BACKWARD_SCHEMA)
