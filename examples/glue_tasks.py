@@ -13,6 +13,7 @@ import re
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,16 @@ from modeling_snn_bert.conversion import convert_bert
 from modeling_snn_bert.energy import energy_report
 from modeling_snn_bert.fine_tuning import label_names
 from modeling_snn_bert.settings import ConversionArguments
-from modeling_snn_bert.text_files import read_rows
+from modeling_snn_bert.text_files import check_columns, read_rows
 
 METRICS_FROM = f"scikit-learn {sklearn.__version__}, scipy {scipy.__version__}"
+METRICS: dict[str, Callable] = {
+    "accuracy": accuracy_score,
+    "f1": partial(f1_score, zero_division=0),
+    "matthews_correlation": matthews_corrcoef,
+}
+CORRELATIONS = ("combined", "pearson", "spearman")
 ENTAILMENT = ("entailment", "not_entailment")
-MNLI = ("entailment", "neutral", "contradiction")
 SCORE = "score"
 # The types of models that a student may be made of, and so compare its hidden states with.
 TEACHERS_OF_STATES = ("bert", "mpnet")
@@ -104,7 +110,7 @@ TASKS = {
             ("f1", "accuracy"),
             in_tsv={"sentence1": "#1 String", "sentence2": "#2 String", "label": "Quality"},
         ),
-        Task("stsb", "STS-B", _PAIR, (), ("combined", "pearson", "spearman"), in_tsv={"label": "score"}),
+        Task("stsb", "STS-B", _PAIR, (), CORRELATIONS, in_tsv={"label": "score"}),
         Task(
             "qqp",
             "QQP",
@@ -117,7 +123,7 @@ TASKS = {
             "mnli",
             "MNLI",
             ("premise", "hypothesis"),
-            MNLI,
+            ("entailment", "neutral", "contradiction"),
             validation_files={"validation_matched": "dev_matched.tsv", "validation_mismatched": "dev_mismatched.tsv"},
             in_tsv={"premise": "sentence1", "hypothesis": "sentence2", "label": "gold_label"},
         ),
@@ -217,9 +223,8 @@ def read_glue_folder(folder: Path, task: Task) -> DatasetDict:
             raise FileNotFoundError(f"there is no {name} of {task.folder} in {folder}")
         rows = [row.value for row in read_rows(folder / name, header=task.header)]
         names = {column: task.in_tsv.get(column, column) for column in (*task.columns, "label")}
-        for column in names.values():
-            if rows and column not in rows[0]:
-                raise ValueError(f"{folder / name} has no column {column!r}, only {list(rows[0])}")
+        if rows:
+            check_columns(folder / name, rows[0], *names.values())
         splits[split] = Dataset.from_dict({column: [row[name] for row in rows] for column, name in names.items()})
     return DatasetDict(splits)
 
@@ -248,15 +253,13 @@ def guess_task(data: DatasetDict, text_columns: tuple[str, ...] | None, label_co
         text_columns = next((c for c in (_PAIR, ("sentence",), ("text",)) if set(c) <= set(names)), None)
         if text_columns is None:
             raise ValueError(f"name the text columns (--text_column, --text_pair_column); the data has {names}")
-    for column in (*text_columns, label_column):
-        if column not in names:
-            raise ValueError(f"the data has no column {column!r}, only {names}")
+    check_columns("the data", names, *text_columns, label_column)
     label_feature = data["train"].features[label_column]
     values = data["train"][label_column]
     if isinstance(label_feature, ClassLabel):
         labels = tuple(label_feature.names)
     elif are_real_numbers(values):
-        return Task("regression", "", text_columns, (), ("combined", "pearson", "spearman"), label_column)
+        return Task("regression", "", text_columns, (), CORRELATIONS, label_column)
     else:
         names = set(map(str, values))
         labels = tuple(sorted(names, key=int if all(map(WHOLE_NUMBER.fullmatch, names)) else None))
@@ -282,9 +285,7 @@ def checked_rows(rows: Dataset, task: Task, split: str) -> Dataset:
     Raises:
         ValueError: if a column is missing, a text is not a string, or a label is none of the task's.
     """
-    for column in (*task.columns, task.label_column):
-        if column not in rows.column_names:
-            raise ValueError(f"the {split} data of {task.name} has no column {column!r}, only {rows.column_names}")
+    check_columns(f"the {split} data of {task.name}", rows.column_names, *task.columns, task.label_column)
     if not len(rows):
         raise ValueError(f"the {split} data of {task.name} has no rows")
     has_indices = isinstance(rows.features[task.label_column], ClassLabel)
@@ -292,13 +293,13 @@ def checked_rows(rows: Dataset, task: Task, split: str) -> Dataset:
     for number, value in enumerate(rows[task.label_column]):
         try:
             labels.append(float(value) if task.is_regression else _class_of(value, task.labels, has_indices))
+            if not math.isfinite(labels[-1]):
+                raise ValueError(value)
         except (KeyError, TypeError, ValueError):
-            wanted = "a number" if task.is_regression else f"one of {list(task.labels)[:5]} or its index"
+            wanted = "a finite number" if task.is_regression else f"one of {list(task.labels)[:5]} or its index"
             raise ValueError(
                 f"the label of row {number} of the {split} data of {task.name} must be {wanted}, got {value!r}"
             ) from None
-        if task.is_regression and not math.isfinite(labels[-1]):
-            raise ValueError(f"the label of row {number} of the {split} data of {task.name} is {value!r}")
     for column in task.columns:
         for number, value in enumerate(rows[column]):
             if not isinstance(value, str):
@@ -330,20 +331,13 @@ def score(task: Task, logits, labels) -> dict[str, float]:
         raise ValueError(f"there must be as many predictions as labels, got {len(logits)} and {len(labels)}")
     if not all(math.isfinite(value) for row in logits for value in row):
         raise ValueError("the predictions hold NaN or infinite values")
-    if task.is_regression:
-        predictions = [row[0] for row in logits]
-        constant = len(set(predictions)) == 1 or len(set(labels)) == 1
-        pearson = 0.0 if constant else float(pearsonr(predictions, labels).statistic)
-        spearman = 0.0 if constant else float(spearmanr(predictions, labels).statistic)
-        figures = {"combined": (pearson + spearman) / 2, "pearson": pearson, "spearman": spearman}
-    else:
+    if not task.is_regression:
         predictions = [max(range(len(row)), key=row.__getitem__) for row in logits]
-        figures = {"accuracy": float(accuracy_score(labels, predictions))}
-        if "f1" in task.metrics:
-            figures["f1"] = float(f1_score(labels, predictions, zero_division=0))
-        if "matthews_correlation" in task.metrics:
-            figures["matthews_correlation"] = float(matthews_corrcoef(labels, predictions))
-    return {name: figures[name] for name in task.metrics}
+        return {name: float(METRICS[name](labels, predictions)) for name in task.metrics}
+    predictions = [row[0] for row in logits]
+    constant = len(set(predictions)) == 1 or len(set(labels)) == 1
+    pearson, spearman = (0.0 if constant else float(x(predictions, labels).statistic) for x in (pearsonr, spearmanr))
+    return dict(zip(CORRELATIONS, ((pearson + spearman) / 2, pearson, spearman), strict=True))
 
 
 def tokenize(rows: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> Dataset:

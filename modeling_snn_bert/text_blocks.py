@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
 from .atomic_writes import written_whole
+from .text_files import check_columns
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -132,8 +133,7 @@ def read_documents(
 
 def _pieces(rows: Iterable[dict], name: str, column: str, piece_characters: int) -> Iterator[str]:
     for row in rows:
-        if column not in row:
-            raise ValueError(f"{name} has no column {column!r}, only {sorted(row)}: choose with --text_column")
+        check_columns(name, row, column, advice=": choose with --text_column")
         text = row[column]
         if isinstance(text, str) and text.strip():
             for start in range(0, len(text), piece_characters):

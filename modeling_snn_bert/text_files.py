@@ -8,7 +8,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -123,8 +123,9 @@ def read_labelled(
     rows = read_rows(path, encoding)
     if not rows:
         raise ValueError(f"{path} has no rows below its header: add a text and its label in each line")
-    if not isinstance(rows[0].value, dict):
-        raise ValueError(f"{path}, {rows[0].place}: must be an object with a text and a label, got {rows[0].value!r}")
+    for row in rows:
+        if not isinstance(row.value, dict):
+            raise ValueError(f"{path}, {row.place}: must be an object with a text and a label, got {row.value!r}")
     columns = list(rows[0].value)
     if text_column is None and label_column is None and len(columns) == 2:
         # The one that is not the labels is the texts, and the other way round.
@@ -159,8 +160,7 @@ def find_column(path: Path, columns: Sequence[str], wanted: str | None, known: S
     """
     option = f"--{what}_column"
     if wanted is not None:
-        if wanted not in columns:
-            raise ValueError(f"{path} has no column {wanted!r}, only {list(columns)}: name one of them by {option}")
+        check_columns(path, columns, wanted, advice=f": name one of them by {option}")
         return wanted
     found = [name for name in columns if name.lower() in known]
     if len(found) != 1:
@@ -169,6 +169,13 @@ def find_column(path: Path, columns: Sequence[str], wanted: str | None, known: S
             f"{path}: {several} the {what}s: name the column by {option} (the first line must be a header)"
         )
     return found[0]
+
+
+def check_columns(what: object, columns: Collection[str], *wanted: str | None, advice: str = "") -> None:
+    """Raise a `ValueError` that begins with `what` if one of the `wanted` columns is not among `columns`."""
+    for name in wanted:
+        if name not in columns:
+            raise ValueError(f"{what} has no column {name!r}, only {list(columns)}{advice}")
 
 
 def read_rows(path: Path, encoding: str = "utf-8", header: Sequence[str] | None = None) -> list[Row]:
@@ -302,10 +309,7 @@ def _text(path: Path, row: Row, column: str | None) -> str:
     """The text of a row, which may be blank."""
     value = row.value
     if isinstance(value, dict):
-        if column not in value:
-            raise ValueError(
-                f"{path}, {row.place}: has no column {column!r}, only {list(value)}: name one by --text_column"
-            )
+        check_columns(f"{path}, {row.place}:", value, column, advice=": name one by --text_column")
         value = value[column]
     if not isinstance(value, str):
         raise ValueError(f"{path}, {row.place}: must hold a text, got {value!r}")
@@ -327,9 +331,7 @@ def is_unicode(text: str) -> bool:
 
 def _label(path: Path, row: Row, column: str) -> str:
     """The label of a row as text, empty if there is none. A whole number has no decimal point: 1.0 is 1."""
-    if not isinstance(row.value, dict) or column not in row.value:
-        found = list(row.value) if isinstance(row.value, dict) else repr(row.value)
-        raise ValueError(f"{path}, {row.place}: has no column {column!r}, only {found}")
+    check_columns(f"{path}, {row.place}:", row.value, column)
     value = row.value[column]
     if value is None:
         return ""

@@ -20,18 +20,19 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import gradio as gr
 import pandas as pd
 import torch
-from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from PIL import Image
-from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from modeling_snn_bert import SNNBertPreTrainedModel
+from modeling_snn_bert.commands.common import FAILURES
+from modeling_snn_bert.commands.common import load as load_with_tokenizer
 from modeling_snn_bert.energy import EnergyReport, energy_report
 from modeling_snn_bert.energy.plots import RASTER_TOKENS, plot_spikes, raster_panels
-from modeling_snn_bert.energy.tables import markdown_table
+from modeling_snn_bert.energy.tables import CONVENTIONS, comparison_section
 from modeling_snn_bert.layer_places import place_of
-from modeling_snn_bert.loading import load_model, tokenized_batches
+from modeling_snn_bert.loading import tokenized_batches
 
 EXAMPLES = [
     "A gripping, beautifully acted film that stays with you for days.",
@@ -58,7 +59,7 @@ def build(default: str) -> gr.Blocks:
             (batch,) = tokenized_batches(model, tokenizer, [sentence], 1)
             report = energy_report(model, [batch], run_lengths=False)
             label = predicted(model, batch)
-        except (OSError, RuntimeError, ValueError, SafetensorError, StrictDataclassError) as error:
+        except FAILURES as error:
             raise gr.Error(f"{Path(checkpoint).name if checkpoint == default else checkpoint}: {error}") from error
         tokens = tokenizer.convert_ids_to_tokens(report.statistics.example_ids)
         choices = [OVERVIEW, *(f"all neuron layers of layer {i}" for i in range(model.config.num_hidden_layers))]
@@ -138,10 +139,11 @@ def check_request(sentence: str, checkpoint: str, default: str) -> None:
         return
     try:
         validate_repo_id(checkpoint)
-    except HFValidationError as error:
-        raise gr.Error(f"{checkpoint!r} is no Hub id, which looks like owner/name.", title="Checkpoint") from error
-    # A visitor must not look around in the folders of the server.
-    if checkpoint.count("/") != 1 or Path(checkpoint).exists():
+        # A visitor must not look around in the folders of the server.
+        is_id = checkpoint.count("/") == 1 and not Path(checkpoint).exists()
+    except HFValidationError:
+        is_id = False
+    if not is_id:
         raise gr.Error(f"{checkpoint!r} is no Hub id, which looks like owner/name.", title="Checkpoint")
 
 
@@ -156,7 +158,7 @@ def load(checkpoint: str) -> tuple[SNNBertPreTrainedModel, PreTrainedTokenizerBa
         ValueError: if it is another kind of model.
         OSError: if there is no such checkpoint.
     """
-    return load_model(checkpoint).eval(), AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
+    return load_with_tokenizer(checkpoint, None)
 
 
 @torch.no_grad()
@@ -223,22 +225,9 @@ def energy_plot(report: EnergyReport) -> gr.BarPlot:
 
 
 def energy_table(report: EnergyReport) -> str:
-    """The energies as a table, with what is assumed."""
-    rows = [
-        (cost.name, f"{cost.matrix_product_picojoules / 1e6:,.2f}", f"{cost.picojoules / 1e6:,.2f}", cost.note)
-        for cost in report.costs
-    ]
-    lines = markdown_table(("model", "matrix products, uJ", "all arithmetic, uJ", "what is assumed"), rows)
-    lines += [
-        "Each operation at the energy that Horowitz (ISSCC 2014) gives for 45 nm: a float32 addition 0.9 pJ, a "
-        "multiply-accumulate 4.6 pJ. These are counts, not measurements of a device; `snn-bert energy` writes the full "
-        "report.",
-        "",
-        "Mean firing rate of each neuron layer, in spikes per token:",
-        "",
-        *report.firing_rate_table(),
-    ]
-    return "\n".join(lines)
+    """The energies and the firing rates as tables, with what is counted."""
+    rates = ["## Mean firing rate of each neuron layer, in spikes per token", "", *report.firing_rate_table()]
+    return "\n".join([*comparison_section(report.costs), *rates, CONVENTIONS])
 
 
 def main() -> None:
@@ -252,7 +241,7 @@ def main() -> None:
     if args.model_name_or_path:
         try:
             load(args.model_name_or_path)
-        except (OSError, RuntimeError, ValueError, SafetensorError, StrictDataclassError) as error:
+        except FAILURES as error:
             parser.error(str(error))
     # No fonts from elsewhere: the page must not tell another server who looks at it.
     fonts: dict[str, Any] = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}

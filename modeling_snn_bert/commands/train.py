@@ -8,10 +8,10 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, set_seed
 
 from ..atomic_writes import folder_written_whole
 from ..configuration_snn_bert import SNNBertConfig
@@ -147,7 +147,8 @@ def train(
             tokenizer.model_max_length = min(
                 max_length, start.config.max_position_embeddings, tokenizer.model_max_length
             )
-            tokenized = tokenize(rows, tokenizer)
+            columns = {**tokenizer(rows.texts, truncation=True), "labels": rows.labels}
+            tokenized = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
             cut = sum(len(row["input_ids"]) == tokenizer.model_max_length for row in tokenized)
             if cut:
                 note = f"{cut:,} texts reach {tokenizer.model_max_length} tokens, and what is beyond is not read"
@@ -247,12 +248,3 @@ def load_snn_bert(model_name_or_path: str, revision: str | None, **settings) -> 
             "train a model with neuron_type 'bpsn' or 'lif'"
         )
     return model
-
-
-def tokenize(rows: Labelled, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-    """Token ids and the label of each row, cut at the tokenizer's length."""
-    encoded = tokenizer(rows.texts, truncation=True)
-    return [
-        {**{name: values[i] for name, values in encoded.items()}, "labels": label}
-        for i, label in enumerate(rows.labels)
-    ]
