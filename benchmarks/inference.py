@@ -36,7 +36,6 @@ from measure import (
     ratio,
     speeds,
     spread,
-    within,
     without_kernels,
 )
 from registry import Benchmark, Settings
@@ -120,13 +119,12 @@ def need_kernels(what: str) -> None:
 def spiking_subject(name: str, model: SNNBertModel) -> tuple[SNNBertModel, Callable[..., Any]]:
     """The form of `model` that the subject `name` stands for, and how it is called."""
     weight_dtype, on_kernels = SPIKING[name]
-    context = nullcontext if on_kernels else without_kernels
     if weight_dtype is not None:
         if on_kernels:
             need_kernels(f"the subject {name}")
-        with context():
+        with nullcontext() if on_kernels else without_kernels():
             model = event_driven(copy.deepcopy(model), weight_dtype)
-    return model, within(context, model)
+    return model, model if on_kernels else without_kernels()(model.__call__)
 
 
 def onnx_subject(name: str, bert: BertModel, folder: Path) -> Callable[..., Any]:
@@ -323,7 +321,7 @@ def levels(settings: Settings) -> Iterator[Table]:
                     continue
                 dense_above = 0.0 if level == "amx" else 1.0
                 spiking = event_driven(copy.deepcopy(model), weight_dtype, dense_above=dense_above)
-                calls[f"{weight_dtype}, {level}"] = within(partial(at_level, level), spiking)
+                calls[f"{weight_dtype}, {level}"] = at_level(level)(spiking.__call__)
         with torch.inference_mode():
             samples = interleaved_seconds({n: partial(c, **inputs) for n, c in calls.items()}, settings.repeats, 2)
         yield Table(

@@ -9,11 +9,11 @@ import multiprocessing
 import os
 import platform
 import statistics
-import time
+import timeit
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 from unittest import mock
@@ -35,16 +35,9 @@ ENVIRONMENT_PREFIXES = ("OMP_", "MKL_", "KMP_", "GOMP_", "MALLOC_", "LD_PRELOAD"
 
 
 def wall_seconds(call: Callable[[], object], times: int) -> float:
-    """Seconds per call of `times` calls in a row, by the clock on the wall."""
+    """Seconds per call of `times` calls in a row, by the clock on the wall and without a collection of garbage."""
     gc.collect()
-    gc.disable()
-    try:
-        started = time.perf_counter()
-        for _ in range(times):
-            call()
-        return (time.perf_counter() - started) / times
-    finally:
-        gc.enable()
+    return timeit.timeit(call, number=times) / times
 
 
 def interleaved_seconds(
@@ -140,16 +133,6 @@ def without_kernels() -> Iterator[None]:
     without_library = mock.patch.object(cpu_kernels, "_LIBRARY", None)
     with without_library, mock.patch.object(event_driven, "available", lambda: False):
         yield
-
-
-def within(context: Callable[[], AbstractContextManager], call: Callable[..., Result]) -> Callable[..., Result]:
-    """`call`, of which each call runs in a `context` of its own."""
-
-    def run(*args: Any, **kwargs: Any) -> Result:
-        with context():
-            return call(*args, **kwargs)
-
-    return run
 
 
 def onnx_session(path: Path) -> Any:
