@@ -36,10 +36,11 @@ def spikingjelly() -> SimpleNamespace:
     try:
         from spikingjelly.activation_based import functional, neuron, surrogate
     except ImportError as error:
+        others = [name for name in SUBJECTS if not name.startswith("spikingjelly")]
         raise SystemExit(
             f"the benchmark `neuron` compares with spikingjelly, which cannot be imported ({error}). Install it with\n"
             "    pip install --no-deps spikingjelly loguru\n"
-            f"(Python 3.11 or newer), or leave it out with --subjects {' '.join(own_subjects())}"
+            f"(Python 3.11 or newer), or leave it out with --subjects {' '.join(others)}"
         ) from error
     return SimpleNamespace(functional=functional, neuron=neuron, surrogate=surrogate)
 
@@ -88,11 +89,6 @@ SUBJECTS = {
     "spikingjelly_psn": Subject(spikingjelly_psn, tokens_first=True),
     "spikingjelly_sliding_psn": Subject(spikingjelly_sliding_psn, tokens_first=True),
 }
-
-
-def own_subjects() -> list[str]:
-    """The subjects that need nothing but this library."""
-    return [name for name in SUBJECTS if not name.startswith("spikingjelly")]
 
 
 class Pass:

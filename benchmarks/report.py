@@ -74,11 +74,7 @@ def _cell(value: Any) -> str:
     if isinstance(value, dict):
         return f"{_cell(value['median'])} ({_cell(value['q1'])}-{_cell(value['q3'])})"
     if isinstance(value, float):
-        return _three_digits(value) + "*" * isinstance(value, Assumed)
+        # Three significant digits, and never an exponent.
+        decimals = 2 - math.floor(math.log10(abs(value))) if value else 0
+        return f"{value:.{max(decimals, 0)}f}" + "*" * isinstance(value, Assumed)
     return str(value)
-
-
-def _three_digits(value: float) -> str:
-    """Three significant digits, and never an exponent."""
-    decimals = 2 - math.floor(math.log10(abs(value))) if value else 0
-    return f"{value:.{max(decimals, 0)}f}"

@@ -102,7 +102,9 @@ def find_counters(device: str = "cpu", powercap: Path = POWERCAP) -> list[Counte
             )
     if torch.device(device).type == "cuda":
         try:
-            found += _nvml_counters()
+            nvml = importlib.import_module("pynvml")
+            nvml.nvmlInit()
+            found += [NvmlCounter(nvml, index) for index in range(nvml.nvmlDeviceGetCount())]
         except Exception as error:
             reasons.append(f"NVML gives no energy of the GPU ({error}): `pip install nvidia-ml-py`, Volta or newer")
     if not found:
@@ -121,12 +123,6 @@ def _rapl_counters(powercap: Path) -> list[Counter]:
             if (part / "name").read_text().strip() == "dram":
                 counters.append(RaplCounter(part, f"{name} dram"))
     return counters
-
-
-def _nvml_counters() -> list[Counter]:
-    nvml = importlib.import_module("pynvml")
-    nvml.nvmlInit()
-    return [NvmlCounter(nvml, index) for index in range(nvml.nvmlDeviceGetCount())]
 
 
 @dataclass
