@@ -16,11 +16,12 @@ from typing import Literal
 import torch
 from accelerate.utils import gather_object
 from fetch_inputs import minilm_folder
-from transformers import AutoConfig, AutoTokenizer, BertModel, HfArgumentParser, MPNetModel, PreTrainedModel, set_seed
+from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, PreTrainedModel, set_seed
 from transformers.hf_argparser import HfArg
 
 from modeling_snn_bert import SNNBertModel
 from modeling_snn_bert.batches import Batches
+from modeling_snn_bert.commands.common import load_bert
 from modeling_snn_bert.conversion import convert_bert
 from modeling_snn_bert.distillation import check_same_shape, embedding_loss, hidden_state_loss
 from modeling_snn_bert.seeds import checkpoint_of
@@ -29,7 +30,6 @@ from modeling_snn_bert.text_blocks import TextArguments, TextBlocks
 from modeling_snn_bert.trainer import DistillationTrainer, DistillationTrainingArguments
 
 RESULTS_FILE = "distillation_results.json"
-TEACHERS = {"bert": BertModel, "mpnet": MPNetModel}
 
 
 @dataclass
@@ -112,17 +112,16 @@ def main() -> None:
     trainer.save_run(RESULTS_FILE, results)
 
 
-def load_teacher(path: str, max_seq_length: int, attention_weights: bool) -> BertModel | MPNetModel:
+def load_teacher(path: str, max_seq_length: int, attention_weights: bool) -> PreTrainedModel:
     """The BERT, or the MPNet.
 
     Raises:
         ValueError: if it is another kind of model, or takes no sequences of that length.
     """
     config = AutoConfig.from_pretrained(path)
-    if config.model_type not in TEACHERS:
-        raise ValueError(
-            f"--model_name_or_path must be a BERT or an MPNet, {path} is of the type {config.model_type!r}"
-        )
+    # transformers' MPNet has no other attention.
+    attention = "eager" if config.model_type == "mpnet" or attention_weights else "sdpa"
+    teacher = load_bert(path, "Model", None, attn_implementation=attention, dtype=torch.float32)
     positions = config.max_position_embeddings
     if config.model_type == "mpnet":
         positions -= config.pad_token_id + 1  # those of padding
@@ -130,9 +129,7 @@ def load_teacher(path: str, max_seq_length: int, attention_weights: bool) -> Ber
         raise ValueError(
             f"--max_seq_length must be at most {positions}, the positions that {path} has; got {max_seq_length}"
         )
-    # transformers' MPNet has no other attention.
-    attention = "eager" if config.model_type == "mpnet" or attention_weights else "sdpa"
-    return TEACHERS[config.model_type].from_pretrained(path, attn_implementation=attention, dtype=torch.float32).eval()
+    return teacher
 
 
 def evaluate_states(trainer: DistillationTrainer, model: PreTrainedModel, blocks: TextBlocks) -> dict[str, float]:

@@ -37,7 +37,7 @@ from transformers.hf_argparser import HfArg
 
 from modeling_snn_bert import SNNBertConfig, SNNBertForSequenceClassification
 from modeling_snn_bert.batches import batches_in_order
-from modeling_snn_bert.conversion import convert_bert
+from modeling_snn_bert.conversion import FAMILIES, convert_bert
 from modeling_snn_bert.energy import energy_report
 from modeling_snn_bert.fine_tuning import label_names
 from modeling_snn_bert.settings import ConversionArguments
@@ -52,8 +52,6 @@ METRICS: dict[str, Callable] = {
 CORRELATIONS = ("combined", "pearson", "spearman")
 ENTAILMENT = ("entailment", "not_entailment")
 SCORE = "score"
-# The types of models that a student may be made of, and so compare its hidden states with.
-TEACHERS_OF_STATES = ("bert", "mpnet")
 CALIBRATION_TOKENS = 10_000
 WHOLE_NUMBER = re.compile(r"[+-]?\d+", re.ASCII)
 
@@ -373,7 +371,8 @@ def load_teacher(
     """
     if tokenizer is not None:
         model_type = AutoConfig.from_pretrained(path).model_type
-        if model_type not in TEACHERS_OF_STATES:
+        # A student compares its hidden states with those of what it may be made of.
+        if model_type not in FAMILIES:
             raise ValueError(
                 f"--teacher_name_or_path must be a BERT or an MPNet, {path} is of the type {model_type!r}{otherwise}"
             )
@@ -463,11 +462,9 @@ class ClassifierArguments(ConversionArguments):
 def calibration_batches(train: Dataset, collate: Callable) -> list[dict[str, torch.Tensor]]:
     """Batches of some 10,000 tokens from the first rows of `train`."""
     batches: list[dict[str, torch.Tensor]] = []
-    tokens = 0
     for batch in batches_in_order(train, collate, 32):
         batches.append(batch)
-        tokens += int(batch["attention_mask"].sum())
-        if tokens >= CALIBRATION_TOKENS:
+        if sum(int(x["attention_mask"].sum()) for x in batches) >= CALIBRATION_TOKENS:
             break
     return batches
 

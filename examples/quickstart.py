@@ -115,7 +115,6 @@ def main() -> None:
 
     folder, results, statistics = args.output_dir, trained.results, trained.energy.statistics
     pictures = [folder / "firing_rates.png", folder / "spikes.png"]
-    folder.mkdir(parents=True, exist_ok=True)
     with timed(results["seconds"], "draw the pictures"):
         plot_firing_rates(statistics.rates, statistics.names, pictures[0])
         plot_example(trained.model, tokenizer, pictures[1])

@@ -46,7 +46,7 @@ from .energy import energy_report, measure_spikes, measured_energy
 from .energy.joules import find_counters
 from .energy.plots import RASTER_TOKENS, import_pyplot, plot_spikes, raster_panels
 from .layer_places import place_of, short_name
-from .loading import load_model, tokenized_batches
+from .loading import load_model, predicted, tokenized_batches
 from .modeling_snn_bert import SNNBertForSequenceClassification, SNNBertForTokenClassification, SNNBertPreTrainedModel
 from .settings import parse_settings
 from .spiking_neurons import SpikingNeuron
@@ -237,13 +237,12 @@ def spikes(
         (batch,) = tokenized_batches(snn_bert, tokenizer, [sentence], 1)
         statistics = measure_spikes(snn_bert, [batch])
         tokens = tokenizer.convert_ids_to_tokens(statistics.example_ids)
-        prediction = predicted_label(snn_bert, batch)
+        prediction = predicted(snn_bert, batch)
         rasters = [statistics.example_spikes[i] for i in panels]
         if output_file is not None:
-            output_file.parent.mkdir(parents=True, exist_ok=True)
             plot_spikes(rasters, [names[i] for i in panels], tokens, output_file, channels=channels)
     if prediction is not None:
-        typer.echo(prediction)
+        typer.echo(prediction_text(snn_bert, prediction))
     if output_file is not None:
         cut = f" (the first {RASTER_TOKENS} of {len(tokens)} tokens)" if len(tokens) > RASTER_TOKENS else ""
         typer.echo(f"written to {output_file}{cut}")
@@ -304,19 +303,14 @@ def chosen_panels(names: Sequence[str], layers: Sequence[int] | None) -> list[in
     return [index for layer in layers for index, (other, _) in enumerate(places) if other == layer]
 
 
-@torch.no_grad()
-def predicted_label(model: SNNBertPreTrainedModel, batch: dict[str, torch.Tensor]) -> str | None:
-    """What a sequence classifier says to a batch of one, or None for another head."""
-    if not isinstance(model, SNNBertForSequenceClassification):
-        return None
-    logits = model(**batch).logits[0]
-    if model.config.problem_type == "regression" or len(logits) == 1:
-        return "value: " + ", ".join(f"{value:.3f}" for value in logits.tolist())
+def prediction_text(model: SNNBertPreTrainedModel, prediction: dict[str, float] | str) -> str:
+    """What `predicted` gives for a reader: all labels if several may hold, else the likeliest."""
+    if isinstance(prediction, str):
+        return f"value: {prediction}"
     if model.config.problem_type == "multi_label_classification":
-        scores = logits.sigmoid().tolist()
-        return "labels: " + ", ".join(f"{model.config.id2label[i]} ({score:.3f})" for i, score in enumerate(scores))
-    score, index = logits.softmax(-1).max(-1)
-    return f"label: {model.config.id2label[index.item()]} ({score.item():.3f})"
+        return "labels: " + ", ".join(f"{label} ({score:.3f})" for label, score in prediction.items())
+    label, score = max(prediction.items(), key=lambda item: item[1])
+    return f"label: {label} ({score:.3f})"
 
 
 def raster_lines(spikes: torch.Tensor, tokens: Sequence[str]) -> list[str]:

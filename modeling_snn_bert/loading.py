@@ -1,4 +1,4 @@
-"""An SNN-BERT from a checkpoint of any head, and batches of texts in the shape that it takes."""
+"""An SNN-BERT from a checkpoint of any head, batches of texts in the shape that it takes, and what it says to one."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from .configuration_snn_bert import SNNBertConfig
-from .modeling_snn_bert import SNNBertForMultipleChoice, SNNBertPreTrainedModel
+from .modeling_snn_bert import SNNBertForMultipleChoice, SNNBertForSequenceClassification, SNNBertPreTrainedModel
 
 # Keys of a tokenizer's batch that the models take.
 INPUT_NAMES = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
@@ -64,3 +64,19 @@ def tokenized_batches(
             tensors = {name: x[:, None] for name, x in tensors.items()}
         batches.append(tensors)
     return batches
+
+
+@torch.no_grad()
+def predicted(model: SNNBertPreTrainedModel, batch: dict[str, torch.Tensor]) -> dict[str, float] | str | None:
+    """What a sequence classifier says to a batch of one: the labels' probabilities, or a regression's value in words.
+
+    `None` for another head.
+    """
+    if not isinstance(model, SNNBertForSequenceClassification):
+        return None
+    logits = model(**batch).logits[0]
+    if model.config.problem_type == "regression" or len(logits) == 1:
+        return ", ".join(f"{value:.3f}" for value in logits.tolist())
+    is_multi_label = model.config.problem_type == "multi_label_classification"
+    scores = logits.sigmoid() if is_multi_label else logits.softmax(-1)
+    return {model.config.id2label[i]: score for i, score in enumerate(scores.tolist())}

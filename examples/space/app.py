@@ -19,7 +19,6 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import gradio as gr
 import pandas as pd
-import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from PIL import Image
@@ -32,7 +31,7 @@ from modeling_snn_bert.energy import EnergyReport, energy_report
 from modeling_snn_bert.energy.plots import RASTER_TOKENS, plot_spikes, raster_panels
 from modeling_snn_bert.energy.tables import CONVENTIONS, comparison_section
 from modeling_snn_bert.layer_places import place_of
-from modeling_snn_bert.loading import tokenized_batches
+from modeling_snn_bert.loading import predicted, tokenized_batches
 
 EXAMPLES = [
     "A gripping, beautifully acted film that stays with you for days.",
@@ -161,27 +160,13 @@ def load(checkpoint: str) -> tuple[SNNBertPreTrainedModel, PreTrainedTokenizerBa
     return load_with_tokenizer(checkpoint, None)
 
 
-@torch.no_grad()
-def predicted(model: SNNBertPreTrainedModel, batch: dict[str, torch.Tensor]) -> dict[str, float] | str | None:
-    """The labels' probabilities, a regression's value, or None for another head than a sequence classifier's."""
-    if type(model).__name__ != "SNNBertForSequenceClassification":
-        return None
-    logits = model(**batch).logits[0]
-    if model.config.problem_type == "regression" or len(logits) == 1:
-        return ", ".join(f"{value:.3f}" for value in logits.tolist())
-    multi_label = model.config.problem_type == "multi_label_classification"
-    scores = logits.sigmoid() if multi_label else logits.softmax(-1)
-    return {model.config.id2label[i]: score for i, score in enumerate(scores.tolist())}
-
-
 def draw_raster(report: EnergyReport, tokens: list[str], layer: int) -> Image.Image:
     """The picture of the spikes in all neuron layers of an encoder layer, or in three of the whole model (-1)."""
     names, spikes = report.statistics.names, report.statistics.example_spikes
     panels = raster_panels(names) if layer < 0 else [i for i, name in enumerate(names) if place_of(name)[0] == layer]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "spikes.png")
-        shown = [spikes[i][:RASTER_TOKENS] for i in panels]
-        plot_spikes(shown, [names[i] for i in panels], tokens[:RASTER_TOKENS], path)
+        plot_spikes([spikes[i] for i in panels], [names[i] for i in panels], tokens, path)
         with Image.open(path) as image:
             return image.convert("RGB")
 
