@@ -12,8 +12,7 @@ the threshold that has the most training pairs right. Takes all flags of Trainin
 seed, which SentenceTransformer loads, and results.json: figures before training and at the last step.
 """
 
-import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,13 +30,11 @@ from transformers import (
 )
 from transformers.hf_argparser import HfArg
 
-from modeling_snn_bert.batches import Batch, Batches, Collate, Row, RowBatches
-from modeling_snn_bert.distillation import embedding_loss, hidden_state_loss
+from modeling_snn_bert.batches import Batch, Batches, Row, RowBatches
 from modeling_snn_bert.fine_tuning import NO_DROPOUT
-from modeling_snn_bert.pair_similarity import SIMILARITIES, cosine
+from modeling_snn_bert.pair_similarity import SIMILARITIES, PairTrainer, best_threshold
 from modeling_snn_bert.seeds import run_seeds
-from modeling_snn_bert.sparsity import add_penalty
-from modeling_snn_bert.trainer import DistillationTrainer, DistillationTrainingArguments
+from modeling_snn_bert.trainer import DistillationTrainingArguments
 
 ALIKE = ("equivalent", "duplicate", "entailment")
 
@@ -178,42 +175,6 @@ def alike_label(task: Task) -> int:
     return next((i for i, name in enumerate(task.labels) if name in ALIKE), 1)
 
 
-class PairTrainer(DistillationTrainer):
-    """DistillationTrainer for pairs whose sentences are read alone, states `[2 * pairs, seq_len, hidden]`."""
-
-    def __init__(self, *args, similarity: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        self.similarity = similarity
-
-    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-        mask = inputs["attention_mask"]
-        outputs = model(input_ids=inputs["input_ids"], attention_mask=mask)
-        states = outputs.last_hidden_state
-        # The squared difference of similarities and labels.
-        loss = self.add_part("score_loss", (self.similarity(states, mask) - inputs["labels"]).square().mean())
-        if self.teacher is not None:
-            with torch.no_grad():
-                wanted = self.teacher(input_ids=inputs["input_ids"], attention_mask=mask).last_hidden_state
-            if self.similarity is cosine:
-                part = embedding_loss(states, wanted, mask)
-            else:
-                # The loss leaves out the first of the states, which are commonly the embeddings of the words.
-                part = hidden_state_loss((states, states), (wanted, wanted), mask)
-            loss = loss + self.args.embedding_weight * self.add_part("embedding_loss", part)
-        loss = add_penalty(loss, outputs, self.firing_rate_weight)
-        return (loss, outputs) if return_outputs else loss
-
-    def similarities(self, rows: Dataset, collate: Collate) -> list[tuple[float, float]]:
-        """Similarity and label of every pair, from all processes."""
-
-        def answer(batch: Batch) -> Iterable[tuple[float, float]]:
-            mask = batch["attention_mask"]
-            states = self.model(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state
-            return zip(self.similarity(states, mask).tolist(), batch["labels"].tolist(), strict=True)
-
-        return self.answers(rows, collate, answer)
-
-
 def score_pairs(
     task: Task, validation: list[tuple[float, float]], train: list[tuple[float, float]] | None = None
 ) -> dict[str, float]:
@@ -225,19 +186,6 @@ def score_pairs(
     logits = [[x, threshold] if alike == 0 else [threshold, x] for x in found]
     labels = [alike if x else 1 - alike for x in likenesses]
     return {**score(task, logits, labels), "threshold": threshold}
-
-
-def best_threshold(pairs: list[tuple[float, float]]) -> float:
-    """Where the most pairs of similarity and label (0 or 1) are on the right side, and the lowest such place."""
-    ordered = sorted(pairs)
-    # From below the first similarity, where all count as alike, upwards: each step takes one pair to the other side.
-    right = sum(label for _, label in ordered)
-    best, place = right, ordered[0][0] - 1
-    for (similarity, label), (following, _) in itertools.pairwise([*ordered, (ordered[-1][0] + 1, 0.0)]):
-        right += 1 - 2 * label
-        if right > best and following > similarity:
-            best, place = right, (similarity + following) / 2
-    return place
 
 
 if __name__ == "__main__":

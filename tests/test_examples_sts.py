@@ -6,7 +6,6 @@ import random
 import pytest
 import torch
 from example_scripts import refused, run_script
-from run_sts import best_threshold
 from sentence_transformers import SentenceTransformer
 from small_bert import bert_fixture, write_half_precision
 from transformers import BertConfig, BertModel
@@ -119,20 +118,6 @@ def test_labels_are_told_apart_by_a_threshold(tmp_path, bert, labels, similarity
     (run,) = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
     assert run["metrics"]["accuracy"] == 1 and run["metrics"]["threshold"] < 1
     assert run["before_training"] is None and run["last_step"] == 0
-
-
-@pytest.mark.parametrize(
-    ("pairs", "wanted"),
-    [
-        ([(0.1, 0), (0.2, 0), (0.6, 1), (0.8, 1)], 0.4),
-        ([(0.1, 0), (0.2, 1), (0.6, 0), (0.8, 1), (0.9, 1)], 0.15),
-        ([(0.3, 0), (0.3, 1), (0.5, 1)], 0.3 - 1),
-        ([(0.3, 1)], 0.3 - 1),
-        ([(0.3, 0)], 0.8),
-    ],
-)
-def test_best_threshold(pairs, wanted):
-    assert best_threshold(pairs) == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from modeling_snn_bert.pair_similarity import SIMILARITIES
+from modeling_snn_bert.pair_similarity import SIMILARITIES, best_threshold
 
 LENGTHS = [(3, 5), (1, 1), (7, 2), (7, 7)]
 
@@ -69,3 +69,17 @@ def test_a_part_of_a_sentence_is_found_in_it(states):
     mask[1, 3:] = 0
     assert SIMILARITIES["second_in_first"](both, mask).item() == pytest.approx(1)
     assert SIMILARITIES["max_sim"](both, mask).item() < 0.99
+
+
+@pytest.mark.parametrize(
+    ("pairs", "wanted"),
+    [
+        ([(0.1, 0), (0.2, 0), (0.6, 1), (0.8, 1)], 0.4),
+        ([(0.1, 0), (0.2, 1), (0.6, 0), (0.8, 1), (0.9, 1)], 0.15),
+        ([(0.3, 0), (0.3, 1), (0.5, 1)], 0.3 - 1),
+        ([(0.3, 1)], 0.3 - 1),
+        ([(0.3, 0)], 0.8),
+    ],
+)
+def test_best_threshold(pairs, wanted):
+    assert best_threshold(pairs) == pytest.approx(wanted)

@@ -56,11 +56,7 @@ def _positive(value: float | None) -> float | None:
 def train(
     data: Annotated[
         Path,
-        typer.Option(
-            "--data",
-            help="Texts with labels: .csv or .tsv with a header, .json or .jsonl.",
-            **READABLE,
-        ),
+        typer.Option("--data", help="Texts with labels: .csv or .tsv with a header, .json or .jsonl.", **READABLE),
     ],
     model: Annotated[
         str,
