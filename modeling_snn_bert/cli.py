@@ -49,7 +49,7 @@ from .layer_places import place_of, short_name
 from .loading import load_model, predicted, tokenized_batches
 from .modeling_snn_bert import SNNBertForSequenceClassification, SNNBertForTokenClassification, SNNBertPreTrainedModel
 from .settings import parse_settings
-from .spiking_neurons import SpikingNeuron
+from .spike_observer import named_neurons
 from .text_files import read_texts
 
 TOKEN_WIDTH = 16
@@ -346,7 +346,7 @@ def fact_text(value: Any) -> str:
 def checkpoint_facts(model: SNNBertPreTrainedModel) -> dict[str, dict[str, Any]]:
     """What `info` shows, by section."""
     config = model.config
-    neurons = {name: module for name, module in model.named_modules() if isinstance(module, SpikingNeuron)}
+    neurons = dict(named_neurons(model))
     parameters = {name: parameter.numel() for name, parameter in model.named_parameters()}
     of_neurons = sum(count for name, count in parameters.items() if is_neuron_parameter(name))
     settings = "hidden_size num_hidden_layers num_attention_heads intermediate_size max_position_embeddings vocab_size"

@@ -344,17 +344,18 @@ def report_markdown(results: Mapping[str, Any], energy: EnergyReport, title: str
     """The report as markdown, see `write_report`."""
     scores, f1, parameters = results["accuracy"], results["macro_f1"], results["parameters"]
     seen = " (see firing_rates.png)" if "predictions" in results else ""
-    shown = [(name, {"BERT": "BERT, same steps"}.get(name, name)) for name in ("SNN-BERT", "BERT", "majority class")]
-    lines = [f"# {title}", ""]
-    lines += markdown_table(
-        ("model", "accuracy on validation", "macro F1", "parameters"),
-        [
-            (label, f"{scores[name]:.3f}", f"{f1[name]:.3f}", f"{parameters.get(name, 0):,}")
-            for name, label in shown
-            if name in scores
-        ],
-    )
-    lines += [
+    spiking, bert = energy.cost.matrix_product_picojoules, energy.bert.matrix_product_picojoules
+    seconds = [(name, f"{value:.1f}") for name, value in results["seconds"].items()]
+    labels = {"SNN-BERT": "SNN-BERT", "BERT": "BERT, same steps", "majority class": "majority class"}
+    rows = [
+        (label, f"{scores[name]:.3f}", f"{f1[name]:.3f}", f"{parameters.get(name, 0):,}")
+        for name, label in labels.items()
+        if name in scores
+    ]
+    lines = [
+        f"# {title}",
+        "",
+        *markdown_table(("model", "accuracy on validation", "macro F1", "parameters"), rows),
         f"{results['training_sentences']:,} training and {results['validation_sentences']:,} validation sentences, "
         f"{results['distillation_steps']} steps of distillation, {results['finetuning_steps']} of fine-tuning, "
         f"seed {results['seed']}, last step.",
@@ -363,10 +364,7 @@ def report_markdown(results: Mapping[str, Any], energy: EnergyReport, title: str
         "",
         f"Over {len(energy.statistics.lengths):,} validation sentences, as the firing rates below.",
         "",
-    ]
-    lines += operations_table(energy.cost)
-    spiking, bert = energy.cost.matrix_product_picojoules, energy.bert.matrix_product_picojoules
-    lines += [
+        *operations_table(energy.cost),
         f"The matrix products take {spiking / 1e6:.2f} uJ, all additions; the same BERT's take {bert / 1e6:.2f} uJ, "
         "all multiplications with addition. Convention: float32 at 45 nm, 0.9 pJ an addition, 3.7 pJ a multiplication; "
         "arithmetic only, no memory traffic. `snn-bert energy` writes the full report.",
@@ -375,15 +373,13 @@ def report_markdown(results: Mapping[str, Any], energy: EnergyReport, title: str
         "",
         f"Mean spikes per valid token of each neuron layer{seen}.",
         "",
+        *energy.firing_rate_table(),
+        "## Seconds",
+        "",
+        *markdown_table(("stage", "seconds"), seconds),
     ]
-    lines += energy.firing_rate_table()
-    lines += ["## Seconds", ""]
-    seconds = [(name, f"{value:.1f}") for name, value in results["seconds"].items()]
-    lines += markdown_table(("stage", "seconds"), seconds)
     if "predictions" in results:
+        predictions = [(p["sentence"], p["label"], f"{p['score']:.3f}") for p in results["predictions"]]
         lines += ["## Three sentences, by the saved model in a fresh process", ""]
-        lines += markdown_table(
-            ("sentence", "label", "score"),
-            [(p["sentence"], p["label"], f"{p['score']:.3f}") for p in results["predictions"]],
-        )
+        lines += markdown_table(("sentence", "label", "score"), predictions)
     return "\n".join(lines)
