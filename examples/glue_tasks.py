@@ -36,7 +36,7 @@ from transformers import (
 from transformers.hf_argparser import HfArg
 
 from modeling_snn_bert import SNNBertConfig, SNNBertForSequenceClassification
-from modeling_snn_bert.batches import batches_in_order
+from modeling_snn_bert.batches import Batch, batches_in_order
 from modeling_snn_bert.conversion import FAMILIES, convert_bert
 from modeling_snn_bert.energy import energy_report
 from modeling_snn_bert.fine_tuning import label_names
@@ -459,9 +459,9 @@ class ClassifierArguments(ConversionArguments):
         return model
 
 
-def calibration_batches(train: Dataset, collate: Callable) -> list[dict[str, torch.Tensor]]:
+def calibration_batches(train: Dataset, collate: Callable) -> list[Batch]:
     """Batches of some 10,000 tokens from the first rows of `train`."""
-    batches: list[dict[str, torch.Tensor]] = []
+    batches: list[Batch] = []
     for batch in batches_in_order(train, collate, 32):
         batches.append(batch)
         if sum(int(x["attention_mask"].sum()) for x in batches) >= CALIBRATION_TOKENS:

@@ -10,7 +10,6 @@ model for each seed and results.json: figures at the last step for each seed, me
 flags and versions. `run_glue_no_trainer.py` shows fine-tuning in a loop of one's own.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +37,7 @@ from transformers import (
 )
 from transformers.hf_argparser import HfArg
 
-from modeling_snn_bert.batches import Batch, Batches, DrawnBatches, RowBatches, alternating
+from modeling_snn_bert.batches import Batches, BatchOf, DrawnBatches, RowBatches, alternating
 from modeling_snn_bert.seeds import run_seeds
 from modeling_snn_bert.trainer import DistillationTrainer, DistillationTrainingArguments
 from modeling_snn_bert.unlabelled_data import UnlabelledArguments
@@ -95,7 +94,7 @@ def main() -> None:
             take_head(teacher, task)
         size, process = args.per_device_train_batch_size, args.process_index
         labelled = RowBatches(data["train"], collate, size, args.seed, process, args.world_size)
-        batch_of: Callable[[int], Batch] = labelled
+        batch_of: BatchOf = labelled
         per_epoch, share = labelled.per_epoch, batch_args.unlabelled_batches
         if drawn is not None:
             batch_of = alternating(labelled, DrawnBatches(drawn, collate, size, args.seed, process), share)

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 Batch = dict[str, torch.Tensor]
+# Makes the batch of a number, or of a step.
+BatchOf = Callable[[int], Batch]
 Row = Mapping[str, Any]
 Collate = Callable[[list[Row]], Mapping[str, torch.Tensor]]
 # Rows of a data set are sorted by length among so many batches.
@@ -30,13 +32,11 @@ class Batches(Dataset):
         count: how many there are, from 0 on.
     """
 
-    def __init__(self, batch_of: Callable[[int], Batch], count: int) -> None:
+    def __init__(self, batch_of: BatchOf, count: int) -> None:
         self.batch_of, self.count = batch_of, count
 
     @classmethod
-    def of_run(
-        cls, batch_of: Callable[[int], Batch], args: "TrainingArguments", per_epoch: int | None = None
-    ) -> "Batches":
+    def of_run(cls, batch_of: BatchOf, args: "TrainingArguments", per_epoch: int | None = None) -> "Batches":
         """The batches of the run of `args`, which get `max_steps` for their epochs of `per_epoch` batches."""
         if per_epoch is not None and args.max_steps <= 0:
             args.max_steps = max(1, math.ceil(args.num_train_epochs * per_epoch / args.gradient_accumulation_steps))
@@ -145,7 +145,7 @@ class DrawnBatches:
         return batches
 
 
-def alternating(labelled: Callable[[int], Batch], drawn: Callable[[int], Batch], share: int) -> Callable[[int], Batch]:
+def alternating(labelled: BatchOf, drawn: BatchOf, share: int) -> BatchOf:
     """A batch of `labelled`, then `share` of `drawn`, and so on."""
 
     def batch_of(number: int) -> Batch:

@@ -19,6 +19,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.utils import logging
 
 from . import modeling_snn_bert
+from .batches import Batch
 from .configuration_snn_bert import SNNBertConfig
 from .layer_places import LINEARS
 from .modeling_snn_bert import SNNBertLayer, SNNBertModel, SNNBertPreTrainedModel
@@ -132,9 +133,7 @@ def is_neuron_parameter(name: str) -> bool:
     return module.endswith("neuron") or parameter in ("query_gain", "query_offset")
 
 
-def _checked_batches(
-    batches: Iterable[Mapping[str, torch.Tensor]], device: torch.device
-) -> list[dict[str, torch.Tensor]]:
+def _checked_batches(batches: Iterable[Mapping[str, torch.Tensor]], device: torch.device) -> list[Batch]:
     checked = []
     for batch in batches:
         if "input_ids" not in batch:
@@ -156,9 +155,7 @@ class _Calibration(NamedTuple):
     threshold_per: str
 
 
-def _calibrate(
-    bert: BertModel | MPNetModel, model: SNNBertModel, batches: list[dict[str, torch.Tensor]], how: _Calibration
-) -> None:
+def _calibrate(bert: BertModel | MPNetModel, model: SNNBertModel, batches: list[Batch], how: _Calibration) -> None:
     copies = model.config.num_timesteps
     masks = [b.get("attention_mask", torch.ones_like(b["input_ids"])) for b in batches]
     teacher_states = [bert.embeddings(b["input_ids"], token_type_ids=b.get("token_type_ids")) for b in batches]

@@ -24,7 +24,7 @@ from transformers.hf_argparser import HfArg
 from transformers.utils import logging
 
 from .atomic_writes import write_json
-from .batches import Batch, Row, RowBatches, batches_in_order
+from .batches import Batch, BatchOf, Row, RowBatches, batches_in_order
 from .configuration_snn_bert import SNNBertConfig
 from .conversion import convert_bert
 from .distillation import check_same_shape, hidden_state_loss, label_and_logit_loss, parameter_groups
@@ -115,14 +115,12 @@ def train_classifier(
     collate = DataCollatorWithPadding(tokenizer)
     batches = RowBatches(training, collate, recipe.batch_size, recipe.seed)
     seconds: dict[str, float] = {}
-    models: dict[str, PreTrainedModel] = {}
+    models: dict[str, PreTrainedModel] = {"SNN-BERT": start}
+    rates = {"SNN-BERT": recipe.learning_rate or LABELS_RATE}
     distillation_steps = 0
-    rates: dict[str, float] = {}
     if isinstance(start, SNNBertPreTrainedModel):
-        rates["SNN-BERT"] = recipe.learning_rate or LABELS_RATE
         with timed(seconds, "fine-tune the SNN-BERT"):
-            finetune(accelerator, start, batches, steps, rates["SNN-BERT"], "fine-tune the SNN-BERT")
-        models["SNN-BERT"] = start
+            finetune(accelerator, start, batches, steps, rates["SNN-BERT"])
     else:
         rates = {"SNN-BERT": recipe.learning_rate or TAUGHT_RATE, "BERT": recipe.bert_learning_rate}
         with timed(seconds, "fine-tune the BERT"):
@@ -166,7 +164,7 @@ def train_classifier(
 
 
 def make_student(
-    bert: PreTrainedModel, batches: Callable[[int], Batch], firing_rate: float, encoder: SNNBertModel | None = None
+    bert: PreTrainedModel, batches: BatchOf, firing_rate: float, encoder: SNNBertModel | None = None
 ) -> SNNBertForSequenceClassification:
     """The SNN-BERT that `bert` teaches: its copy, calibrated on the first `batches`; or `encoder` with its head.
 
@@ -208,7 +206,7 @@ def bert_autocast(accelerator: "Accelerator") -> contextlib.AbstractContextManag
 def train(
     accelerator: "Accelerator",
     model: PreTrainedModel,
-    batches: Callable[[int], Batch],
+    batches: BatchOf,
     steps: int,
     learning_rate: float,
     description: str,
@@ -238,12 +236,7 @@ def train(
 
 
 def finetune(
-    accelerator: "Accelerator",
-    model: PreTrainedModel,
-    batches: Callable[[int], Batch],
-    steps: int,
-    learning_rate: float,
-    description: str = "fine-tune the BERT",
+    accelerator: "Accelerator", model: PreTrainedModel, batches: BatchOf, steps: int, learning_rate: float
 ) -> None:
     """Fine-tune a BERT or an SNN-BERT on the labels."""
     model.train()
@@ -253,6 +246,7 @@ def finetune(
         with contextlib.nullcontext() if is_spiking else bert_autocast(accelerator):
             return model(**batch).loss
 
+    description = f"fine-tune the {'SNN-BERT' if is_spiking else 'BERT'}"
     train(accelerator, model, batches, steps, learning_rate, description, loss_of)
 
 
@@ -260,7 +254,7 @@ def teach(
     accelerator: "Accelerator",
     student: PreTrainedModel,
     teacher: PreTrainedModel,
-    batches: Callable[[int], Batch],
+    batches: BatchOf,
     learning_rate: float,
     logit_weight: float,
     *,

@@ -9,7 +9,7 @@ import csv
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
 
 from .atomic_writes import written_whole
+from .batches import Batch, BatchOf
 from .text_files import check_columns
 
 if TYPE_CHECKING:
@@ -243,7 +244,7 @@ class TextBlocks:
         order = np.random.default_rng(0).permutation(count)
         self.held_out, self.training = order[:validation_blocks], order[validation_blocks:]
 
-    def batch(self, step: int, batch_size: int, part: int = 0, parts: int = 1) -> dict[str, torch.Tensor]:
+    def batch(self, step: int, batch_size: int, part: int = 0, parts: int = 1) -> Batch:
         """The `part`-th of `parts` batches of step `step`, each of `batch_size` blocks; every epoch has a new order."""
         first = (step * parts + part) * batch_size
         indices = []
@@ -256,13 +257,13 @@ class TextBlocks:
             length = int(generator.integers(MIN_SEQ_LENGTH, length + 1))
         return self._assemble(indices, generator, length)
 
-    def of_run(self, args: "TrainingArguments") -> Callable[[int], dict[str, torch.Tensor]]:
+    def of_run(self, args: "TrainingArguments") -> BatchOf:
         """Makes this process' batch of a number in the run of `args`."""
         return partial(
             self.batch, batch_size=args.per_device_train_batch_size, part=args.process_index, parts=args.world_size
         )
 
-    def validation(self, batch_size: int, part: int = 0, parts: int = 1) -> Iterator[dict[str, torch.Tensor]]:
+    def validation(self, batch_size: int, part: int = 0, parts: int = 1) -> Iterator[Batch]:
         """The held-out blocks of one of `parts` processes."""
         starts = range(0, len(self.held_out), batch_size)
         for number, start in enumerate(starts):
@@ -270,7 +271,7 @@ class TextBlocks:
                 indices = self.held_out[start : start + batch_size]
                 yield self._assemble(indices, np.random.default_rng([0, number]), self.blocks.shape[1] + 2)
 
-    def calibration(self, tokens: int) -> list[dict[str, torch.Tensor]]:
+    def calibration(self, tokens: int) -> list[Batch]:
         """Training blocks of about that many tokens in all for `convert_bert`; the same ones in every process."""
         length = self.blocks.shape[1] + 2
         batch_size = max(1, 1024 // length)
@@ -281,7 +282,7 @@ class TextBlocks:
             self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.training))
         return self._order[1]
 
-    def _assemble(self, indices, generator: np.random.Generator, length: int) -> dict[str, torch.Tensor]:
+    def _assemble(self, indices, generator: np.random.Generator, length: int) -> Batch:
         body = np.stack([self.blocks[index, : length - 2] for index in indices])
         ids = np.pad(body, ((0, 0), (1, 1)))
         cls_id, sep_id, between = self.separators.cls_id, self.separators.sep_id, self.separators.between
