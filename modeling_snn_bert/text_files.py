@@ -47,6 +47,7 @@ MARKS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
+SURROGATE = re.compile("[\ud800-\udfff]")
 # A line that spreadsheets write, and read, to say what parts the cells.
 SEPARATOR = re.compile(r"sep=([,;\t|])\r?\n")
 
@@ -322,11 +323,7 @@ def _text(path: Path, row: Row, column: str | None) -> str:
 
 def is_unicode(text: str) -> bool:
     """Whether `text` can be written down: JSON's escapes can make a string that cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return SURROGATE.search(text) is None
 
 
 def _label(path: Path, row: Row, column: str) -> str:
