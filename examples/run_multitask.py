@@ -15,7 +15,7 @@ what this writes as model or teacher of any of the tasks.
 
 import random
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 import torch
 from datasets import DatasetDict
@@ -43,6 +43,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
+from transformers.hf_argparser import HfArg
 
 from modeling_snn_bert import SNNBertConfig
 from modeling_snn_bert.batches import Batch, Batches, DrawnBatches, Row
@@ -62,13 +63,11 @@ ONE_FILE_TASKS = [name for name, task in TASKS.items() if len(task.validation_fi
 class RunArguments:
     """Model and tasks."""
 
-    model_name_or_path: str = field(metadata={"help": "a BERT, SNN-BERT, MPNet, ...: folder or Hub id"})
-    tasks: list[str] = field(default_factory=lambda: list(FIVE_TASKS), metadata={"help": "names of GLUE's tasks"})
-    data_dir: str | None = field(default=None, metadata={"help": "GLUE's folder in its layout (default: the Hub's)"})
-    max_seq_length: int = field(default=128, metadata={"help": "longer inputs are truncated"})
-    single_share: float = field(
-        default=0.35, metadata={"help": "of single sentences in the rows without labels; 1 for no pairs"}
-    )
+    model_name_or_path: str = HfArg(help="a BERT, SNN-BERT, MPNet, ...: folder or Hub id")
+    tasks: list[str] = HfArg(default_factory=lambda: list(FIVE_TASKS), help="names of GLUE's tasks")
+    data_dir: str | None = HfArg(default=None, help="GLUE's folder in its layout (default: the Hub's)")
+    max_seq_length: int = HfArg(default=128, help="longer inputs are truncated")
+    single_share: float = HfArg(default=0.35, help="of single sentences in the rows without labels; 1 for no pairs")
 
     def __post_init__(self) -> None:
         if self.max_seq_length < 5:
@@ -83,8 +82,8 @@ class RunArguments:
 class Arguments(DistillationTrainingArguments):
     """DistillationTrainingArguments for a run of so many steps, which teaches hidden states if there is a teacher."""
 
-    max_steps: int = field(default=3000, metadata={"help": "steps of the run"})
-    hidden_weight: float = field(default=1.0, metadata={"help": "weight of the loss on hidden states"})
+    max_steps: int = HfArg(default=3000, help="steps of the run")
+    hidden_weight: float = HfArg(default=1.0, help="weight of the loss on hidden states")
 
     @property
     def compares_states(self) -> bool:

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerControl, TrainingArguments
+from transformers.hf_argparser import HfArg
 from transformers.utils import ModelOutput
 
 from .atomic_writes import write_json
@@ -32,34 +33,28 @@ class DistillationTrainingArguments(TrainingArguments):
     A script trains and evaluates by default; `--no_do_train` evaluates the model as it is.
     """
 
-    do_train: bool = field(default=True, metadata={"help": "train"})
-    do_eval: bool = field(default=True, metadata={"help": "evaluate at the end"})
-    learning_rate: float = field(default=1e-4, metadata={"help": "of all but the neurons"})
-    neuron_learning_rate: float | None = field(
-        default=None, metadata={"help": "of thresholds, decays and resets (default: 10 times --learning_rate)"}
+    do_train: bool = HfArg(default=True, help="train")
+    do_eval: bool = HfArg(default=True, help="evaluate at the end")
+    learning_rate: float = HfArg(default=1e-4, help="of all but the neurons")
+    neuron_learning_rate: float | None = HfArg(
+        default=None, help="of thresholds, decays and resets (default: 10 times --learning_rate)"
     )
-    weight_decay: float = field(default=0.01, metadata={"help": "of the weights of Linears and embeddings"})
-    per_device_train_batch_size: int = field(default=32, metadata={"help": "rows of a batch"})
-    per_device_eval_batch_size: int = field(default=32, metadata={"help": "rows of a batch in evaluation"})
-    logging_steps: float = field(default=10, metadata={"help": "log every so many steps"})
-    seed: int = field(default=0, metadata={"help": "of everything that is random"})
-    include_num_input_tokens_seen: str = field(
-        default="non_padding", metadata={"help": "tokens to count: non_padding, all or no"}
+    weight_decay: float = HfArg(default=0.01, help="of the weights of Linears and embeddings")
+    per_device_train_batch_size: int = HfArg(default=32, help="rows of a batch")
+    per_device_eval_batch_size: int = HfArg(default=32, help="rows of a batch in evaluation")
+    logging_steps: float = HfArg(default=10, help="log every so many steps")
+    seed: int = HfArg(default=0, help="of everything that is random")
+    include_num_input_tokens_seen: str = HfArg(default="non_padding", help="tokens to count: non_padding, all or no")
+    logging_nan_inf_filter: bool = HfArg(default=False, help="leave out of the log what is not finite")
+    freeze_embeddings: bool = HfArg(default=False, help="keep the embeddings as they are: less to learn, and to share")
+    logit_weight: float = HfArg(
+        default=0.5, help="share of the teacher's logits in the loss, the labels having the rest"
     )
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "leave out of the log what is not finite"})
-    freeze_embeddings: bool = field(
-        default=False, metadata={"help": "keep the embeddings as they are: less to learn, and to share"}
-    )
-    logit_weight: float = field(
-        default=0.5, metadata={"help": "share of the teacher's logits in the loss, the labels having the rest"}
-    )
-    temperature: float = field(default=2.0, metadata={"help": "temperature of the logits' loss"})
-    hidden_weight: float = field(default=0.0, metadata={"help": "weight of the loss on the teacher's hidden states"})
-    attention_weight: float = field(
-        default=0.0, metadata={"help": "weight of the loss on the teacher's attention weights"}
-    )
-    embedding_weight: float = field(
-        default=0.0, metadata={"help": "weight of the loss on the mean of the teacher's last hidden states"}
+    temperature: float = HfArg(default=2.0, help="temperature of the logits' loss")
+    hidden_weight: float = HfArg(default=0.0, help="weight of the loss on the teacher's hidden states")
+    attention_weight: float = HfArg(default=0.0, help="weight of the loss on the teacher's attention weights")
+    embedding_weight: float = HfArg(
+        default=0.0, help="weight of the loss on the mean of the teacher's last hidden states"
     )
 
     def __post_init__(self) -> None:

@@ -10,10 +10,11 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
+from transformers.hf_argparser import HfArg
 
 from .text_blocks import Separators, check_text_files, read_documents
 
@@ -460,13 +461,13 @@ def negation(words: list[str], rng: random.Random) -> list[str]:
 class UnlabelledArguments:
     """A teacher, and text for it to label; `HfArgumentParser` makes flags of it."""
 
-    teacher_name_or_path: str | None = field(
-        default=None, metadata={"help": "a BERT fine-tuned on the task or tasks, to learn from: folder or Hub id"}
+    teacher_name_or_path: str | None = HfArg(
+        default=None, help="a BERT fine-tuned on the task or tasks, to learn from: folder or Hub id"
     )
-    unlabelled_file: list[str] | None = field(
-        default=None, metadata={"help": "text for the teacher to label: .txt, .csv, .tsv, .json, or packed as .xz"}
+    unlabelled_file: list[str] | None = HfArg(
+        default=None, help="text for the teacher to label: .txt, .csv, .tsv, .json, or packed as .xz"
     )
-    unlabelled_sentences: int = field(default=60_000, metadata={"help": "taken from it"})
+    unlabelled_sentences: int = HfArg(default=60_000, help="taken from it")
 
     def __post_init__(self) -> None:
         if self.unlabelled_sentences < 1:

@@ -179,7 +179,7 @@ def test_a_student_learns_from_the_teacher_alone(tmp_path, snn_bert, teacher, gl
         5,
     ]
     run_script(SCRIPT, *arguments, "--no_do_train", "--output_dir", tmp_path / "before")
-    run_script(SCRIPT, *arguments, "--max_steps", 60, "--learning_rate", 3e-3, "--output_dir", tmp_path / "after")
+    run_script(SCRIPT, *arguments, "--max_steps", 100, "--learning_rate", 3e-3, "--output_dir", tmp_path / "after")
     log = [entry for entry in read(tmp_path / "after")["log"] if "loss" in entry]
     for name in ("logit_loss", "hidden_state_loss", "attention_loss"):
         assert log[-1][name] < 0.9 * log[0][name]
