@@ -15,7 +15,7 @@ from transformers.utils import ModelOutput
 from .batches import Batch, Collate, Row
 from .distillation import logit_losses
 from .sparsity import add_penalty
-from .trainer import DistillationTrainer
+from .trainer import FOR_TEACHER, DistillationTrainer
 
 
 class Head(NamedTuple):
@@ -79,15 +79,13 @@ def heads_logit_loss(
 
 
 class CollateForTeacher:
-    """Makes a batch, and the teacher's of the same texts by its own tokenizer, under names that begin with `PREFIX`.
+    """Makes a batch, and the teacher's of the same texts by its own tokenizer, whose names begin with `FOR_TEACHER`.
 
     Args:
         collate: makes the batch of rows without their `"texts"`.
         tokenizer: the teacher's.
         max_seq_length: longer inputs of the teacher are truncated.
     """
-
-    PREFIX = "teacher_"
 
     def __init__(self, collate: Collate, tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> None:
         self.collate, self.tokenizer, self.max_seq_length = collate, tokenizer, max_seq_length
@@ -101,15 +99,14 @@ class CollateForTeacher:
             return_tensors="pt",
         )
         batch = self.collate([{name: x for name, x in row.items() if name != "texts"} for row in rows])
-        return {**batch, **{self.PREFIX + name: x for name, x in inputs.items()}}
+        return {**batch, **{FOR_TEACHER + name: x for name, x in inputs.items()}}
 
 
 class MultitaskTrainer(DistillationTrainer):
     """DistillationTrainer for a model with several heads.
 
     Without a teacher, each row of a batch has its label as a float and the index of its head in `"task"`. With one, no
-    label enters: the loss on logits is `heads_logit_loss`, and the teacher reads the batch of `CollateForTeacher`, if
-    it is that one's.
+    label enters: the loss on logits is `heads_logit_loss`.
 
     Args:
         model: the student.
@@ -136,15 +133,6 @@ class MultitaskTrainer(DistillationTrainer):
         loss = label_loss(outputs.logits, inputs["labels"], inputs["task"], self.heads)
         loss = add_penalty(loss, outputs, self.firing_rate_weight)
         return (loss, outputs) if return_outputs else loss
-
-    def ask_teacher(self, inputs: Batch, **extras: bool) -> ModelOutput:
-        assert self.teacher is not None
-        prefix = CollateForTeacher.PREFIX
-        own = {name.removeprefix(prefix): x for name, x in inputs.items() if name.startswith(prefix)}
-        return self.teacher(**(own or inputs), **extras)
-
-    def inputs_of_student(self, inputs: Batch) -> Batch:
-        return {name: x for name, x in inputs.items() if not name.startswith(CollateForTeacher.PREFIX)}
 
     def logit_part(self, outputs: ModelOutput, wanted: ModelOutput, inputs: Batch) -> torch.Tensor:
         # Not by the token types, which an MPNet's tokenizer does not give.

@@ -25,6 +25,9 @@ from .distillation import (
 from .seeds import checkpoint_of, environment
 from .sparsity import add_penalty
 
+# What begins so in a batch is there for a teacher, which may have a tokenizer of its own.
+FOR_TEACHER = "teacher_"
+
 
 @dataclass
 class DistillationTrainingArguments(TrainingArguments):
@@ -159,19 +162,16 @@ class DistillationTrainer(Trainer):
             "output_attentions": self.args.attention_weight > 0,
         }
         with torch.no_grad():
-            wanted = self.ask_teacher({name: x for name, x in inputs.items() if name != "labels"}, **extras)
-        outputs = model(**self.inputs_of_student(inputs), **extras)
+            wanted = self.ask_teacher(inputs, **extras)
+        outputs = model(**{name: x for name, x in inputs.items() if not name.startswith(FOR_TEACHER)}, **extras)
         loss = self.add_losses(outputs, wanted, inputs)
         return (loss, outputs) if return_outputs else loss
 
     def ask_teacher(self, inputs: Batch, **extras: bool) -> ModelOutput:
-        """What the teacher makes of a batch without its labels; a subclass may have it read something else."""
+        """What the teacher makes of a batch: of what is there for it, `FOR_TEACHER`, or else of all but the labels."""
         assert self.teacher is not None
-        return self.teacher(**self.inputs_of_student(inputs), **extras)
-
-    def inputs_of_student(self, inputs: Batch) -> Batch:
-        """What of a batch the model reads: all, unless a subclass has more in its batches."""
-        return inputs
+        own = {name.removeprefix(FOR_TEACHER): x for name, x in inputs.items() if name.startswith(FOR_TEACHER)}
+        return self.teacher(**(own or {name: x for name, x in inputs.items() if name != "labels"}), **extras)
 
     def logit_part(self, outputs: ModelOutput, wanted: ModelOutput, inputs: Batch) -> torch.Tensor:
         """The loss on labels and logits, with the penalty on firing rates."""
