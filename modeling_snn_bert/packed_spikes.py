@@ -201,8 +201,8 @@ def _products(linears: Sequence[SpikingLinear], spikes: torch.Tensor) -> tuple[t
 def spiking_linears(linears: Sequence[nn.Module], spikes: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """What each of `linears` makes of the same spikes: `linear(spikes)`.
 
-    Plain `SpikingLinear`s that keep the packed form share one backward pass. Others, and those that something is hooked
-    to, are called one by one.
+    If each is a plain `SpikingLinear` that keeps the packed form, they share one backward pass. Others, and those that
+    something is hooked to, are called one by one.
     """
     plain = [linear for linear in linears if _is_plain(linear) and linear.keeps_packed(spikes)]
     if len(plain) == len(linears):
