@@ -23,7 +23,6 @@ from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import nn
-from torch.nn.modules import module as torch_modules
 from transformers.utils import logging
 from transformers.utils.output_capturing import OutputRecorder
 
@@ -47,7 +46,7 @@ from .event_kernels import (
     tiles_available,
 )
 from .layer_places import LINEARS, PLACES
-from .packed_spikes import SpikingLinear, affine, pack, unpack
+from .packed_spikes import SpikingLinear, affine, calls_run_forward_alone, pack, unpack
 from .spiking_neurons import BPSN
 
 logger = logging.get_logger(__name__)
@@ -63,9 +62,8 @@ LINEAR_PATHS = [name.split(".") for name in LINEARS]
 CROSSOVER_TOKENS = 512
 CROSSOVER_RATES = (0.05, 0.3)
 CROSSOVER_REPEATS = 7
-# The kernels stand for the `forward` of these classes, and for what a module does around it.
+# The kernels stand for the `forward` of these classes.
 FORWARDS: dict[type, Callable] = {kind: kind.forward for kind in (SpikingLinear, BPSN, nn.LayerNorm, nn.Dropout)}
-CALL = nn.Module.__call__
 # The attention of these is what the kernels compute.
 ATTENTION_IMPLEMENTATIONS = ("eager", "sdpa")
 # Of torch's copies that are made on write; where one of these is missing, copies are real ones (see `Snapshot`).
@@ -703,7 +701,7 @@ def _is_plain(layer: nn.Module, asked: bool) -> bool:
 
     transformers leaves its recording hooks in place. They do nothing unless `asked` for spikes or attentions.
     """
-    if torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks or nn.Module.__call__ is not CALL:
+    if not calls_run_forward_alone():
         return False
     # By hand, since `modules()` takes longer than a small layer's products.
     inside = list(layer._modules.values())

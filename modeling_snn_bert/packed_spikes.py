@@ -25,7 +25,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
-from torch.nn.modules import module
+from torch.nn.modules import module as torch_modules
 
 from .cpu_kernels import PLAIN_TYPES
 from .cpu_kernels import available as kernels_available
@@ -48,6 +48,7 @@ _OWN_BIT = -0x7FBFDFEFF7FBFDFF
 _ATTRIBUTE = "_packed_spikes"
 # The firing rate below which a product of a training step runs by events.
 EVENTS_BELOW = 0.3
+_CALL = nn.Module.__call__
 
 
 def pack(spikes: torch.Tensor, ternary: bool) -> torch.Tensor:
@@ -139,10 +140,9 @@ class _LinearsOnSpikes(torch.autograd.Function):
         rows = [grad.flatten(0, -2) for grad in grad_outputs]
         grads: list[torch.Tensor | None] = [None] * len(needs)
         grads[1::2] = [grad.sum(0) if wanted else None for grad, wanted in zip(rows, needs[1::2], strict=True)]
-        learning = [number for number, wanted in enumerate(needs[::2]) if wanted]
-        of_weights = _weight_gradients(packed, [rows[number] for number in learning], weights[0].shape[1])
-        for number, gradient in zip(learning, of_weights, strict=True):
-            grads[2 * number] = gradient
+        learning = [grad for grad, wanted in zip(rows, needs[::2], strict=True) if wanted]
+        of_weights = iter(_weight_gradients(packed, learning, weights[0].shape[1]))
+        grads[::2] = [next(of_weights) if wanted else None for wanted in needs[::2]]
         grad_spikes = None
         if needs_spikes:
             grad_spikes = rows[0] @ weights[0]
@@ -188,6 +188,9 @@ class SpikingLinear(nn.Linear):
         return super().extra_repr() if self.runner is None else f"{super().extra_repr()}, {self.runner}"
 
 
+_FORWARD = SpikingLinear.forward
+
+
 def _products(linears: Sequence[SpikingLinear], spikes: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The products of `linears` with spikes that have a packed form."""
     packed = packed_form(spikes)
@@ -204,20 +207,27 @@ def spiking_linears(linears: Sequence[nn.Module], spikes: torch.Tensor) -> tuple
     If each is a plain `SpikingLinear` that keeps the packed form, they share one backward pass. Others, and those that
     something is hooked to, are called one by one.
     """
-    plain = [linear for linear in linears if _is_plain(linear) and linear.keeps_packed(spikes)]
-    if len(plain) == len(linears):
-        return _products(plain, spikes)
+    if packed_form(spikes) is not None and calls_run_forward_alone():
+        plain = [linear for linear in linears if _is_plain(linear) and linear.keeps_packed(spikes)]
+        if len(plain) == len(linears):
+            return _products(plain, spikes)
     return tuple(linear(spikes) for linear in linears)
 
 
+def calls_run_forward_alone() -> bool:
+    """Whether a call of a module that has no hooks of its own runs its `forward` and nothing else."""
+    hooks = torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks
+    return not hooks and nn.Module.__call__ is _CALL
+
+
 def _is_plain(linear: nn.Module) -> TypeGuard[SpikingLinear]:
-    """Whether calling it does what `SpikingLinear.forward` does, and nothing else."""
+    """Whether it does forward and backward what this module's `SpikingLinear` does, and nobody looks at it."""
     hooks = (
         linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks,
-        module._global_forward_hooks, module._global_forward_pre_hooks, module._global_backward_hooks,
-        module._global_backward_pre_hooks,
+        torch_modules._global_backward_hooks, torch_modules._global_backward_pre_hooks,
     )  # fmt: skip
-    return type(linear) is SpikingLinear and linear.runner is None and "forward" not in vars(linear) and not any(hooks)
+    is_own = type(linear) is SpikingLinear and SpikingLinear.forward is _FORWARD and "forward" not in vars(linear)
+    return is_own and linear.runner is None and not any(hooks)
 
 
 def affine(spikes: torch.Tensor, gain: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:

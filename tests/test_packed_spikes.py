@@ -168,7 +168,7 @@ class TestSpikingLinears:
             for a, b in zip([*got[0], *got[1]], [*wanted[0], *wanted[1]], strict=True):
                 torch.testing.assert_close(a, b, rtol=0, atol=0.1 if autocast else 1e-5)
 
-    def test_what_is_hooked_or_replaced_is_called(self):
+    def test_what_is_hooked_or_replaced_is_called(self, monkeypatch):
         linears = [SpikingLinear(16, 8) for _ in range(3)]
         spikes = random_spikes(2, 16).requires_grad_()
         attach_packed(spikes, pack(spikes.detach(), False))
@@ -180,6 +180,14 @@ class TestSpikingLinears:
         linears[1].forward = lambda x: seen.append("forward") or SpikingLinear.forward(linears[1], x)
         got = spiking_linears(linears, spikes)
         assert seen == ["hook", "forward"] and all(map(torch.equal, got, wanted))
+        del linears[1].forward
+        for patched, name in ((SpikingLinear, "forward"), (nn.Module, "__call__")):
+            method = getattr(patched, name)
+            seen.clear()
+            monkeypatch.setattr(patched, name, lambda *x, method=method: seen.append("patched") or method(*x))
+            assert all(map(torch.equal, spiking_linears(linears, spikes), wanted))
+            assert seen == ["patched"] * 3
+            monkeypatch.undo()
         linears[1] = nn.Sequential(linears[2])
         assert torch.equal(spiking_linears(linears, spikes)[1], wanted[2])
 
