@@ -85,16 +85,13 @@ def _carry(tile, decay, REVERSE: constexpr, CHUNK: constexpr):
     for _ in tl.static_range(CHUNK.bit_length() - 1):
         power = power * power
     # Triton 3.6 cannot scan a tile of one column.
-    if ends.shape[1] == 1:
-        line = tl.reshape(ends, [ends.shape[0]])
-        power = tl.broadcast_to(tl.reshape(power, [1]), line.shape)
-        _, _, _, before = tl.associative_scan((power, line, power * 0 + 1, line * 0), 0, _join, reverse=REVERSE)
-        return before[:, None]
-    else:
-        power = tl.broadcast_to(power, ends.shape)
-        # The sum without the last chunk is kept beside the sum: to shift that would change the layout of all tiles.
-        _, _, _, before = tl.associative_scan((power, ends, power * 0 + 1, ends * 0), 0, _join, reverse=REVERSE)
-        return before
+    COLUMN: constexpr = ends.shape[1] == 1
+    if COLUMN:
+        ends, power = tl.reshape(ends, [ends.shape[0]]), tl.reshape(power, [1])
+    power = tl.broadcast_to(power, ends.shape)
+    # The sum without the last chunk is kept beside the sum: to shift the latter would change the layout of all tiles.
+    _, _, _, before = tl.associative_scan((power, ends, power * 0 + 1, ends * 0), 0, _join, reverse=REVERSE)
+    return before[:, None] if COLUMN else before
 
 
 @jit
