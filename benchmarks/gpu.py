@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from measure import interleaved_seconds, speeds, spread
@@ -222,16 +223,14 @@ def in_graph(call: Callable[[], object]) -> Callable[[], object]:
     return graph.replay
 
 
-def gpu_step(subject: str, shape: Shape, seed: int, variant: str = "plain") -> Callable[[], object]:
-    """A call is a training step in bfloat16 autocast: forward, loss, backward, fused AdamW."""
-    step = TrainingStep(subject.removesuffix(GRAPH), shape, seed, variant, device="cuda")
-    return in_graph(step) if subject.endswith(GRAPH) else step
+def made(make: Callable[..., Callable[[], object]], subject: str, shape: Shape, seed: int) -> Callable[[], object]:
+    """What `make(subject, shape, seed)` returns, replayed from a CUDA graph if the name of the subject says so."""
+    call = make(subject.removesuffix(GRAPH), shape, seed)
+    return in_graph(call) if subject.endswith(GRAPH) else call
 
 
-def gpu_inference(subject: str, shape: Shape, seed: int) -> Callable[[], object]:
-    """A call is a forward pass in bfloat16."""
-    inference = Inference(subject.removesuffix(GRAPH), shape, seed)
-    return in_graph(inference) if subject.endswith(GRAPH) else inference
+# A call is a training step in bfloat16 autocast: forward, loss, backward, fused AdamW.
+GPUStep = partial(TrainingStep, device="cuda")
 
 
 class Inference:
@@ -261,7 +260,7 @@ def measure_one(
     make: Callable[..., Callable[[], object]], name: str, shape: Shape, settings: Settings, memory: bool
 ) -> tuple[list[float], int | None]:
     """Times and peak of one subject, which is gone from the GPU afterwards."""
-    call = make(name, shape, settings.seed)
+    call = made(make, name, shape, settings.seed)
     return gpu_seconds({name: call}, settings.repeats)[name], peak_bytes(call) if memory else None
 
 
@@ -317,12 +316,12 @@ def model_table(
 def training(settings: Settings) -> Iterator[Table]:
     """Time and peak memory of a training step, compiled and not."""
     for shape in training_shapes(settings):
-        yield model_table("Training step, bfloat16 autocast", gpu_step, shape, settings)
+        yield model_table("Training step, bfloat16 autocast", GPUStep, shape, settings)
 
 
 def masked_lm(settings: Settings) -> Iterator[Table]:
     """The same of masked language modelling, at the first shape."""
-    make = partial(gpu_step, variant=MASKED_LM)
+    make = partial(GPUStep, variant=MASKED_LM)
     title = "Training step, masked LM, bfloat16 autocast"
     yield model_table(title, make, training_shapes(settings)[0], settings, variant=MASKED_LM)
 
@@ -330,7 +329,7 @@ def masked_lm(settings: Settings) -> Iterator[Table]:
 def inference(settings: Settings) -> Iterator[Table]:
     """Time of a forward pass, compiled and not."""
     for shape in inference_shapes(settings):
-        yield model_table("Forward pass, bfloat16", gpu_inference, shape, settings, memory=False)
+        yield model_table("Forward pass, bfloat16", Inference, shape, settings, memory=False)
 
 
 class KernelRun(NamedTuple):
@@ -399,7 +398,7 @@ def profile(settings: Settings) -> Iterator[Table]:
     # All of it first: after a profiler every launch takes longer.
     for shape in training_shapes(settings):
         for subject in settings.subjects:
-            step = gpu_step(subject, shape, settings.seed)
+            step = made(GPUStep, subject, shape, settings.seed)
             wall = gpu_seconds({subject: step}, settings.repeats)[subject]
             clocked[shape, subject] = wall, [host_seconds(step) for _ in range(settings.repeats)]
             del step
@@ -419,7 +418,7 @@ def profile(settings: Settings) -> Iterator[Table]:
             ],
         )
         for subject in settings.subjects:
-            step = gpu_step(subject, shape, settings.seed)
+            step = made(GPUStep, subject, shape, settings.seed)
             step()
             wall, host = clocked[shape, subject]
             runs = kernel_runs(step, PROFILED_STEPS)
@@ -456,15 +455,9 @@ def tile_choices(length: int) -> list[tuple[int, int]]:
 @contextmanager
 def using_tile(length: int, tile: tuple[int, int]) -> Iterator[None]:
     """Within it, both kernels of the neuron have programs of that size for rows of `length` tokens."""
-    tables = bpsn_triton.FORWARD_TILES, bpsn_triton.BACKWARD_TILES
-    before = [table[length] for table in tables]
-    for table in tables:
-        table[length] = tile
-    try:
+    forward, backward = bpsn_triton.FORWARD_TILES, bpsn_triton.BACKWARD_TILES
+    with mock.patch.dict(forward, {length: tile}), mock.patch.dict(backward, {length: tile}):
         yield
-    finally:
-        for table, old in zip(tables, before, strict=True):
-            table[length] = old
 
 
 def tiles(settings: Settings) -> Iterator[Table]:
