@@ -12,7 +12,6 @@ is their time at the device's bandwidth.
 
 import gc
 import statistics
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -20,12 +19,12 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from measure import interleaved_seconds, speeds, spread
+from measure import interleaved_seconds, speeds, spread, wall_seconds
 from neuron import GROUPS, Pass, Subject
 from registry import Benchmark, Section, Settings
 from report import Table
 from torch.profiler import ProfilerActivity
-from training import COMPILED, MASKED_LM, MIB, QUICK, Shape, TrainingStep, compiled, model_config
+from training import COMPILED, LARGE, MASKED_LM, MIB, QUICK, Shape, TrainingStep, compiled, model_config
 from transformers import AutoModel
 
 from modeling_snn_bert import BPSN, bpsn_triton
@@ -190,7 +189,7 @@ def training_shapes(settings: Settings) -> list[Shape]:
     """The shape that the targets are for, longer sequences of as many tokens, and `SMALL`."""
     if settings.quick:
         return [QUICK]
-    shapes = [Shape(12, HIDDEN, 4 * HIDDEN, 12, TOKENS // length, length) for length in chosen_lengths(settings)]
+    shapes = [LARGE._replace(batch_size=TOKENS // length, length=length) for length in chosen_lengths(settings)]
     return shapes + ([SMALL] if not settings.lengths or SMALL.length in settings.lengths else [])
 
 
@@ -200,12 +199,9 @@ def inference_shapes(settings: Settings) -> list[Shape]:
         return [QUICK]
     shapes = []
     for length in chosen_lengths(settings):
-        large = Shape(12, HIDDEN, 4 * HIDDEN, 12, TOKENS // length, length)
-        if length == LENGTHS[0]:
-            sizes = (large, SMALL._replace(length=length))
-            shapes += [size._replace(batch_size=batch) for size in sizes for batch in INFERENCE_BATCHES]
-        else:
-            shapes.append(large)
+        first = length == LENGTHS[0]
+        sizes, batches = ((LARGE, SMALL), INFERENCE_BATCHES) if first else ((LARGE,), (TOKENS // length,))
+        shapes += [size._replace(batch_size=batch, length=length) for size in sizes for batch in batches]
     return shapes
 
 
@@ -385,9 +381,7 @@ def kernel_runs(call: Callable[[], object], steps: int) -> list[KernelRun]:
 def host_seconds(call: Callable[[], object]) -> float:
     """What the host takes to launch a call on an idle GPU."""
     torch.cuda.synchronize()
-    started = time.perf_counter()
-    call()
-    seconds = time.perf_counter() - started
+    seconds = wall_seconds(call, 1)
     torch.cuda.synchronize()
     return seconds
 
