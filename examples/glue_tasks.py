@@ -462,9 +462,11 @@ class ClassifierArguments(ConversionArguments):
 def calibration_batches(train: Dataset, collate: Callable) -> list[Batch]:
     """Batches of some 10,000 tokens from the first rows of `train`."""
     batches: list[Batch] = []
+    tokens = 0
     for batch in batches_in_order(train, collate, 32):
         batches.append(batch)
-        if sum(int(x["attention_mask"].sum()) for x in batches) >= CALIBRATION_TOKENS:
+        tokens += int(batch["attention_mask"].sum())
+        if tokens >= CALIBRATION_TOKENS:
             break
     return batches
 
