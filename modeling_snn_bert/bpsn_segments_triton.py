@@ -10,20 +10,19 @@ keeping anything per token. The walks over a sequence, with what they touch per 
    Reads the current again.
 3. from the last to the first: potential, reset received, spikes. Reads the current again, writes spikes and bits.
 
-Of the three reads of a current only the first has to come from memory: up to `SEGMENT` tokens the block is 32 KB in
-bfloat16, and those of all programs that run at a time can stay in the caches. So the memory sees each current once and
-each spike once, and at worst the carries, 1.5 bytes a current forward. The backward pass (which keeps the current and
-nothing else) does 1 and 2 again, then
+Of the three reads of a current only the first has to come from memory: in bfloat16 the block of a segment is 32 KB, and
+those of all programs that run at a time can stay in the caches. The backward pass (which keeps the current and nothing
+else) does 1 and 2 again, then
 
 3. the gradient `g` of the leaky sum in place of the spikes. Reads current and gradient, writes `g`.
 4. both sums over `g`, which are the gradient to the current, and the gradients to the decays. Reads `g` twice and the
    current, writes the result over `g`. In float16 and bfloat16 `g` is rounded to that type before it is summed.
 
-Longer sequences are cut into segments with a program each, so that few rows fill a GPU too. A segment needs what the
-others send it before it can go on, so each thing that is summed over tokens (the currents, the spikes of each sweep,
-`g`) ends a launch: with one sweep of the reset the currents come from memory three times forward and four times
-backward, and `g` twice.
-Every further sweep of the reset is a launch of its own at any length, and keeps the reset received in a float32 buffer
+A sequence is cut into segments of `SEGMENT` tokens with a program each, so that few rows fill a GPU too. A segment
+needs what the others send it before it can go on, so each thing that is summed over tokens (the currents, the spikes of
+each sweep, `g`) ends a launch: with one sweep of the reset the currents come from memory three times forward and four
+times backward, and `g` twice; the carries take 1.5 bytes a current forward.
+Every further sweep of the reset is a launch of its own, and keeps the reset received in a float32 buffer
 `[batch, seq_len, channels]` in the meantime. Time and memory are linear in the length.
 """
 
@@ -211,15 +210,6 @@ def _load_currents(current, weight, token, walk, PADDED: constexpr, CHUNK: const
 
 
 @jit
-def _from_others(sums, at, inside, BLOCK: constexpr):
-    """The sum that the other segments send to this one; 0 where there is one segment only."""
-    if sums is None:
-        return tl.zeros([1, BLOCK], tl.float32)
-    else:
-        return tl.load(sums + at, mask=inside, other=0)
-
-
-@jit
 def _walk_later(rows, weight, walk, later, decay, carries, PADDED: constexpr, CHUNK: constexpr):
     """Walk 1: store, for each chunk, the sum of `rows` over the tokens after it."""
     start, end, channels, inside, _offset, _first, _stride = walk
@@ -344,11 +334,13 @@ def _fire_chunk(
 
 @jit
 def _walk_earlier(
-    current, weight, received_before, walk, earlier, sent, values, carries, plane,
+    current, weight, received_before, spikes_earlier, item, walk, earlier, values, carries, plane,
     RESET: constexpr, TERNARY: constexpr, PADDED: constexpr, CHUNK: constexpr,
 ):  # fmt: skip
     """Walk 2: store, for each chunk, the sum of the currents over the tokens before it, and that of the spikes."""
     start, end, channels, inside, _offset, _first, _stride = walk
+    if RESET:
+        sent = tl.load(spikes_earlier + item, mask=inside, other=0)
     for i in range(0, tl.cdiv(end - start, CHUNK)):
         token = start + i * CHUNK
         at = carries + (token // CHUNK) * channels
@@ -389,36 +381,6 @@ def _sweep_chunk(
 
 
 @jit
-def _integrate_gradient(
-    current, weight, grad, walk, earlier, to_later, to_earlier, values, carries, plane,
-    PADDED: constexpr, CHUNK: constexpr,
-):  # fmt: skip
-    """Walks 4: from `g` to the gradient to the current, in its place. Returns the gradients to both decays.
-
-    `carries` has the currents' sums over later tokens, from walk 1.
-    """
-    _threshold, forward, backward, _reset = values
-    start, end, channels, inside, _offset, _first, _stride = walk
-    _walk_later(grad, None, walk, to_earlier, forward, carries + 3 * plane, False, CHUNK)
-    grad_forward = tl.zeros_like(earlier)
-    grad_backward = tl.zeros_like(earlier)
-    for chunk in range(0, tl.cdiv(end - start, CHUNK)):
-        token = start + chunk * CHUNK
-        x, weights = _load_currents(current, weight, token, walk, PADDED, CHUNK)
-        g = _load_chunk(grad, token, walk, CHUNK)
-        at = carries + (token // CHUNK) * channels
-        later = tl.load(at, mask=inside, other=0)
-        to_earlier = tl.load(at + 3 * plane, mask=inside, other=0)
-        grads, grad_forward, grad_backward, earlier, to_later = leaky_sums_backward(
-            g, x, earlier, later, to_earlier, to_later, forward, backward, grad_forward, grad_backward, CHUNK
-        )
-        # All of the chunk has been read before any of it is overwritten.
-        tl.debug_barrier()
-        _store_chunk(silence(grads, weights, CHUNK), grad, token, walk, CHUNK)
-    return grad_forward, grad_backward
-
-
-@jit
 def _spikes(
     current, weight, v_threshold, decay_forward, decay_backward, reset, carries, current_earlier, current_later,
     spikes_earlier, spikes_later, received_before, received_after, next_earlier, next_later, spikes, packed,
@@ -429,7 +391,7 @@ def _spikes(
     """Walks 1 to 3 with a sweep of the reset, or with `RESET` false walks 1 and 2: the spikes.
 
     The last sweep writes them to `spikes` and `packed`. One before it writes what is received in it to
-    `received_after`, which may be `received_before`, and with several segments the spikes' sums over each to `next_*`.
+    `received_after`, which may be `received_before`, and the spikes' sums over each segment to `next_*`.
     What is not written is `None`.
     """
     row, first_channel, inside, item, walk, values, carries, plane = _neuron(
@@ -438,15 +400,15 @@ def _spikes(
         CHUNK, SEGMENT, BLOCK, ONE_GROUP,
     )  # fmt: skip
     start, end, _channels, _inside, offset, _first, _stride = walk
-    later = _from_others(current_later, item, inside, BLOCK)
+    later = tl.load(current_later + item, mask=inside, other=0)
     _walk_later(current, weight, walk, later, values[2], carries, PADDED, CHUNK)
-    earlier = _from_others(current_earlier, item, inside, BLOCK)
+    earlier = tl.load(current_earlier + item, mask=inside, other=0)
     if RESET:
-        sent = _from_others(spikes_earlier, item, inside, BLOCK)
         _walk_earlier(
-            current, weight, received_before, walk, earlier, sent, values, carries, plane, True, TERNARY, PADDED, CHUNK
-        )
-        sent = _from_others(spikes_later, item, inside, BLOCK)
+            current, weight, received_before, spikes_earlier, item, walk, earlier, values, carries, plane, True,
+            TERNARY, PADDED, CHUNK,
+        )  # fmt: skip
+        sent = tl.load(spikes_later + item, mask=inside, other=0)
     sum_earlier = tl.zeros([1, BLOCK], tl.float32)
     sum_later = tl.zeros([1, BLOCK], tl.float32)
     power = tl.zeros([1, BLOCK], tl.float32) + 1
@@ -493,7 +455,7 @@ def _gradient(
     SURROGATE: constexpr, RESET: constexpr, TERNARY: constexpr, PADDED: constexpr, CHUNK: constexpr,
     SEGMENT: constexpr, BLOCK: constexpr, ONE_GROUP: constexpr,
 ):  # fmt: skip
-    """Walks 1 to 3 with the last sweep: `g` into `grad_sum`, and with one segment what follows from it (walks 4).
+    """Walks 1 to 3 with the last sweep: `g` into `grad_sum`.
 
     `grad_parameters` is `[6, batch, segments, channels]`: threshold, reset, both decays through `n`, both decays
     through the sums.
@@ -503,14 +465,14 @@ def _gradient(
         tokens, channels, group_size, batch, weight_row, weight_stride, weight_step,
         CHUNK, SEGMENT, BLOCK, ONE_GROUP,
     )  # fmt: skip
-    later = _from_others(current_later, item, inside, BLOCK)
+    later = tl.load(current_later + item, mask=inside, other=0)
     _walk_later(current, weight, walk, later, values[2], carries, PADDED, CHUNK)
-    earlier = _from_others(current_earlier, item, inside, BLOCK)
-    sent = _from_others(spikes_earlier, item, inside, BLOCK)
+    earlier = tl.load(current_earlier + item, mask=inside, other=0)
     _walk_earlier(
-        current, weight, received_before, walk, earlier, sent, values, carries, plane, RESET, TERNARY, PADDED, CHUNK
-    )
-    sent = _from_others(spikes_later, item, inside, BLOCK)
+        current, weight, received_before, spikes_earlier, item, walk, earlier, values, carries, plane, RESET, TERNARY,
+        PADDED, CHUNK,
+    )  # fmt: skip
+    sent = tl.load(spikes_later + item, mask=inside, other=0) if RESET else later
     grad_threshold = tl.zeros([1, BLOCK], tl.float32)
     grad_reset = tl.zeros([1, BLOCK], tl.float32)
     grad_forward = tl.zeros([1, BLOCK], tl.float32)
@@ -544,14 +506,6 @@ def _gradient(
     tl.store(grad_parameters + parameter_plane, grad_reset, mask=inside)
     tl.store(grad_parameters + 2 * parameter_plane, grad_forward, mask=inside)
     tl.store(grad_parameters + 3 * parameter_plane, grad_backward, mask=inside)
-    if current_earlier is None:
-        tl.debug_barrier()
-        nothing = tl.zeros([1, BLOCK], tl.float32)
-        grad_forward, grad_backward = _integrate_gradient(
-            current, weight, grad_sum, walk, nothing, nothing, nothing, values, carries, plane, PADDED, CHUNK
-        )
-        tl.store(grad_parameters + 4 * parameter_plane, grad_forward, mask=inside)
-        tl.store(grad_parameters + 5 * parameter_plane, grad_backward, mask=inside)
 
 
 @jit
@@ -561,18 +515,35 @@ def _finish_gradient(
     tokens, channels, group_size, batch, weight_row, weight_stride, weight_step,
     PADDED: constexpr, CHUNK: constexpr, SEGMENT: constexpr, BLOCK: constexpr, ONE_GROUP: constexpr,
 ):  # fmt: skip
-    """Walks 4 of several segments, after `_gradient`; `carries` are from there."""
+    """Walks 4: from `g` to the gradient to the current, in its place, and the gradients to both decays.
+
+    `carries` has the currents' sums over later tokens, from walk 1 in `_gradient`.
+    """
     _row, _first, inside, item, walk, values, carries, plane = _neuron(
         v_threshold, decay_forward, decay_backward, reset, carries,
         tokens, channels, group_size, batch, weight_row, weight_stride, weight_step,
         CHUNK, SEGMENT, BLOCK, ONE_GROUP,
     )  # fmt: skip
+    _threshold, forward, backward, _reset = values
+    to_earlier = tl.load(grad_later + item, mask=inside, other=0)
+    _walk_later(grad_sum, None, walk, to_earlier, forward, carries + 3 * plane, False, CHUNK)
     earlier = tl.load(current_earlier + item, mask=inside, other=0)
     to_later = tl.load(grad_earlier + item, mask=inside, other=0)
-    to_earlier = tl.load(grad_later + item, mask=inside, other=0)
-    grad_forward, grad_backward = _integrate_gradient(
-        current, weight, grad_sum, walk, earlier, to_later, to_earlier, values, carries, plane, PADDED, CHUNK
-    )
+    grad_forward = tl.zeros_like(earlier)
+    grad_backward = tl.zeros_like(earlier)
+    for chunk in range(0, tl.cdiv(walk[1] - walk[0], CHUNK)):
+        token = walk[0] + chunk * CHUNK
+        x, weights = _load_currents(current, weight, token, walk, PADDED, CHUNK)
+        g = _load_chunk(grad_sum, token, walk, CHUNK)
+        at = carries + (token // CHUNK) * channels
+        later = tl.load(at, mask=inside, other=0)
+        to_earlier = tl.load(at + 3 * plane, mask=inside, other=0)
+        grads, grad_forward, grad_backward, earlier, to_later = leaky_sums_backward(
+            g, x, earlier, later, to_earlier, to_later, forward, backward, grad_forward, grad_backward, CHUNK
+        )
+        # All of the chunk has been read before any of it is overwritten.
+        tl.debug_barrier()
+        _store_chunk(silence(grads, weights, CHUNK), grad_sum, token, walk, CHUNK)
     parameter_plane = batch.to(tl.int64) * tl.cdiv(tokens, SEGMENT) * channels
     tl.store(grad_parameters + 4 * parameter_plane + item, grad_forward, mask=inside)
     tl.store(grad_parameters + 5 * parameter_plane + item, grad_backward, mask=inside)
@@ -618,7 +589,7 @@ def _power_of_2(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-# Over earlier and over later tokens, of each segment; `None` where there is one segment.
+# Over earlier and over later tokens, of each segment; `None` where nobody needs them.
 Sums = tuple[torch.Tensor | None, torch.Tensor | None]
 
 
@@ -635,14 +606,13 @@ class _Launches:
         self.segments = -(-self.tokens // SEGMENT)
         groups = decay_forward.shape[0]
         group_size = self.channels // groups
-        decays = decay_forward.contiguous(), decay_backward.contiguous()
-        weight, *self.slopes = _weight_of_tokens(current, mask, *decays, normalize, slopes)
+        self.decays = decay_forward.contiguous(), decay_backward.contiguous()
+        weight, *self.slopes = _weight_of_tokens(current, mask, *self.decays, normalize, slopes)
         carries = self.empty(4, self.batch, -(-self.tokens // CHUNK), self.channels)
         block = min(BLOCK, max(16, _power_of_2(self.channels)))
         self.blocks = -(-self.channels // block)
         # A program for each row, segment and block of channels.
         self.grid = (self.batch * self.segments * self.blocks,)
-        self.decays = {"decay_forward": decays[0], "decay_backward": decays[1]}
         self.shared: dict[str, Any] = {
             "current": self.current,
             "weight": weight,
@@ -661,7 +631,8 @@ class _Launches:
         }
         self.neuron = {
             **self.shared,
-            **self.decays,
+            "decay_forward": self.decays[0],
+            "decay_backward": self.decays[1],
             "v_threshold": v_threshold.contiguous(),
             "reset": reset.contiguous(),
             "carries": carries,
@@ -673,43 +644,43 @@ class _Launches:
         return torch.empty(shape, dtype=dtype, device=self.current.device)
 
     def new_sums(self) -> Sums:
-        """Room for the sums over earlier and later tokens of each segment; nothing where there is one segment."""
-        if self.segments == 1:
-            return None, None
+        """Room for the sums over earlier and later tokens of each segment."""
         shape = (self.batch, self.segments, self.channels)
         return self.empty(*shape), self.empty(*shape)
 
     def exchange(self, sums: Sums, decay_earlier: torch.Tensor, decay_later: torch.Tensor) -> None:
         """From each segment's own sums to those that it gets from the others, in place."""
-        if self.segments > 1:
-            _exchange[(self.batch * self.blocks,)](
-                *sums,
-                decay_earlier,
-                decay_later,
-                self.segments,
-                self.channels,
-                self.shared["group_size"],
-                DOUBLINGS=SEGMENT.bit_length() - 1,
-                BLOCK=self.shared["BLOCK"],
-                num_warps=1,
-            )
+        _exchange[(self.batch * self.blocks,)](
+            *sums,
+            decay_earlier,
+            decay_later,
+            self.segments,
+            self.channels,
+            self.shared["group_size"],
+            DOUBLINGS=SEGMENT.bit_length() - 1,
+            BLOCK=self.shared["BLOCK"],
+            num_warps=1,
+        )
+
+    def sums_of_others(self, decay_earlier: torch.Tensor, decay_later: torch.Tensor, **rows: Any) -> Sums:
+        """What each segment gets from the others of the currents, or of other `rows` in their place."""
+        sums = self.new_sums()
+        decays = {"decay_forward": decay_earlier, "decay_backward": decay_later}
+        _sum_currents[self.grid](**{**self.shared, **rows}, **decays, sums_earlier=sums[0], sums_later=sums[1])
+        self.exchange(sums, decay_earlier, decay_later)
+        return sums
 
     def until_last_sweep(self) -> dict[str, Any]:
         """All that comes before the last sweep of the reset; what the kernel of the last one takes."""
-        decays = tuple(self.decays.values())
-        current: Sums = self.new_sums()
+        arguments = {**self.neuron, **_named("current", self.sums_of_others(*self.decays)), "TERNARY": self.ternary}
         spikes: Sums = (None, None)
         received = None
-        if self.segments > 1:
-            _sum_currents[self.grid](**self.shared, **self.decays, sums_earlier=current[0], sums_later=current[1])
-            self.exchange(current, *decays)
-        # The 0th gives the sums of the provisional spikes, which a single segment has no use for.
-        for sweep in range(0 if self.segments > 1 else 1, self.reset_iterations):
+        # The 0th gives the sums of the provisional spikes.
+        for sweep in range(self.reset_iterations):
             after = self.new_sums()
             received_after = self.empty(*self.current.shape) if sweep and received is None else received
             _spikes[self.grid](
-                **self.neuron,
-                **_named("current", current),
+                **arguments,
                 **_named("spikes", spikes),
                 **_named("next", after),
                 received_before=received,
@@ -717,38 +688,11 @@ class _Launches:
                 spikes=None,
                 packed=None,
                 RESET=sweep > 0,
-                TERNARY=self.ternary,
             )
-            self.exchange(after, *decays)
+            self.exchange(after, *self.decays)
             spikes, received = after, received_after
-        return {
-            **self.neuron,
-            **_named("current", current),
-            **_named("spikes", spikes),
-            "received_before": received,
-            "RESET": self.reset_iterations > 0,
-            "TERNARY": self.ternary,
-        }
-
-    def finish_gradient(
-        self, current_earlier: torch.Tensor, grad_sum: torch.Tensor, grad_parameters: torch.Tensor
-    ) -> None:
-        """The second half of the backward pass over several segments, from `g` in `grad_sum`, in its place."""
-        sums = self.new_sums()
-        # The gradient goes the other way round: what a token sent to later ones comes back from them.
-        decays = self.decays["decay_backward"], self.decays["decay_forward"]
-        shared = {**self.shared, "current": grad_sum, "weight": None, "PADDED": False}
-        _sum_currents[self.grid](
-            **shared, decay_forward=decays[0], decay_backward=decays[1], sums_earlier=sums[0], sums_later=sums[1]
-        )
-        self.exchange(sums, *decays)
-        _finish_gradient[self.grid](
-            **self.neuron,
-            **_named("grad", sums),
-            current_earlier=current_earlier,
-            grad_sum=grad_sum,
-            grad_parameters=grad_parameters,
-        )
+        last = {"received_before": received, "RESET": self.reset_iterations > 0}
+        return {**arguments, **_named("spikes", spikes), **last}
 
 
 def _named(name: str, sums: Sums) -> dict[str, torch.Tensor | None]:
@@ -796,10 +740,17 @@ def bpsn_backward(grad_spikes, current, *others):
             alpha=alpha,
             SURROGATE=surrogate,
         )
-        if launches.segments > 1:
-            launches.finish_gradient(arguments["current_earlier"], grad_current, parameters)
+        # The gradient goes the other way round: what a token sent to later ones comes back from them.
+        sums = launches.sums_of_others(*reversed(launches.decays), current=grad_current, weight=None, PADDED=False)
+        _finish_gradient[launches.grid](
+            **launches.neuron,
+            **_named("grad", sums),
+            current_earlier=arguments["current_earlier"],
+            grad_sum=grad_current,
+            grad_parameters=parameters,
+        )
     of_channel = parameters.sum((1, 2))
-    of_group = of_channel.unflatten(1, (launches.decays["decay_forward"].shape[0], -1)).sum(-1)
+    of_group = of_channel.unflatten(1, (neuron[2].shape[0], -1)).sum(-1)
     # An operator returns tensors of their own, not views of one.
     of_weight_and_sums = of_group[2:4] + of_group[4:6]
     grad_forward, grad_backward = of_weight_and_sums.unbind()

@@ -159,18 +159,19 @@ from modeling_snn_bert import bpsn_segments_triton as kernels
 
 arch, stage, dtype = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 numbers = "tokens channels group_size batch weight_row weight_stride weight_step".split()
-pointers = "weight v_threshold decay_forward decay_backward reset carries".split()
+pointers = "weight v_threshold decay_forward decay_backward reset carries current_earlier current_later".split()
 halves = ["current"]
 if stage == "spikes":
     halves.append("spikes")
 else:
     halves += ["grad_spikes", "grad_sum"]
-    pointers += "received_before slope_forward slope_backward grad_parameters".split()
+    pointers += "received_before slope_forward slope_backward grad_parameters grad_earlier grad_later".split()
+pointers += ["spikes_earlier", "spikes_later"]
 types = {**dict.fromkeys(numbers, "i32"), **dict.fromkeys(pointers, "*fp32"), **dict.fromkeys(halves, f"*{dtype}")}
 types |= {"alpha": "fp32", **({"packed": "*u8"} if stage == "spikes" else {})}
 constants = {"RESET": True, "TERNARY": True, "SURROGATE": "atan", "PADDED": True, "ONE_GROUP": False}
 constants |= {"CHUNK": 4, "SEGMENT": 256, "BLOCK": 64}
-kernel = {"spikes": kernels._spikes, "gradient": kernels._gradient}[stage]
+kernel = getattr(kernels, f"_{stage}")
 names = list(inspect.signature(kernel.fn).parameters)
 signature = {name: types.get(name, "constexpr") for name in names}
 constexprs = {(i,): constants.get(name) for i, name in enumerate(names) if signature[name] == "constexpr"}
@@ -184,7 +185,9 @@ assert free == set(numbers) - {"channels", "group_size"}, free
 
 @pytest.mark.slow
 @pytest.mark.skipif(not triton_tiles._AVAILABLE, reason="triton is not installed")
-@pytest.mark.parametrize(("arch", "stage", "dtype"), [(80, "spikes", "fp16"), (90, "gradient", "bf16")])
+@pytest.mark.parametrize(
+    ("arch", "stage", "dtype"), [(80, "spikes", "fp16"), (90, "gradient", "bf16"), (90, "finish_gradient", "fp16")]
+)
 def test_compiles_for_a_gpu(arch, stage, dtype, tmp_path):
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-c", COMPILE, str(arch), stage, dtype]
