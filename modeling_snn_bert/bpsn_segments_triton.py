@@ -148,30 +148,39 @@ def _weigh(
 
 
 @jit
-def _place(
-    tokens, channels, group_size, weight_row, weight_stride, weight_step,
-    SEGMENT: constexpr, BLOCK: constexpr, ONE_GROUP: constexpr,
+def _neuron(
+    v_threshold, decay_forward, decay_backward, reset, carries,
+    tokens, channels, group_size, batch,
+    PADDED: constexpr, CHUNK: constexpr, SEGMENT: constexpr, BLOCK: constexpr, ONE_GROUP: constexpr,
 ):  # fmt: skip
-    """Where this program works.
+    """What a kernel starts from: where its program works, and the neuron's parameters there.
 
-    Row, first channel, channels, which of them there are, their group, the place of its numbers in
-    `[batch, segments, channels]`, and what the functions below take as `walk`: first token and the one after the last,
-    channels in all, which of its own there are, where its row of currents starts, where its weights do, their stride.
+    Row, first channel, which channels there are, the place of its numbers in `[batch, segments, channels]`, and what
+    the functions below take as `walk`: first token and the one after the last, channels in all, which of its own there
+    are, where its row of currents starts, where its weights do, their stride. Threshold, decays and reset. This
+    program's place in the first plane of the carries, and the size of a plane.
     """
     blocks = tl.cdiv(channels, BLOCK)
     segments = tl.cdiv(tokens, SEGMENT)
-    block = tl.program_id(0) % blocks
+    first = tl.program_id(0) % blocks * BLOCK
     item = tl.program_id(0) // blocks
     row = (item // segments).to(tl.int64)
     start = item % segments * SEGMENT
-    channel = (block * BLOCK + tl.arange(0, BLOCK))[None, :]
+    end = tl.minimum(start + SEGMENT, tokens)
+    channel = (first + tl.arange(0, BLOCK))[None, :]
     inside = channel < channels
     # A block that lies in one group reads one number where another block reads one per channel.
-    group = (block * BLOCK) // group_size if ONE_GROUP else tl.minimum(channel, channels - 1) // group_size
-    end = tl.minimum(start + SEGMENT, tokens)
-    offset = row * tokens * channels + channel
-    walk = (start, end, channels, inside, offset, row * weight_row + group * weight_step, weight_stride)
-    return row, block * BLOCK, channel, inside, group, item.to(tl.int64) * channels + channel, walk
+    group = first // group_size if ONE_GROUP else tl.minimum(channel, channels - 1) // group_size
+    groups = channels // group_size
+    # Without padding all rows have the same weights.
+    weights_at = row * tokens * groups + group if PADDED else group
+    walk = (start, end, channels, inside, row * tokens * channels + channel, weights_at, groups)
+    # What lies beyond the last channel never fires: its bits share a byte with those of real channels.
+    threshold = tl.load(v_threshold + channel, mask=inside, other=float("inf"))
+    values = threshold, tl.load(decay_forward + group), tl.load(decay_backward + group), tl.load(reset + group)
+    item = item.to(tl.int64) * channels + channel
+    of_row = tl.cdiv(tokens, CHUNK) * channels
+    return row, first, inside, item, walk, values, carries + row * of_row + channel, batch.to(tl.int64) * of_row
 
 
 @jit
@@ -180,10 +189,7 @@ def _weights(weight, token, walk, CHUNK: constexpr):
     _start, end, _channels, _inside, _offset, first, stride = walk
     chunk = ()
     for k in tl.static_range(CHUNK):
-        if weight is None:
-            chunk = chunk + (tl.where(token + k < end, 1.0, 0.0),)
-        else:
-            chunk = chunk + (tl.load(weight + first + (token + k) * stride, mask=token + k < end, other=0),)
+        chunk = chunk + (tl.load(weight + first + (token + k) * stride, mask=token + k < end, other=0),)
     return chunk
 
 
@@ -243,22 +249,22 @@ def _add_to_sums(x, earlier, later, power, forward, backward, REVERSE: constexpr
 
 @jit
 def _sum_currents(
-    current, weight, decay_forward, decay_backward, sums_earlier, sums_later,
-    tokens, channels, group_size, weight_row, weight_stride, weight_step,
+    current, weight, v_threshold, decay_forward, decay_backward, reset, carries, sums_earlier, sums_later,
+    tokens, channels, group_size, batch,
     PADDED: constexpr, CHUNK: constexpr, SEGMENT: constexpr, BLOCK: constexpr, ONE_GROUP: constexpr,
 ):  # fmt: skip
     """Both leaky sums of the currents over each segment alone, `[batch, segments, channels]`."""
-    _row, _first, _channel, inside, group, item, walk = _place(
-        tokens, channels, group_size, weight_row, weight_stride, weight_step, SEGMENT, BLOCK, ONE_GROUP
-    )
-    forward = tl.load(decay_forward + group)
-    backward = tl.load(decay_backward + group)
+    _row, _first, inside, item, walk, values, _carries, _plane = _neuron(
+        v_threshold, decay_forward, decay_backward, reset, carries,
+        tokens, channels, group_size, batch,
+        PADDED, CHUNK, SEGMENT, BLOCK, ONE_GROUP,
+    )  # fmt: skip
     earlier = tl.zeros([1, BLOCK], tl.float32)
     later = tl.zeros([1, BLOCK], tl.float32)
     power = tl.zeros([1, BLOCK], tl.float32) + 1
     for chunk in range(0, tl.cdiv(walk[1] - walk[0], CHUNK)):
         x, _ = _load_currents(current, weight, walk[0] + chunk * CHUNK, walk, PADDED, CHUNK)
-        earlier, later, power = _add_to_sums(x, earlier, later, power, forward, backward, False, CHUNK)
+        earlier, later, power = _add_to_sums(x, earlier, later, power, values[1], values[2], False, CHUNK)
     tl.store(sums_earlier + item, earlier, mask=inside)
     tl.store(sums_later + item, later, mask=inside)
 
@@ -293,27 +299,6 @@ def _exchange(
         own = tl.load(sums_later + at, mask=inside, other=0)
         tl.store(sums_later + at, later, mask=inside)
         later = backward * later + own
-
-
-@jit
-def _neuron(
-    v_threshold, decay_forward, decay_backward, reset, carries,
-    tokens, channels, group_size, batch, weight_row, weight_stride, weight_step,
-    CHUNK: constexpr, SEGMENT: constexpr, BLOCK: constexpr, ONE_GROUP: constexpr,
-):  # fmt: skip
-    """What a kernel with a neuron's parameters starts from.
-
-    Row, first channel, which channels there are, item and walk as from `_place`; the neuron's threshold, decays and
-    reset; this program's place in the first plane of the carries, and the size of a plane.
-    """
-    row, first, channel, inside, group, item, walk = _place(
-        tokens, channels, group_size, weight_row, weight_stride, weight_step, SEGMENT, BLOCK, ONE_GROUP
-    )
-    # What lies beyond the last channel never fires: its bits share a byte with those of real channels.
-    threshold = tl.load(v_threshold + channel, mask=inside, other=float("inf"))
-    values = threshold, tl.load(decay_forward + group), tl.load(decay_backward + group), tl.load(reset + group)
-    of_row = tl.cdiv(tokens, CHUNK) * channels
-    return row, first, inside, item, walk, values, carries + row * of_row + channel, batch.to(tl.int64) * of_row
 
 
 @jit
@@ -384,7 +369,7 @@ def _sweep_chunk(
 def _spikes(
     current, weight, v_threshold, decay_forward, decay_backward, reset, carries, current_earlier, current_later,
     spikes_earlier, spikes_later, received_before, received_after, next_earlier, next_later, spikes, packed,
-    tokens, channels, group_size, batch, weight_row, weight_stride, weight_step,
+    tokens, channels, group_size, batch,
     RESET: constexpr, TERNARY: constexpr, PADDED: constexpr, CHUNK: constexpr, SEGMENT: constexpr, BLOCK: constexpr,
     ONE_GROUP: constexpr,
 ):  # fmt: skip
@@ -396,8 +381,8 @@ def _spikes(
     """
     row, first_channel, inside, item, walk, values, carries, plane = _neuron(
         v_threshold, decay_forward, decay_backward, reset, carries,
-        tokens, channels, group_size, batch, weight_row, weight_stride, weight_step,
-        CHUNK, SEGMENT, BLOCK, ONE_GROUP,
+        tokens, channels, group_size, batch,
+        PADDED, CHUNK, SEGMENT, BLOCK, ONE_GROUP,
     )  # fmt: skip
     start, end, _channels, _inside, offset, _first, _stride = walk
     later = tl.load(current_later + item, mask=inside, other=0)
@@ -451,7 +436,7 @@ def _gradient(
     current, weight, v_threshold, decay_forward, decay_backward, reset, carries, current_earlier, current_later,
     spikes_earlier, spikes_later, received_before, grad_spikes, slope_forward, slope_backward, grad_sum,
     grad_parameters,
-    tokens, channels, group_size, batch, weight_row, weight_stride, weight_step, alpha,
+    tokens, channels, group_size, batch, alpha,
     SURROGATE: constexpr, RESET: constexpr, TERNARY: constexpr, PADDED: constexpr, CHUNK: constexpr,
     SEGMENT: constexpr, BLOCK: constexpr, ONE_GROUP: constexpr,
 ):  # fmt: skip
@@ -462,8 +447,8 @@ def _gradient(
     """
     _row, _first, inside, item, walk, values, carries, plane = _neuron(
         v_threshold, decay_forward, decay_backward, reset, carries,
-        tokens, channels, group_size, batch, weight_row, weight_stride, weight_step,
-        CHUNK, SEGMENT, BLOCK, ONE_GROUP,
+        tokens, channels, group_size, batch,
+        PADDED, CHUNK, SEGMENT, BLOCK, ONE_GROUP,
     )  # fmt: skip
     later = tl.load(current_later + item, mask=inside, other=0)
     _walk_later(current, weight, walk, later, values[2], carries, PADDED, CHUNK)
@@ -512,7 +497,7 @@ def _gradient(
 def _finish_gradient(
     current, weight, v_threshold, decay_forward, decay_backward, reset, carries, current_earlier, grad_earlier,
     grad_later, grad_sum, grad_parameters,
-    tokens, channels, group_size, batch, weight_row, weight_stride, weight_step,
+    tokens, channels, group_size, batch,
     PADDED: constexpr, CHUNK: constexpr, SEGMENT: constexpr, BLOCK: constexpr, ONE_GROUP: constexpr,
 ):  # fmt: skip
     """Walks 4: from `g` to the gradient to the current, in its place, and the gradients to both decays.
@@ -521,12 +506,12 @@ def _finish_gradient(
     """
     _row, _first, inside, item, walk, values, carries, plane = _neuron(
         v_threshold, decay_forward, decay_backward, reset, carries,
-        tokens, channels, group_size, batch, weight_row, weight_stride, weight_step,
-        CHUNK, SEGMENT, BLOCK, ONE_GROUP,
+        tokens, channels, group_size, batch,
+        PADDED, CHUNK, SEGMENT, BLOCK, ONE_GROUP,
     )  # fmt: skip
     _threshold, forward, backward, _reset = values
     to_earlier = tl.load(grad_later + item, mask=inside, other=0)
-    _walk_later(grad_sum, None, walk, to_earlier, forward, carries + 3 * plane, False, CHUNK)
+    _walk_later(grad_sum, weight, walk, to_earlier, forward, carries + 3 * plane, False, CHUNK)
     earlier = tl.load(current_earlier + item, mask=inside, other=0)
     to_later = tl.load(grad_earlier + item, mask=inside, other=0)
     grad_forward = tl.zeros_like(earlier)
@@ -556,20 +541,18 @@ def _weight_of_tokens(
     decay_backward: torch.Tensor,
     normalize: bool,
     slopes: bool,
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """`1 / n` at valid tokens and 0 at others, `[batch or 1, seq_len, groups or 1]`; the derivatives of `n`, or `None`.
-
-    `None` for the weight stands for 1 at every token.
-    """
-    valid = None if mask is None else mask != 0
-    if not normalize:
-        return None if valid is None else valid.float()[..., None].contiguous(), None, None
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """`1 / n` at valid tokens and 0 at others, `[batch or 1, seq_len, groups]`; the derivatives of `n`, or `None`."""
+    valid = None if mask is None else (mask != 0).to(torch.uint8).contiguous()
     rows, tokens = (1, current.shape[1]) if valid is None else valid.shape
     shape = (rows, tokens, decay_forward.shape[0])
+    if not normalize:
+        ones = torch.ones(shape, device=current.device)
+        return ones if valid is None else ones * valid[..., None], None, None
     weight, later_sums = (torch.empty(shape, device=current.device) for _ in range(2))
     both_slopes = [torch.empty(shape, device=current.device) if slopes else None for _ in range(2)]
     _weigh[(rows * shape[2],)](
-        None if valid is None else valid.to(torch.uint8).contiguous(),
+        valid,
         decay_forward,
         decay_backward,
         later_sums,
@@ -613,15 +596,18 @@ class _Launches:
         self.blocks = -(-self.channels // block)
         # A program for each row, segment and block of channels.
         self.grid = (self.batch * self.segments * self.blocks,)
-        self.shared: dict[str, Any] = {
+        self.neuron: dict[str, Any] = {
             "current": self.current,
             "weight": weight,
+            "v_threshold": v_threshold.contiguous(),
+            "decay_forward": self.decays[0],
+            "decay_backward": self.decays[1],
+            "reset": reset.contiguous(),
+            "carries": carries,
+            "batch": self.batch,
             "tokens": self.tokens,
             "channels": self.channels,
             "group_size": group_size,
-            "weight_row": 0 if weight is None or weight.shape[0] == 1 else weight.stride(0),
-            "weight_stride": 0 if weight is None else weight.shape[2],
-            "weight_step": 0 if weight is None or weight.shape[2] == 1 else 1,
             "PADDED": mask is not None,
             "CHUNK": CHUNK,
             "SEGMENT": SEGMENT,
@@ -629,19 +615,10 @@ class _Launches:
             "ONE_GROUP": group_size % block == 0,
             "num_warps": 1,
         }
-        self.neuron = {
-            **self.shared,
-            "decay_forward": self.decays[0],
-            "decay_backward": self.decays[1],
-            "v_threshold": v_threshold.contiguous(),
-            "reset": reset.contiguous(),
-            "carries": carries,
-            "batch": self.batch,
-        }
         self.ternary = ternary
 
-    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device=self.current.device)
+    def empty(self, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=self.current.device)
 
     def new_sums(self) -> Sums:
         """Room for the sums over earlier and later tokens of each segment."""
@@ -656,18 +633,18 @@ class _Launches:
             decay_later,
             self.segments,
             self.channels,
-            self.shared["group_size"],
+            self.neuron["group_size"],
             DOUBLINGS=SEGMENT.bit_length() - 1,
-            BLOCK=self.shared["BLOCK"],
+            BLOCK=self.neuron["BLOCK"],
             num_warps=1,
         )
 
-    def sums_of_others(self, decay_earlier: torch.Tensor, decay_later: torch.Tensor, **rows: Any) -> Sums:
+    def sums_of_others(self, decay_forward: torch.Tensor, decay_backward: torch.Tensor, **rows: Any) -> Sums:
         """What each segment gets from the others of the currents, or of other `rows` in their place."""
         sums = self.new_sums()
-        decays = {"decay_forward": decay_earlier, "decay_backward": decay_later}
-        _sum_currents[self.grid](**{**self.shared, **rows}, **decays, sums_earlier=sums[0], sums_later=sums[1])
-        self.exchange(sums, decay_earlier, decay_later)
+        others = {**rows, "decay_forward": decay_forward, "decay_backward": decay_backward}
+        _sum_currents[self.grid](**{**self.neuron, **others}, sums_earlier=sums[0], sums_later=sums[1])
+        self.exchange(sums, decay_forward, decay_backward)
         return sums
 
     def until_last_sweep(self) -> dict[str, Any]:
@@ -741,7 +718,7 @@ def bpsn_backward(grad_spikes, current, *others):
             SURROGATE=surrogate,
         )
         # The gradient goes the other way round: what a token sent to later ones comes back from them.
-        sums = launches.sums_of_others(*reversed(launches.decays), current=grad_current, weight=None, PADDED=False)
+        sums = launches.sums_of_others(*reversed(launches.decays), current=grad_current, PADDED=False)
         _finish_gradient[launches.grid](
             **launches.neuron,
             **_named("grad", sums),

@@ -61,7 +61,7 @@ def takes(x: torch.Tensor) -> bool:
 
 # Numbers that change from batch to batch. Triton would compile a kernel anew for each that is 1, or the first that is a
 # multiple of 16, and would make a 1 a constant, which has no methods.
-FREE_NUMBERS = ("tokens", "batch", "segments", "weight_row", "weight_stride", "weight_step", "packed_plane", "size")
+FREE_NUMBERS = ("tokens", "batch", "segments", "packed_plane", "size")
 
 
 def jit(function):

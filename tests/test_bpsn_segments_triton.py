@@ -158,7 +158,7 @@ from triton.compiler import ASTSource, compile
 from modeling_snn_bert import bpsn_segments_triton as kernels
 
 arch, stage, dtype = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-numbers = "tokens channels group_size batch weight_row weight_stride weight_step".split()
+numbers = "tokens channels group_size batch".split()
 pointers = "weight v_threshold decay_forward decay_backward reset carries current_earlier current_later".split()
 halves = ["current"]
 if stage == "spikes":
