@@ -164,7 +164,7 @@ class BlockedWeights:
             *(None if x is None else nn.functional.pad(x.float(), (0, filling)) for x in (scale, bias)),
         )
         of_columns = zip(("scale", "bias"), self.tensors[1:], strict=True)
-        pointers = [_pointer(name, x, torch.float32, (outputs,)) for name, x in of_columns]
+        pointers = [x if x is None else checked_pointer(name, x, torch.float32, (outputs,)) for name, x in of_columns]
         self.struct = _Product(self.outputs, LAYOUTS[layout], address, *pointers, None, None)
 
 
@@ -206,10 +206,6 @@ def _kernel(name: str):
 
 def _threads() -> ctypes.c_int32:
     return ctypes.c_int32(torch.get_num_threads())
-
-
-def _pointer(name: str, x: torch.Tensor | None, dtype: torch.dtype, shape: tuple[int, ...]) -> int | None:
-    return None if x is None else checked_pointer(name, x, dtype, shape)
 
 
 def _packed_rows(packed: torch.Tensor) -> tuple[int, int, int]:
@@ -281,19 +277,16 @@ def event_linear(
 
 
 def _neuron(
-    neuron: NeuronParameters, batch: int, tokens: int, channels: int, mask: torch.Tensor | None, packed: torch.Tensor
-) -> _Neuron:
-    """The structure of `neuron` for currents `[batch, tokens, channels]`, whose spikes go to `packed`."""
+    neuron: NeuronParameters, batch: int, tokens: int, channels: int, mask: torch.Tensor | None
+) -> tuple[_Neuron, torch.Tensor]:
+    """The structure of `neuron` for currents `[batch, tokens, channels]`, and the packed spikes that it is to write."""
     if neuron.channels != channels:
         raise ValueError(f"the neuron has {neuron.channels} channels, but its currents {channels}")
+    packed = torch.empty(1 + neuron.ternary, batch, tokens, channels // 8, dtype=torch.uint8)
     struct = _Neuron.from_buffer_copy(neuron.struct)
     struct.batch, struct.tokens, struct.packed = batch, tokens, packed.data_ptr()
-    struct.mask = _pointer("mask", mask, torch.uint8, (batch, tokens))
-    return struct
-
-
-def _empty_packed(neuron: NeuronParameters, batch: int, tokens: int) -> torch.Tensor:
-    return torch.empty(1 + neuron.ternary, batch, tokens, neuron.channels // 8, dtype=torch.uint8)
+    struct.mask = None if mask is None else checked_pointer("mask", mask, torch.uint8, (batch, tokens))
+    return struct, packed
 
 
 def _call(name: str, *arguments: ctypes.Structure) -> None:
@@ -307,8 +300,7 @@ def _call(name: str, *arguments: ctypes.Structure) -> None:
 def neuron_spikes(current: torch.Tensor, mask: torch.Tensor | None, neuron: NeuronParameters) -> torch.Tensor:
     """Packed spikes of a neuron from `current`, `[batch, seq_len, channels]`, float32 and contiguous."""
     batch, tokens, channels = current.shape
-    packed = _empty_packed(neuron, batch, tokens)
-    struct = _neuron(neuron, batch, tokens, channels, mask, packed)
+    struct, packed = _neuron(neuron, batch, tokens, channels, mask)
     struct.current = checked_pointer("current", current, torch.float32, current.shape)
     _call("bpsn_forward", struct)
     return packed
@@ -330,8 +322,7 @@ def linear_neuron_spikes(
         raise ValueError(f"`batch` must divide the {spikes.struct.rows} rows of the spikes, got {batch}")
     if not fits_blocks(weights.layout, weights.outputs, neuron.groups):
         raise ValueError(f"{neuron.groups} groups of {weights.outputs} channels and blocks of columns do not fit")
-    packed = _empty_packed(neuron, batch, tokens)
-    behind = _neuron(neuron, batch, tokens, weights.outputs, mask, packed)
+    behind, packed = _neuron(neuron, batch, tokens, weights.outputs, mask)
     _call("event_linear_bpsn", spikes.struct, _product(spikes, weights), behind)
     return packed
 
@@ -355,8 +346,7 @@ def attention_spikes(
     """Packed spikes of the neuron behind softmax attention between packed spikes, with a channel group per head."""
     signs, batch, tokens, width = query.shape
     channels = 8 * width
-    packed = _empty_packed(neuron, batch, tokens)
-    struct = _neuron(neuron, batch, tokens, channels, mask, packed)
+    struct, packed = _neuron(neuron, batch, tokens, channels, mask)
     if signs != 1 + neuron.ternary or channels // neuron.groups > MAX_HEAD_SIZE:
         raise ValueError(
             f"`query` must be [{1 + neuron.ternary}, batch, seq_len, channels / 8] with heads of at most "
