@@ -194,17 +194,15 @@ def _decay_matrix(decay_forward: torch.Tensor, decay_backward: torch.Tensor, len
 
 
 def _naive(x: torch.Tensor, decay_forward: torch.Tensor, decay_backward: torch.Tensor) -> torch.Tensor:
-    batch, length, channels = x.shape
-    groups = decay_forward.shape[0]
-    x = x.reshape(batch, length, groups, channels // groups)
+    repeats = x.shape[-1] // decay_forward.shape[0]
+    forward, backward = (decay.repeat_interleave(repeats) for decay in (decay_forward, decay_backward))
     rows = []
-    for t in range(length):
+    for t in range(x.shape[1]):
         row = torch.zeros_like(x[:, 0])
-        for j in range(length):
-            weight = decay_forward ** (t - j) if j <= t else decay_backward ** (j - t)
-            row = row + weight[:, None] * x[:, j]
+        for j in range(x.shape[1]):
+            row = row + (forward ** (t - j) if j <= t else backward ** (j - t)) * x[:, j]
         rows.append(row)
-    return torch.stack(rows, dim=1).reshape(batch, length, channels)
+    return torch.stack(rows, dim=1)
 
 
 def _toeplitz(x: torch.Tensor, decay_forward: torch.Tensor, decay_backward: torch.Tensor) -> torch.Tensor:
