@@ -8,6 +8,7 @@ on with the very data that it would have seen.
 import csv
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -239,7 +240,7 @@ class TextBlocks:
                 f"{validation_blocks} (--validation_blocks) and train on the rest"
             )
         self.blocks = tokens[: count * body].reshape(count, body)
-        self.separators = Separators(tokenizer)
+        self.separators, self.length = Separators(tokenizer), max_seq_length
         self.pair_probability, self.short_probability, self.seed = pair_probability, short_probability, seed
         order = np.random.default_rng(0).permutation(count)
         self.held_out, self.training = order[:validation_blocks], order[validation_blocks:]
@@ -252,7 +253,7 @@ class TextBlocks:
             epoch, place = divmod(position, len(self.training))
             indices.append(self.training[self._epoch_order(epoch)[place]])
         generator = np.random.default_rng([self.seed, step, part])
-        length = self.blocks.shape[1] + 2
+        length = self.length
         if self.short_probability and generator.random() < self.short_probability:
             length = int(generator.integers(MIN_SEQ_LENGTH, length + 1))
         return self._assemble(indices, generator, length)
@@ -265,17 +266,14 @@ class TextBlocks:
 
     def validation(self, batch_size: int, part: int = 0, parts: int = 1) -> Iterator[Batch]:
         """The held-out blocks of one of `parts` processes."""
-        starts = range(0, len(self.held_out), batch_size)
-        for number, start in enumerate(starts):
-            if number % parts == part:
-                indices = self.held_out[start : start + batch_size]
-                yield self._assemble(indices, np.random.default_rng([0, number]), self.blocks.shape[1] + 2)
+        for number in range(part, math.ceil(len(self.held_out) / batch_size), parts):
+            indices = self.held_out[number * batch_size : (number + 1) * batch_size]
+            yield self._assemble(indices, np.random.default_rng([0, number]), self.length)
 
     def calibration(self, tokens: int) -> list[Batch]:
         """Training blocks of about that many tokens in all for `convert_bert`; the same ones in every process."""
-        length = self.blocks.shape[1] + 2
-        batch_size = max(1, 1024 // length)
-        return [self.batch(number, batch_size) for number in range(max(1, tokens // (batch_size * length)))]
+        batch_size = max(1, 1024 // self.length)
+        return [self.batch(number, batch_size) for number in range(max(1, tokens // (batch_size * self.length)))]
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
         if getattr(self, "_order", (None, None))[0] != epoch:

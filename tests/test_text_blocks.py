@@ -70,6 +70,7 @@ def test_short_batches(make_blocks):
     """Some training batches are cut to one shorter length each; the order, and what is held out, stay as they were."""
     blocks, whole = make_blocks(short_probability=0.5), make_blocks()
     blocks.blocks = whole.blocks = np.arange(20 * 50, dtype=np.int32).reshape(50, 20)
+    blocks.length = whole.length = 22
     lengths = set()
     for step in range(40):
         batch, wanted = blocks.batch(step, 3), whole.batch(step, 3)
