@@ -729,9 +729,8 @@ def bpsn_backward(grad_spikes, current, *others):
     of_channel = parameters.sum((1, 2))
     of_group = of_channel.unflatten(1, (neuron[2].shape[0], -1)).sum(-1)
     # An operator returns tensors of their own, not views of one.
-    of_weight_and_sums = of_group[2:4] + of_group[4:6]
-    grad_forward, grad_backward = of_weight_and_sums.unbind()
-    return grad_current, *(grad.clone() for grad in (of_channel[0], grad_forward, grad_backward, of_group[1]))
+    grad_decays = of_group[2:4] + of_group[4:6]
+    return grad_current, *(grad.clone() for grad in (of_channel[0], *grad_decays, of_group[1]))
 
 
 bpsn_forward.register_fake(fake_bpsn_forward)

@@ -222,15 +222,13 @@ def parameter_groups(
         raise ValueError(f"learning rates must be positive, got {learning_rate} and {neuron_learning_rate}")
     if not weight_decay >= 0:
         raise ValueError(f"`weight_decay` must be >= 0, got {weight_decay}")
-    weights: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    neurons: list[nn.Parameter] = []
+    groups: list[dict] = [
+        {"params": [], "lr": learning_rate, "weight_decay": weight_decay},
+        {"params": [], "lr": learning_rate, "weight_decay": 0.0},
+        {"params": [], "lr": neuron_learning_rate, "weight_decay": 0.0},
+    ]
+    weights, others, neurons = (group["params"] for group in groups)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (neurons if is_neuron_parameter(name) else weights if parameter.dim() > 1 else others).append(parameter)
-    groups = [
-        {"params": weights, "lr": learning_rate, "weight_decay": weight_decay},
-        {"params": others, "lr": learning_rate, "weight_decay": 0.0},
-        {"params": neurons, "lr": neuron_learning_rate, "weight_decay": 0.0},
-    ]
     return [group for group in groups if group["params"]]
