@@ -1,9 +1,6 @@
 """What the scripts for GLUE and for tasks like it share: data, figures, classifiers with their heads, energy.
 
-Tasks are read from GLUE's files, from files of one's own or from the Hub. A model of several tasks is an ordinary
-`...ForSequenceClassification` whose logits are those of all heads in a row, so that it is saved and loaded as such.
-Which logits are whose is said by its `id2label`: "cola:unacceptable", "cola:acceptable", "stsb:score", ...
-
+Tasks are read from GLUE's files, from files of one's own or from the Hub.
 The figures are those of GLUE's own script, computed here by scikit-learn and scipy, so that no code has to be
 downloaded: accuracy, F1 (MRPC, QQP), Matthews correlation (CoLA), Pearson and Spearman correlation (STS-B).
 """
@@ -23,7 +20,6 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value, load_dataset
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -39,7 +35,7 @@ from modeling_snn_bert import SNNBertConfig, SNNBertForSequenceClassification
 from modeling_snn_bert.batches import Batch, batches_in_order
 from modeling_snn_bert.conversion import FAMILIES, convert_bert
 from modeling_snn_bert.energy import energy_report
-from modeling_snn_bert.fine_tuning import label_names
+from modeling_snn_bert.multitask import Head, keep_head
 from modeling_snn_bert.settings import ConversionArguments
 from modeling_snn_bert.text_files import check_columns, read_rows
 
@@ -85,6 +81,11 @@ class Task:
     @property
     def is_regression(self) -> bool:
         return not self.labels
+
+    @property
+    def head(self) -> Head:
+        """Its head in a model."""
+        return Head(self.name, self.labels or (SCORE,), self.is_regression, len(self.columns) == 2)
 
 
 _PAIR = ("sentence1", "sentence2")
@@ -495,44 +496,10 @@ def measure_energy(
     }
 
 
-def label_settings(tasks: Sequence[Task]) -> dict[str, Any]:
-    """The settings of a configuration that give a model the heads of `tasks`."""
-    return label_names([f"{task.name}:{label}" for task in tasks for label in labels_of(task)])
-
-
-def labels_of(task: Task) -> tuple[str, ...]:
-    """The names of a task's logits."""
-    return task.labels or (SCORE,)
-
-
-def settings_of(task: Task) -> dict[str, Any]:
-    """The settings of a configuration that make a model one of `task` alone."""
-    problem_type = "regression" if task.is_regression else "single_label_classification"
-    return {**label_names(labels_of(task)), "problem_type": problem_type}
-
-
-def heads_of(config: PreTrainedConfig) -> dict[str, slice]:
-    """Which logits are whose, by the names of the tasks; empty for a model of one task."""
-    heads: dict[str, slice] = {}
-    for index in range(len(config.id2label)):
-        task, colon, _ = str(config.id2label[index]).partition(":")
-        # Labels of one task may have a colon too.
-        if not colon or task not in TASKS:
-            return {}
-        heads[task] = slice(heads[task].start if task in heads else index, index + 1)
-    return heads
-
-
-def check_heads(config: PreTrainedConfig, tasks: Sequence[Task], path: str) -> None:
-    """Raise a `ValueError` unless a model has the heads of `tasks`, in any order, and those heads have their labels."""
-    heads = heads_of(config)
-    for task in tasks:
-        names = [f"{task.name}:{label}" for label in labels_of(task)]
-        if [config.id2label[i] for i in range(len(config.id2label))[heads.get(task.name, slice(0))]] != names:
-            raise ValueError(
-                f"{path} must have a head for {task.name} with the labels {list(labels_of(task))}; it has the labels "
-                f"{list(config.id2label.values())}"
-            )
+def several_heads(config: PreTrainedConfig) -> list[str]:
+    """The tasks of a model of several tasks, in the order of its logits; none for a model of one."""
+    logits = {name: task.head.logits_of(config) for name, task in TASKS.items()}
+    return sorted((name for name in TASKS if logits[name].stop), key=lambda name: logits[name].start)
 
 
 def load_for_task(model_class: type[PreTrainedModel], path: str, task: Task, **options: Any) -> PreTrainedModel:
@@ -547,31 +514,10 @@ def load_for_task(model_class: type[PreTrainedModel], path: str, task: Task, **o
         task: the task.
         options: further arguments of `from_pretrained`.
     """
-    config = AutoConfig.from_pretrained(path)
-    heads = heads_of(config)
-    if task.name not in heads:
-        return model_class.from_pretrained(path, ignore_mismatched_sizes=bool(heads), **settings_of(task), **options)
+    others = several_heads(AutoConfig.from_pretrained(path))
+    if task.name not in others:
+        options |= {"ignore_mismatched_sizes": bool(others), **task.head.alone()}
+        return model_class.from_pretrained(path, **options)
     model = model_class.from_pretrained(path, **options)
-    keep_head(model, task)
+    keep_head(model, task.head)
     return model
-
-
-def keep_head(model: PreTrainedModel, task: Task) -> None:
-    """Leave a model of several tasks the head of one alone, in place; it is then as if fine-tuned on that one.
-
-    Raises:
-        ValueError: if it has no such head.
-    """
-    check_heads(model.config, [task], model.name_or_path)
-    rows = heads_of(model.config)[task.name]
-    # An MPNet's is the last Linear of a module of that name.
-    holder, name = (model.classifier, "out_proj") if hasattr(model.classifier, "out_proj") else (model, "classifier")
-    every_head = getattr(holder, name)
-    classifier = nn.Linear(every_head.in_features, rows.stop - rows.start, device=model.device)
-    with torch.no_grad():
-        classifier.weight.copy_(every_head.weight[rows])
-        classifier.bias.copy_(every_head.bias[rows])
-    setattr(holder, name, classifier)
-    model.num_labels = classifier.out_features
-    for name, value in settings_of(task).items():
-        setattr(model.config, name, value)

@@ -20,12 +20,10 @@ from glue_tasks import (
     RunsArguments,
     Task,
     TaskArguments,
-    heads_of,
-    keep_head,
-    labels_of,
     load_teacher,
     measure_energy,
     score,
+    several_heads,
     tokenize,
 )
 from transformers import (
@@ -38,6 +36,7 @@ from transformers import (
 from transformers.hf_argparser import HfArg
 
 from modeling_snn_bert.batches import Batches, BatchOf, DrawnBatches, RowBatches, alternating
+from modeling_snn_bert.multitask import keep_head
 from modeling_snn_bert.seeds import run_seeds
 from modeling_snn_bert.trainer import DistillationTrainer, DistillationTrainingArguments
 from modeling_snn_bert.unlabelled_data import UnlabelledArguments
@@ -130,12 +129,12 @@ def main() -> None:
 
 def take_head(teacher: PreTrainedModel, task: Task) -> None:
     """Leave a teacher of several tasks the head of `task`; raise a `ValueError` if one of one task has another head."""
-    if task.name in heads_of(teacher.config):
-        keep_head(teacher, task)
-    if teacher.config.num_labels != len(labels_of(task)):
+    if task.name in several_heads(teacher.config):
+        keep_head(teacher, task.head)
+    wanted, found = len(task.head.labels), teacher.config.num_labels
+    if found != wanted:
         raise ValueError(
-            f"--teacher_name_or_path must have been fine-tuned on {task.name}, with {len(labels_of(task))} labels; it "
-            f"has {teacher.config.num_labels}"
+            f"--teacher_name_or_path must have been fine-tuned on {task.name}, with {wanted} labels; it has {found}"
         )
 
 

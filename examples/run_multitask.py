@@ -16,19 +16,18 @@ what this writes as model or teacher of any of the tasks.
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from statistics import fmean
 
 import torch
-from datasets import DatasetDict
+from datasets import Dataset
 from glue_tasks import (
     TASKS,
     Task,
     TaskArguments,
     attention_implementation,
-    check_heads,
-    heads_of,
-    label_settings,
     load_teacher,
     score,
+    several_heads,
     tokenize,
 )
 from transformers import (
@@ -37,10 +36,8 @@ from transformers import (
     AutoTokenizer,
     DataCollatorWithPadding,
     HfArgumentParser,
-    MPNetPreTrainedModel,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     set_seed,
 )
 from transformers.hf_argparser import HfArg
@@ -49,8 +46,7 @@ from modeling_snn_bert import SNNBertConfig
 from modeling_snn_bert.batches import Batch, Batches, DrawnBatches, Row
 from modeling_snn_bert.distillation import check_same_shape
 from modeling_snn_bert.fine_tuning import NO_DROPOUT
-from modeling_snn_bert.mpnet import weights_of
-from modeling_snn_bert.multitask import CollateForTeacher, Head, MultitaskTrainer
+from modeling_snn_bert.multitask import CollateForTeacher, MultitaskTrainer, heads_settings, rows_of_all, take_over
 from modeling_snn_bert.seeds import RESULTS_FILE
 from modeling_snn_bert.trainer import DistillationTrainingArguments
 from modeling_snn_bert.unlabelled_data import UnlabelledArguments
@@ -104,7 +100,8 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(run_args.model_name_or_path)
     teacher = None
     if teacher_path is not None:
-        check_heads(AutoConfig.from_pretrained(teacher_path), tasks, teacher_path)
+        for task in tasks:
+            task.head.check(AutoConfig.from_pretrained(teacher_path), teacher_path)
         # Hidden states and attention weights are compared token by token.
         compared = tokenizer if args.compares_states else None
         advice = ": give --hidden_weight 0 (and no --attention_weight)"
@@ -114,35 +111,34 @@ def main() -> None:
     collate = drawn_collate = DataCollatorWithPadding(tokenizer)
     if teacher is not None and not args.compares_states:
         drawn_collate = CollateForTeacher(collate, AutoTokenizer.from_pretrained(teacher_path), length)
+
+    def tokenized(split: str) -> list[Dataset]:
+        return [tokenize(part[split], task, tokenizer, length) for part, task in zip(data, tasks, strict=True)]
+
     with args.main_process_first(desc="tokenize"):
         draw: Callable[[random.Random], Row]
         if teacher is None:
-            draw = labelled_rows(tasks, data, tokenizer, length)
+            draw = rows_of_all([list(rows) for rows in tokenized("train")])
         else:
             texts = [[part["train"][x] for x in task.columns] for task, part in zip(tasks, data, strict=True)]
             options = {"single_share": run_args.single_share, "with_texts": not args.compares_states}
             draw = text_args.rows(texts, tokenizer, length, **options)
-        validation = [
-            tokenize(part["validation"], task, tokenizer, length) for part, task in zip(data, tasks, strict=True)
-        ]
+        validation = tokenized("validation")
 
     def figures_of(model: PreTrainedModel) -> dict[str, float]:
         def answer(batch: Batch) -> Iterable[tuple[list[float], float]]:
             labels = batch.pop("labels").tolist()
             return zip(model(**batch).logits.float().tolist(), labels, strict=True)
 
-        predictions = {
-            task.name: trainer.answers(rows, collate, answer) for task, rows in zip(tasks, validation, strict=True)
-        }
-        return score_tasks(tasks, predictions, heads_of(model.config))
+        predictions = [trainer.answers(rows, collate, answer) for rows in validation]
+        return score_tasks(tasks, predictions, model.config)
 
     drawn = DrawnBatches(draw, drawn_collate, args.per_device_train_batch_size, args.seed, args.process_index)
     trainer = MultitaskTrainer(
         model,
         args,
-        heads=heads_for(tasks, model.config),
+        heads=[task.head for task in tasks],
         teacher=teacher,
-        teacher_heads=[] if teacher is None else heads_for(tasks, teacher.config),
         train_dataset=Batches.of_run(drawn, args),
         processing_class=tokenizer,
         figures_of=figures_of,
@@ -150,12 +146,6 @@ def main() -> None:
     trainer.train_as_told()
     flags = {**asdict(run_args), **asdict(text_args)}
     trainer.save_run(RESULTS_FILE, {**trainer.results(), "tasks": run_args.tasks, "arguments": flags})
-
-
-def heads_for(tasks: list[Task], config: PreTrainedConfig) -> list[Head]:
-    """The heads of `tasks` in a model that has them in whatever order."""
-    logits = heads_of(config)
-    return [Head(logits[task.name], task.is_regression, len(task.columns) == 2) for task in tasks]
 
 
 def load_model(path: str, args: Arguments, tasks: list[Task], teacher: PreTrainedModel | None) -> PreTrainedModel:
@@ -171,73 +161,36 @@ def load_model(path: str, args: Arguments, tasks: list[Task], teacher: PreTraine
     config = AutoConfig.from_pretrained(path)
     if teacher is not None and config.model_type not in ("bert", SNNBertConfig.model_type):
         raise ValueError(f"a BERT or an SNN-BERT learns from a teacher, {path} is of the type {config.model_type!r}")
-    has_heads = bool(heads_of(config))
-    settings = label_settings(tasks)
+    heads, has_heads = [task.head for task in tasks], bool(several_heads(config))
+    settings = heads_settings(heads)
     if has_heads and config.id2label != settings["id2label"]:
-        raise ValueError(f"{path} has heads for {list(heads_of(config))}: give these --tasks in this order")
+        raise ValueError(f"{path} has heads for {several_heads(config)}: give these --tasks in this order")
     # Dropout would only blur what a teacher says, and labels of several tasks hold each other in check.
     settings |= NO_DROPOUT
-    attention = attention_implementation(args.attention_weight > 0, args.device, dropout=0.0)
+    settings |= {"attn_implementation": attention_implementation(args.attention_weight > 0, args.device, dropout=0.0)}
     model = AutoModelForSequenceClassification.from_pretrained(
-        path, attn_implementation=attention, dtype=torch.float32, ignore_mismatched_sizes=not has_heads, **settings
+        path, dtype=torch.float32, ignore_mismatched_sizes=not has_heads, **settings
     )
     if teacher is not None and args.compares_states:
         check_same_shape(model.config, teacher.config)
         if not has_heads:
-            take_over(model, teacher, tasks)
+            take_over(model, teacher, heads)
     return model
 
 
-def take_over(model: PreTrainedModel, teacher: PreTrainedModel, tasks: list[Task]) -> None:
-    """Give `model` the teacher's embeddings, pooler and heads."""
-    weights = weights_of(teacher) if isinstance(teacher, MPNetPreTrainedModel) else teacher.state_dict()
-    for part in ("embeddings", "pooler"):
-        prefix = f"bert.{part}."
-        model.base_model.get_submodule(part).load_state_dict(
-            {name.removeprefix(prefix): x for name, x in weights.items() if name.startswith(prefix)}
-        )
-    own, heads = heads_of(model.config), heads_of(teacher.config)
-    with torch.no_grad():
-        for task in tasks:
-            model.classifier.weight[own[task.name]] = weights["classifier.weight"][heads[task.name]]
-            model.classifier.bias[own[task.name]] = weights["classifier.bias"][heads[task.name]]
-
-
-def labelled_rows(
-    tasks: list[Task], data: list[DatasetDict], tokenizer: PreTrainedTokenizerBase, max_seq_length: int
-) -> Callable[[random.Random], Row]:
-    """Draws training rows of all tasks, each with its label, a real number, and the index of its task."""
-    rows = [
-        [{**row, "labels": float(row["labels"])} for row in tokenize(part["train"], task, tokenizer, max_seq_length)]
-        for part, task in zip(data, tasks, strict=True)
-    ]
-    weights = [len(part) ** 0.5 for part in rows]
-
-    def draw(rng: random.Random) -> Row:
-        [task] = rng.choices(range(len(tasks)), weights)
-        return {**rng.choice(rows[task]), "task": task}
-
-    return draw
-
-
 def score_tasks(
-    tasks: list[Task], predictions: dict[str, list[tuple[list[float], float]]], heads: dict[str, slice]
+    tasks: list[Task], predictions: list[list[tuple[list[float], float]]], config: PreTrainedConfig
 ) -> dict[str, float]:
     """`average`, the mean of the tasks' scores, and each task's figures with its name in front.
 
-    Args:
-        tasks: the tasks.
-        predictions: by the name of the task, logits of all heads and label of each row.
-        heads: see `heads_of`.
+    `predictions` are, for each task, the logits of all heads and the label of each row.
     """
     figures: dict[str, float] = {}
-    scores = []
-    for task in tasks:
-        logits = [row[heads[task.name]] for row, _ in predictions[task.name]]
-        found = score(task, logits, [label for _, label in predictions[task.name]])
-        scores.append(found[task.metrics[0]])
+    for task, rows in zip(tasks, predictions, strict=True):
+        own = task.head.logits_of(config)
+        found = score(task, [logits[own] for logits, _ in rows], [label for _, label in rows])
         figures |= {f"{task.name}_{name}": value for name, value in found.items()}
-    return {"average": sum(scores) / len(scores), **figures}
+    return {"average": fmean(figures[f"{task.name}_{task.metrics[0]}"] for task in tasks), **figures}
 
 
 if __name__ == "__main__":

@@ -1,19 +1,23 @@
-"""One classifier with several heads, each of a task of its own: their losses, and a Trainer for them.
+"""One classifier with several heads, each of a task of its own: the heads, their losses, and a Trainer for them.
 
 The logits are those of all heads in a row, so that the model is saved and loaded as an ordinary
-`...ForSequenceClassification`.
+`...ForSequenceClassification`. Which logits are whose is said by its `id2label`: "cola:unacceptable",
+"cola:acceptable", "stsb:score", ...
 """
 
-from collections.abc import Sequence
+import random
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import MPNetPreTrainedModel, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
 from .batches import Batch, Collate, Row
 from .distillation import logit_losses
+from .fine_tuning import label_names
+from .mpnet import weights_of
 from .sparsity import add_penalty
 from .trainer import FOR_TEACHER, DistillationTrainer
 
@@ -22,60 +26,140 @@ class Head(NamedTuple):
     """A head.
 
     Args:
-        logits: which of the model's logits are its own.
+        name: of its task.
+        labels: the names of its logits.
         is_regression: whether it has one logit, a real number; the others tell classes apart.
         reads_pairs: whether it is for pairs of texts; the others are for single ones.
     """
 
-    logits: slice
+    name: str
+    labels: tuple[str, ...]
     is_regression: bool
     reads_pairs: bool
 
+    def alone(self) -> dict[str, Any]:
+        """The settings of a configuration that make a model one of this head alone."""
+        problem_type = "regression" if self.is_regression else "single_label_classification"
+        return {**label_names(self.labels), "problem_type": problem_type}
+
+    def logits_of(self, config: PreTrainedConfig) -> slice:
+        """Which logits of a model with several heads are its own: none of them if the model has no such head."""
+        own = [i for i, label in config.id2label.items() if str(label).startswith(f"{self.name}:")]
+        return slice(own[0], own[-1] + 1) if own else slice(0)
+
+    def check(self, config: PreTrainedConfig, path: str) -> None:
+        """Raise a `ValueError` unless the model in `path` has this head among others, with these labels."""
+        names = list(config.id2label.values())
+        if names[self.logits_of(config)] != [f"{self.name}:{label}" for label in self.labels]:
+            raise ValueError(
+                f"{path} must have a head for {self.name} with the labels {list(self.labels)}; it has the labels "
+                f"{names}"
+            )
+
+
+def heads_settings(heads: Sequence[Head]) -> dict[str, Any]:
+    """The settings of a configuration that give a model these heads."""
+    return label_names([f"{head.name}:{label}" for head in heads for label in head.labels])
+
+
+def keep_head(model: PreTrainedModel, head: Head) -> None:
+    """Leave a model of several heads one alone, in place; it is then as if fine-tuned on that one's task.
+
+    Raises:
+        ValueError: if it has no such head.
+    """
+    head.check(model.config, model.name_or_path)
+    rows = head.logits_of(model.config)
+    # An MPNet's is the last Linear of a module of that name.
+    holder, name = (model.classifier, "out_proj") if hasattr(model.classifier, "out_proj") else (model, "classifier")
+    every_head = getattr(holder, name)
+    classifier = nn.Linear(every_head.in_features, len(head.labels), device=model.device)
+    with torch.no_grad():
+        classifier.weight.copy_(every_head.weight[rows])
+        classifier.bias.copy_(every_head.bias[rows])
+    setattr(holder, name, classifier)
+    model.num_labels = classifier.out_features
+    for name, value in head.alone().items():
+        setattr(model.config, name, value)
+
+
+@torch.no_grad()
+def take_over(model: PreTrainedModel, teacher: PreTrainedModel, heads: Sequence[Head]) -> None:
+    """Give `model` the embeddings, the pooler and the `heads` of a BERT or an MPNet, which may have them elsewhere."""
+    weights = weights_of(teacher) if isinstance(teacher, MPNetPreTrainedModel) else teacher.state_dict()
+    for part in ("embeddings", "pooler"):
+        prefix = f"bert.{part}."
+        model.base_model.get_submodule(part).load_state_dict(
+            {name.removeprefix(prefix): x for name, x in weights.items() if name.startswith(prefix)}
+        )
+    for head in heads:
+        own, taught = head.logits_of(model.config), head.logits_of(teacher.config)
+        model.classifier.weight[own] = weights["classifier.weight"][taught]
+        model.classifier.bias[own] = weights["classifier.bias"][taught]
+
+
+def logits_by_head(logits: torch.Tensor, heads: Sequence[Head], config: PreTrainedConfig) -> list[torch.Tensor]:
+    """The logits `[rows, labels of the head]` of each of the `heads`, in float32, among those of all heads."""
+    return [logits[:, head.logits_of(config)].float() for head in heads]
+
 
 def label_loss(
-    logits: torch.Tensor, labels: torch.Tensor, rows_head: torch.Tensor, heads: Sequence[Head]
+    logits: Sequence[torch.Tensor], labels: torch.Tensor, rows_head: torch.Tensor, heads: Sequence[Head]
 ) -> torch.Tensor:
     """The mean over rows of cross entropy, or of the squared error in a regression, each of the row's own head.
 
     Args:
-        logits (`[rows, logits of all heads]`).
+        logits: of each head, see `logits_by_head`.
         labels (`[rows]`): floats.
         rows_head (`[rows]`): index in `heads` of the head that a row is for.
         heads: the heads.
     """
-    total = logits.new_zeros((), dtype=torch.float32)
-    for index, head in enumerate(heads):
+    total = labels.new_zeros((), dtype=torch.float32)
+    for index, (head, of_head) in enumerate(zip(heads, logits, strict=True)):
         # Other rows count nothing, in place of being left out: how many there are, a GPU would have to be asked.
         mine = rows_head == index
-        of_head, wanted = logits[:, head.logits].float(), labels.where(mine, 0)
+        wanted = labels.where(mine, 0)
         if head.is_regression:
             of_rows = nn.functional.mse_loss(of_head[:, 0], wanted.float(), reduction="none")
         else:
             of_rows = nn.functional.cross_entropy(of_head, wanted.long(), reduction="none")
         total = total + of_rows.where(mine, 0).sum()
-    return total / len(logits)
+    return total / len(labels)
 
 
 def heads_logit_loss(
-    student_logits: torch.Tensor,
-    teacher_logits: torch.Tensor,
+    student_logits: Sequence[torch.Tensor],
+    teacher_logits: Sequence[torch.Tensor],
     is_pair: torch.Tensor,
     heads: Sequence[Head],
-    teacher_heads: Sequence[Head],
 ) -> torch.Tensor:
     """The mean over rows of `logit_losses`, summed over the heads that can read a row: a single text, or a pair.
 
     Args:
-        student_logits, teacher_logits (`[rows, logits of all heads]`).
+        student_logits, teacher_logits: of each head, see `logits_by_head`.
         is_pair (`[rows]`): which rows are pairs.
-        heads, teacher_heads: the same heads in the same order, each with its place among its model's logits.
+        heads: the heads.
     """
-    total = student_logits.new_zeros((), dtype=torch.float32)
-    for head, teacher_head in zip(heads, teacher_heads, strict=True):
+    total = is_pair.new_zeros((), dtype=torch.float32)
+    for head, student, teacher in zip(heads, student_logits, teacher_logits, strict=True):
         mine = is_pair if head.reads_pairs else ~is_pair
-        student, teacher = student_logits[:, head.logits].float(), teacher_logits[:, teacher_head.logits].float()
         total = total + logit_losses(student, teacher).where(mine, 0).sum()
     return total / len(is_pair)
+
+
+def rows_of_all(tasks: Sequence[Sequence[Row]]) -> Callable[[random.Random], Row]:
+    """Draws from the labelled rows of several tasks, a task by the square root of the number of its rows.
+
+    Each row gets its label as a float and the index of its task in `"task"`.
+    """
+    weights = [len(rows) ** 0.5 for rows in tasks]
+
+    def draw(rng: random.Random) -> Row:
+        [task] = rng.choices(range(len(tasks)), weights)
+        row = rng.choice(tasks[task])
+        return {**row, "labels": float(row["labels"]), "task": task}
+
+    return draw
 
 
 class CollateForTeacher:
@@ -110,33 +194,28 @@ class MultitaskTrainer(DistillationTrainer):
 
     Args:
         model: the student.
-        heads: its heads.
-        teacher_heads: the same heads in the same order, with their places among the teacher's logits.
+        heads: its heads, which a teacher has too.
         args, kwargs: those of DistillationTrainer; with a teacher, `processing_class` is the student's tokenizer.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        *args: Any,
-        heads: Sequence[Head],
-        teacher_heads: Sequence[Head] = (),
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, *args: Any, heads: Sequence[Head], **kwargs: Any) -> None:
         super().__init__(model, *args, **kwargs)
-        self.heads, self.teacher_heads = heads, teacher_heads
+        self.heads, self.config = heads, model.config
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         if self.teacher is not None:
             return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
         outputs = model(**{name: x for name, x in inputs.items() if name not in ("labels", "task")})
-        loss = label_loss(outputs.logits, inputs["labels"], inputs["task"], self.heads)
+        logits = logits_by_head(outputs.logits, self.heads, self.config)
+        loss = label_loss(logits, inputs["labels"], inputs["task"], self.heads)
         loss = add_penalty(loss, outputs, self.firing_rate_weight)
         return (loss, outputs) if return_outputs else loss
 
     def logit_part(self, outputs: ModelOutput, wanted: ModelOutput, inputs: Batch) -> torch.Tensor:
+        assert self.teacher is not None
         # Not by the token types, which an MPNet's tokenizer does not give.
         separator = cast(PreTrainedTokenizerBase, self.processing_class).sep_token_id
         is_pair = (inputs["input_ids"] == separator).sum(1) > 1
-        loss = heads_logit_loss(outputs.logits, wanted.logits, is_pair, self.heads, self.teacher_heads)
-        return add_penalty(loss, outputs, self.firing_rate_weight)
+        logits = logits_by_head(outputs.logits, self.heads, self.config)
+        taught = logits_by_head(wanted.logits, self.heads, self.teacher.config)
+        return add_penalty(heads_logit_loss(logits, taught, is_pair, self.heads), outputs, self.firing_rate_weight)

@@ -1,4 +1,4 @@
-"""One encoder with a head for each of several tasks: its loss and figures, and the script that trains it."""
+"""One encoder with a head for each of several tasks: which heads, their figures, and the script that trains it."""
 
 import json
 import random
@@ -7,8 +7,8 @@ import pytest
 import torch
 from example_scripts import interrupted_after, refused, run_script
 from glue_files import write_glue
-from glue_tasks import TASKS, TaskArguments, check_heads, heads_of, keep_head, label_settings, load_for_task, score
-from run_multitask import heads_for, labelled_rows, score_tasks
+from glue_tasks import TASKS, load_for_task, score, several_heads
+from run_multitask import score_tasks
 from safetensors.torch import load_file
 from small_bert import bert_fixture, write_half_precision
 from transformers import (
@@ -23,6 +23,7 @@ from transformers import (
 
 from modeling_snn_bert import SNNBertForSequenceClassification
 from modeling_snn_bert.conversion import convert_bert
+from modeling_snn_bert.multitask import heads_settings, keep_head
 
 NAMES = ["sst2", "stsb", "rte"]
 SOME_TASKS = [TASKS[name] for name in NAMES]
@@ -71,88 +72,58 @@ def read(folder):
     return json.loads((folder / "results.json").read_text())
 
 
-def make_bert(tasks, **settings):
+def write_bert(folder, tasks, **settings):
     small = {"vocab_size": 120, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
-    config = BertConfig(**{**small, "intermediate_size": 48, **label_settings(tasks), **settings})
-    return BertForSequenceClassification(config).eval()
+    settings |= heads_settings([task.head for task in tasks])
+    model = BertForSequenceClassification(BertConfig(**small, intermediate_size=48, **settings))
+    model.save_pretrained(folder)
+    return model
 
 
-def test_heads_are_told_by_the_labels():
-    config = make_bert(SOME_TASKS).config
-    assert heads_of(config) == {"sst2": slice(0, 2), "stsb": slice(2, 3), "rte": slice(3, 5)}
-    assert config.id2label[2] == "stsb:score" and config.label2id["rte:entailment"] == 3
-    assert heads_of(BertConfig()) == {} and heads_of(BertConfig(id2label={0: "alarm:set", 1: "alarm:stop"})) == {}
-    check_heads(config, SOME_TASKS[::-1], "here")
-    with pytest.raises(ValueError, match=r"here must have a head for cola with the labels .'unacceptable'"):
-        check_heads(config, [TASKS["cola"]], "here")
-    config.id2label[0] = "sst2:bad"
-    with pytest.raises(ValueError, match="must have a head for sst2"):
-        check_heads(config, SOME_TASKS, "here")
+def test_heads_of_the_tasks(tmp_path):
+    config = write_bert(tmp_path, SOME_TASKS[::-1]).config
+    assert config.id2label[2] == "stsb:score" and config.label2id["rte:entailment"] == 0
+    assert several_heads(config) == NAMES[::-1]
+    # Labels of one task may have a colon too.
+    for of_one_task in (BertConfig(), BertConfig(id2label={0: "alarm:set", 1: "alarm:stop"})):
+        assert several_heads(of_one_task) == []
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_one_head_is_kept(tmp_path, name):
-    """It gives the same logits, and is saved and loaded as a model of one task."""
-    model = make_bert(SOME_TASKS)
-    inputs = {"input_ids": torch.arange(5, 17).reshape(2, 6)}
-    with torch.no_grad():
-        wanted = model(**inputs).logits[:, heads_of(model.config)[name]]
-    model.save_pretrained(tmp_path / "all")
-    loaded = load_for_task(BertForSequenceClassification, str(tmp_path / "all"), TASKS[name])
-    keep_head(model, TASKS[name])
-    model.save_pretrained(tmp_path / "one")
-    again = BertForSequenceClassification.from_pretrained(tmp_path / "one")
-    for kept in (model, loaded, again):
-        with torch.no_grad():
-            torch.testing.assert_close(kept(**inputs).logits, wanted)
-        assert kept.num_labels == kept.config.num_labels == wanted.shape[1] and heads_of(kept.config) == {}
-        assert kept.config.id2label == dict(enumerate(TASKS[name].labels or ("score",)))
-    labels = torch.tensor([1.0, 0.0]) if name == "stsb" else torch.tensor([1, 0])
-    assert again(**inputs, labels=labels).loss.isfinite()
-    with pytest.raises(ValueError, match="must have a head for cola"):
-        keep_head(make_bert(SOME_TASKS), TASKS["cola"])
+def test_the_head_of_a_task_is_loaded(tmp_path, name):
+    model, task = write_bert(tmp_path, SOME_TASKS), TASKS[name]
+    loaded = load_for_task(BertForSequenceClassification, str(tmp_path), task)
+    own = task.head.logits_of(model.config)
+    assert torch.equal(loaded.classifier.weight, model.classifier.weight[own])
+    assert loaded.config.id2label == dict(enumerate(task.labels or ("score",))) and several_heads(loaded.config) == []
 
 
 def test_a_task_that_is_not_among_them_gets_a_new_head(tmp_path):
-    model = make_bert(SOME_TASKS)
-    model.save_pretrained(tmp_path)
+    model = write_bert(tmp_path, SOME_TASKS)
     loaded = load_for_task(BertForSequenceClassification, str(tmp_path), TASKS["mnli"])
     assert loaded.classifier.weight.shape == (3, 32)
     query = "bert.encoder.layer.0.attention.self.query.weight"
     assert torch.equal(loaded.state_dict()[query], model.state_dict()[query])
     # The head of one task must fit.
-    keep_head(model, TASKS["sst2"])
+    keep_head(model, TASKS["sst2"].head)
     model.save_pretrained(tmp_path / "one")
     with pytest.raises(RuntimeError, match=r"mismatch"):
         load_for_task(BertForSequenceClassification, str(tmp_path / "one"), TASKS["mnli"])
 
 
-def test_scores_of_all_tasks():
-    heads = heads_of(make_bert(SOME_TASKS).config)
+def test_scores_of_all_tasks(tmp_path):
+    config = write_bert(tmp_path, SOME_TASKS).config
     generator = torch.Generator().manual_seed(0)
-    predictions = {
-        task.name: [(torch.randn(5, generator=generator).tolist(), float(row % 2)) for row in range(12)]
-        for task in SOME_TASKS
-    }
-    figures = score_tasks(SOME_TASKS, predictions, heads)
-    for task in SOME_TASKS:
-        logits, labels = zip(*predictions[task.name], strict=True)
-        wanted = score(task, [row[heads[task.name]] for row in logits], labels)
+    predictions = [
+        [(torch.randn(5, generator=generator).tolist(), float(row % 2)) for row in range(12)] for _ in SOME_TASKS
+    ]
+    figures = score_tasks(SOME_TASKS, predictions, config)
+    for task, rows in zip(SOME_TASKS, predictions, strict=True):
+        logits, labels = zip(*rows, strict=True)
+        wanted = score(task, [row[task.head.logits_of(config)] for row in logits], labels)
         assert {name: figures[f"{task.name}_{name}"] for name in wanted} == wanted
     mean = (figures["sst2_accuracy"] + figures["stsb_combined"] + figures["rte_accuracy"]) / 3
     assert figures["average"] == pytest.approx(mean)
-
-
-def test_tasks_are_drawn_by_the_root_of_their_size(glue, tokenizer):
-    data = [TaskArguments(task_name=name, data_dir=str(glue)).load()[1] for name in NAMES]
-    draw = labelled_rows(SOME_TASKS, data, tokenizer, 32)
-    rng = random.Random(0)
-    rows = [draw(rng) for _ in range(2000)]
-    shares = [sum(row["task"] == index for row in rows) / len(rows) for index in range(3)]
-    roots = [64**0.5, 32**0.5, 16**0.5]
-    assert shares == pytest.approx([root / sum(roots) for root in roots], abs=0.04)
-    assert {row["labels"] for row in rows if row["task"] == 1} == {0.0, 5.0}
-    assert all((1 in row["token_type_ids"]) == (row["task"] > 0) for row in rows)
 
 
 def test_labels_teach_every_task(teacher):
@@ -162,7 +133,7 @@ def test_labels_teach_every_task(teacher):
     assert figures["eval_sst2_accuracy"] >= 0.9 and figures["eval_stsb_combined"] >= 0.8
     assert results["tasks"] == NAMES and results["steps"] == 80
     model = BertForSequenceClassification.from_pretrained(teacher)
-    assert list(heads_of(model.config)) == NAMES
+    assert several_heads(model.config) == NAMES
 
 
 @pytest.mark.slow
@@ -261,13 +232,6 @@ def test_a_student_made_of_an_mpnet(tmp_path, mpnet, glue, text_file, texts):
     assert SNNBertForSequenceClassification.from_pretrained(tmp_path / "rte" / "seed_0").config.num_labels == 2
 
 
-def test_heads_of_the_tasks():
-    """In the order of the tasks, wherever the model has them."""
-    config = make_bert(SOME_TASKS[::-1]).config
-    wanted = [(slice(3, 5), False, False), (slice(2, 3), True, True), (slice(0, 2), False, True)]
-    assert heads_for(SOME_TASKS, config) == wanted
-
-
 @pytest.mark.slow
 def test_resumes_exactly_also_to_another_end(tmp_path, snn_bert, teacher, glue, text_file):
     """A run at a constant rate is resumed, and a fall branches off one of its checkpoints."""
@@ -318,9 +282,8 @@ def test_resumes_exactly_also_to_another_end(tmp_path, snn_bert, teacher, glue, 
     ],
 )
 def test_refuses(tmp_path, capsys, bert, snn_bert, mpnet, teacher, glue, text_file, arguments, message):
-    SNNBertForSequenceClassification.from_pretrained(snn_bert, **label_settings(SOME_TASKS)).save_pretrained(
-        tmp_path / "other"
-    )
+    settings = heads_settings([task.head for task in SOME_TASKS])
+    SNNBertForSequenceClassification.from_pretrained(snn_bert, **settings).save_pretrained(tmp_path / "other")
     names = {"{text}": text_file, "{bert}": bert, "{other}": tmp_path / "other", "{teacher}": teacher, "{mpnet}": mpnet}
     arguments = [names.get(x, x) for x in arguments]
     output = ["--output_dir", tmp_path / "out"]

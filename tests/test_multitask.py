@@ -1,23 +1,102 @@
-"""A classifier with several heads: their losses by hand, and what a teacher of another kind reads."""
+"""A classifier with several heads: where they lie, their losses by hand, and what a teacher of another kind reads."""
 
 import random
 
+import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, DataCollatorWithPadding, MPNetTokenizer
 
 from modeling_snn_bert.distillation import logit_loss
-from modeling_snn_bert.multitask import CollateForTeacher, Head, MultitaskTrainer, heads_logit_loss, label_loss
+from modeling_snn_bert.multitask import (
+    CollateForTeacher,
+    Head,
+    MultitaskTrainer,
+    heads_logit_loss,
+    heads_settings,
+    keep_head,
+    label_loss,
+    logits_by_head,
+    rows_of_all,
+    take_over,
+)
 from modeling_snn_bert.trainer import DistillationTrainingArguments
 from modeling_snn_bert.unlabelled_data import UnlabelledRows
 
-# Two classes of single texts, a regression on pairs, two classes of pairs; and the same in a model in another order.
-HEADS = [Head(slice(0, 2), False, False), Head(slice(2, 3), True, True), Head(slice(3, 5), False, True)]
-TEACHER_HEADS = [Head(slice(3, 5), False, False), Head(slice(2, 3), True, True), Head(slice(0, 2), False, True)]
+NAMES = ("first", "score", "pairs")
+# Two classes of single texts, a regression on pairs, two classes of pairs.
+HEADS = [
+    Head("first", ("no", "yes"), False, False),
+    Head("score", ("score",), True, True),
+    Head("pairs", ("same", "other"), False, True),
+]
 
 
-def make_bert(vocab_size):
-    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
-    return BertForSequenceClassification(BertConfig(vocab_size=vocab_size, num_labels=5, **small)).eval()
+def make_bert(heads=HEADS, **settings):
+    small = {"vocab_size": 120, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = BertConfig(**{**small, "intermediate_size": 48, **heads_settings(heads), **settings})
+    return BertForSequenceClassification(config).eval()
+
+
+def test_heads_are_told_by_the_labels():
+    config = make_bert().config
+    assert [head.logits_of(config) for head in HEADS] == [slice(0, 2), slice(2, 3), slice(3, 5)]
+    assert config.id2label[2] == "score:score" and config.label2id["pairs:same"] == 3
+    turned = make_bert(HEADS[::-1]).config
+    assert [head.logits_of(turned) for head in HEADS] == [slice(3, 5), slice(2, 3), slice(0, 2)]
+    for of_one_task in (BertConfig(), BertConfig(id2label={0: "firstly:no", 1: "first"})):
+        assert all(list(of_one_task.id2label)[head.logits_of(of_one_task)] == [] for head in HEADS)
+    for head in HEADS:
+        head.check(config, "here")
+    with pytest.raises(ValueError, match=r"here must have a head for other with the labels \['no', 'yes'\]; it has"):
+        HEADS[0]._replace(name="other").check(config, "here")
+    config.id2label[0] = "first:bad"
+    with pytest.raises(ValueError, match="must have a head for first"):
+        HEADS[0].check(config, "here")
+
+
+@pytest.mark.parametrize("head", HEADS, ids=NAMES)
+def test_one_head_is_kept(tmp_path, head):
+    """It gives the same logits, and is saved and loaded as a model of one task."""
+    model = make_bert()
+    inputs = {"input_ids": torch.arange(5, 17).reshape(2, 6)}
+    with torch.no_grad():
+        wanted = model(**inputs).logits[:, head.logits_of(model.config)]
+    keep_head(model, head)
+    model.save_pretrained(tmp_path)
+    again = BertForSequenceClassification.from_pretrained(tmp_path)
+    for kept in (model, again):
+        with torch.no_grad():
+            torch.testing.assert_close(kept(**inputs).logits, wanted)
+        assert kept.num_labels == kept.config.num_labels == wanted.shape[1]
+        assert kept.config.id2label == dict(enumerate(head.labels))
+    labels = torch.tensor([1.0, 0.0]) if head.is_regression else torch.tensor([1, 0])
+    assert again(**inputs, labels=labels).loss.isfinite()
+    with pytest.raises(ValueError, match="must have a head for other"):
+        keep_head(make_bert(), head._replace(name="other"))
+
+
+def test_a_teachers_embeddings_and_heads_are_taken_over():
+    """Each head to its place, wherever the teacher has it."""
+    model, teacher = make_bert(), make_bert(HEADS[::-1])
+    query = model.bert.encoder.layer[0].attention.self.query.weight.clone()
+    take_over(model, teacher, HEADS)
+    for part in ("embeddings", "pooler"):
+        own, taught = (x.bert.get_submodule(part).state_dict() for x in (model, teacher))
+        assert all(torch.equal(own[name], taught[name]) for name in own)
+    assert torch.equal(model.classifier.weight, teacher.classifier.weight[[3, 4, 2, 0, 1]])
+    assert torch.equal(model.classifier.bias, teacher.classifier.bias[[3, 4, 2, 0, 1]])
+    assert torch.equal(query, model.bert.encoder.layer[0].attention.self.query.weight)
+
+
+def test_tasks_are_drawn_by_the_root_of_their_size():
+    tasks = [[{"labels": label, "size": size} for label in range(size)] for size in (64, 32, 16)]
+    draw, rng = rows_of_all(tasks), random.Random(0)
+    rows = [draw(rng) for _ in range(2000)]
+    shares = [sum(row["task"] == index for row in rows) / len(rows) for index in range(3)]
+    roots = [64**0.5, 32**0.5, 16**0.5]
+    assert shares == pytest.approx([root / sum(roots) for root in roots], abs=0.04)
+    assert all(row["size"] == 64 >> row["task"] and isinstance(row["labels"], float) for row in rows)
+    assert {row["labels"] for row in rows if row["task"] == 2} == set(range(16))
 
 
 def test_label_loss_is_the_mean_over_rows():
@@ -30,7 +109,7 @@ def test_label_loss_is_the_mean_over_rows():
         torch.nn.functional.cross_entropy(logits[row, 3:], torch.tensor(label)) for row, label in ((2, 0), (3, 1))
     ]
     wanted += [(logits[1, 2] - 2.5).square()]
-    loss = label_loss(logits, labels, of_head, HEADS)
+    loss = label_loss(logits_by_head(logits, HEADS, make_bert().config), labels, of_head, HEADS)
     torch.testing.assert_close(loss, torch.stack(wanted).mean())
     loss.backward()
     # A row teaches its own head alone.
@@ -41,7 +120,9 @@ def test_logit_loss_of_each_head_is_on_the_rows_it_can_read():
     """A teacher may have its heads in another order; rows of one kind alone teach the heads of that kind."""
     student, teacher = torch.randn(6, 5, requires_grad=True), torch.randn(6, 5)
     pair = torch.tensor([True, False, True, True, False, True])
-    loss = heads_logit_loss(student, teacher, pair, HEADS, TEACHER_HEADS)
+    student_heads = logits_by_head(student, HEADS, make_bert().config)
+    teacher_heads = logits_by_head(teacher, HEADS, make_bert(HEADS[::-1]).config)
+    loss = heads_logit_loss(student_heads, teacher_heads, pair, HEADS)
     single, both = ~pair, pair
     wanted = 2 / 6 * logit_loss(student[single][:, :2], teacher[single][:, 3:])
     wanted = wanted + 4 / 6 * logit_loss(student[both][:, 2:3], teacher[both][:, 2:3])
@@ -50,7 +131,7 @@ def test_logit_loss_of_each_head_is_on_the_rows_it_can_read():
     loss.backward()
     assert not student.grad[single][:, 2:].any() and not student.grad[both][:, :2].any()
     assert student.grad[single][:, :2].all() and student.grad[both][:, 2:].all()
-    only = heads_logit_loss(student, teacher, torch.zeros(6, dtype=torch.bool), HEADS, TEACHER_HEADS)
+    only = heads_logit_loss(student_heads, teacher_heads, torch.zeros(6, dtype=torch.bool), HEADS)
     torch.testing.assert_close(only, logit_loss(student[:, :2], teacher[:, 3:]))
 
 
@@ -67,9 +148,8 @@ def test_the_teacher_reads_the_same_rows(tmp_path, tokenizer, texts):
     drawn = [rows(rng) for _ in range(8)]
     both = collate(drawn)
     arguments = DistillationTrainingArguments(tmp_path, use_cpu=True)
-    trainer = MultitaskTrainer(
-        make_bert(len(tokenizer)), arguments, heads=HEADS, teacher=make_bert(len(own)), teacher_heads=HEADS
-    )
+    student, teacher = make_bert(vocab_size=len(tokenizer)), make_bert(vocab_size=len(own))
+    trainer = MultitaskTrainer(student, arguments, heads=HEADS, teacher=teacher)
     read = []
     trainer.teacher.register_forward_pre_hook(lambda model, args, kwargs: read.append(kwargs), with_kwargs=True)
     trainer.ask_teacher(both)
@@ -83,7 +163,7 @@ def test_the_teacher_reads_the_same_rows(tmp_path, tokenizer, texts):
         texts = row["texts"] if isinstance(row["texts"], tuple) else (row["texts"],)
         assert ids[valid == 1].tolist() == own(*texts, truncation=True, max_length=24)["input_ids"]
         assert row["input_ids"] == tokenizer(*texts, truncation=True, max_length=24)["input_ids"]
-    trainer.teacher = make_bert(len(tokenizer))
+    trainer.teacher = make_bert(vocab_size=len(tokenizer))
     trainer.teacher.register_forward_pre_hook(lambda model, args, kwargs: read.append(kwargs), with_kwargs=True)
     trainer.ask_teacher(batch)
     assert all(torch.equal(x, batch[name]) for name, x in read[1].items())
