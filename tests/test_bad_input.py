@@ -500,7 +500,7 @@ BAD_PUSHES = {
         2,
         "--commit_message must not be empty",
     ),
-    "no_folder": (shutil.rmtree, ["--dry_run"], 1, "must be a folder that save_pretrained wrote"),
+    "no_folder": (shutil.rmtree, ["--dry_run"], 1, "name one that save_pretrained wrote"),
     "a_report_that_is_missing": (
         lambda folder: None,
         ["--dry_run", "--report", "no_such_report.json"],

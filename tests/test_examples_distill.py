@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 from example_scripts import interrupted_after, refused, run_script
-from push_to_hub import choose_files
 from safetensors.torch import load_file
 from small_bert import bert_fixture, write_half_precision, write_mpnet
 from transformers import AutoTokenizer, BertForMaskedLM, MPNetModel
 
 from modeling_snn_bert import SNNBertForMaskedLM, SNNBertModel
+from modeling_snn_bert.publishing import choose_files
 
 bert = bert_fixture(BertForMaskedLM)
 
