@@ -127,7 +127,11 @@ INLINE vector derivative(vector x, int surrogate, float alpha) {
         vector height = 1.0f - alpha * magnitude;
         return alpha * select_or_zero(height > zero, height);
     }
-    return select_or_zero(magnitude < 1.0f / (2.0f * alpha), zero + alpha);
+    if (surrogate == RECTANGLE) {
+        return select_or_zero(magnitude < 1.0f / (2.0f * alpha), zero + alpha);
+    }
+    /* A number that this library does not know must not train as one that it does. */
+    return zero + __builtin_nanf("");
 }
 
 /* The sign bits of the lanes, which are 0 or -1, to bytes of eight channels. */

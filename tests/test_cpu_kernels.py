@@ -79,6 +79,13 @@ class TestBPSN:
         neuron(current).sum().backward()
         torch.testing.assert_close(neuron.v_threshold.grad, torch.full((16,), -2.0 * 2 * 9))
 
+    def test_a_number_that_the_library_does_not_know_gives_no_gradient_of_another(self, monkeypatch):
+        monkeypatch.setitem(SURROGATES, "flat", lambda x, alpha: alpha * torch.ones_like(x))
+        monkeypatch.setitem(cpu_kernels.SURROGATE_INDEX, "flat", 99)
+        neuron = make_neuron(16, 2, surrogate="flat", reset_iterations=0)
+        neuron(torch.randn(2, 9, 16)).sum().backward()
+        assert neuron.v_threshold.grad.isnan().all()
+
     def test_nothing_fires_at_masked_tokens(self):
         mask = random_mask("holes", 3, 30)
         current = torch.full((3, 30, 16), 9.0).masked_fill(mask[..., None] == 0, float("nan"))
