@@ -2,15 +2,6 @@
 
 import torch
 
-from modeling_snn_bert import (
-    SNNBertForMaskedLM,
-    SNNBertForMultipleChoice,
-    SNNBertForQuestionAnswering,
-    SNNBertForSequenceClassification,
-    SNNBertForTokenClassification,
-    SNNBertModel,
-)
-
 SETTINGS = {
     "bpsn": {},
     "ternary": {"spike_type": "ternary"},
@@ -27,14 +18,6 @@ SETTINGS = {
         "coding": "repeat",
         "num_timesteps": 2,
     },
-}
-HEADS = {
-    "base": SNNBertModel,
-    "masked-lm": SNNBertForMaskedLM,
-    "sequence": SNNBertForSequenceClassification,
-    "token": SNNBertForTokenClassification,
-    "question": SNNBertForQuestionAnswering,
-    "choice": SNNBertForMultipleChoice,
 }
 
 

@@ -15,26 +15,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from datasets import Dataset
+from heads import HEADS
 from safetensors.torch import save_file
 from transformers import Trainer, TrainingArguments
 
 from modeling_snn_bert import (
     SNNBertConfig,
-    SNNBertForMaskedLM,
-    SNNBertForMultipleChoice,
-    SNNBertForQuestionAnswering,
-    SNNBertForSequenceClassification,
-    SNNBertForTokenClassification,
 )
 
 NUM_ROWS, LENGTH = 8, 12
-HEADS = {
-    "masked_lm": SNNBertForMaskedLM,
-    "sequence": SNNBertForSequenceClassification,
-    "token": SNNBertForTokenClassification,
-    "question": SNNBertForQuestionAnswering,
-    "choice": SNNBertForMultipleChoice,
-}
 
 
 def build_model(head: str, firing_rate_target: float | None = 0.02) -> torch.nn.Module:

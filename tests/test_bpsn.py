@@ -9,7 +9,7 @@ from modeling_snn_bert.leaky_integration import IMPLEMENTATIONS
 from modeling_snn_bert.neuron_settings import BPSNParameters, BPSNSettings
 from modeling_snn_bert.packed_spikes import pack
 
-TRITON, SEGMENTS, CPU, IN_PLACE, DEFINITION = bpsn.BACKENDS
+TRITON, SEGMENTS, CPU, IN_PLACE, *_, DEFINITION = bpsn.BACKENDS
 BATCH, LENGTH, CHANNELS, GROUPS = 3, 29, 32, 4
 
 

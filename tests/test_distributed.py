@@ -16,7 +16,8 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
 from distributed_training import CHECKPOINT_AT, KILLED_IN, STEPS, build_data, build_model, train
-from penalty_training import HEADS, NUM_ROWS, one_step
+from heads import HEADS
+from penalty_training import NUM_ROWS, one_step
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]

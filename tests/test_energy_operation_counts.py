@@ -3,7 +3,8 @@
 import neurobench_wheels
 import pytest
 import torch
-from energy_models import HEADS, SETTINGS, rows_of, spikes_by_place
+from energy_models import SETTINGS, rows_of, spikes_by_place
+from heads import MODELS
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertModel
 
@@ -192,7 +193,7 @@ def test_energy_of_an_operation():
     assert FLOAT32.addition + FLOAT32.multiplication == pytest.approx(4.6)
 
 
-@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("head", MODELS.values(), ids=MODELS)
 def test_read_out_of_every_head(make_with_batches, head, texts):
     model, batches = make_with_batches(head, pad_token_id=0)
     report = energy_report(model, batches, run_lengths=False)

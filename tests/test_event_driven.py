@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from cpu_levels import CPU_LEVELS
+from heads import MODELS
 from torch import nn
 from transformers import BertConfig, BertModel, pipeline
 
@@ -43,14 +44,6 @@ SHAPES = {
     "wide": {"hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 512},
     "uneven": {"hidden_size": 96, "num_attention_heads": 4, "intermediate_size": 192},
     "odd": {"hidden_size": 20, "num_attention_heads": 4, "intermediate_size": 36},
-}
-HEADS = {
-    "base": snn.SNNBertModel,
-    "masked_lm": snn.SNNBertForMaskedLM,
-    "sequence": snn.SNNBertForSequenceClassification,
-    "token": snn.SNNBertForTokenClassification,
-    "question": snn.SNNBertForQuestionAnswering,
-    "choice": snn.SNNBertForMultipleChoice,
 }
 
 
@@ -289,9 +282,9 @@ class TestModel:
         same(run(model, **batch), wanted, batch)
 
     @pytest.mark.parametrize("kernels", PATHS)
-    @pytest.mark.parametrize("head", list(HEADS))
+    @pytest.mark.parametrize("head", list(MODELS))
     def test_every_head_and_back(self, make_model, assert_spikes_flow, batch, kernels, head):
-        model = make_model(HEADS[head], **SHAPES["even"])
+        model = make_model(MODELS[head], **SHAPES["even"])
         inputs = {name: x.view(2, 2, -1) for name, x in batch.items()} if head == "choice" else batch
         wanted = run(model, **inputs)
         classes = [type(x) for x in model.modules()]

@@ -7,6 +7,7 @@ from graphlib import TopologicalSorter
 import numpy as np
 import pytest
 import torch
+from heads import MODELS
 from transformers import BertConfig, BertForSequenceClassification
 
 from modeling_snn_bert import (
@@ -14,20 +15,11 @@ from modeling_snn_bert import (
     SNNBertForMultipleChoice,
     SNNBertForQuestionAnswering,
     SNNBertForSequenceClassification,
-    SNNBertForTokenClassification,
     SNNBertModel,
 )
 from modeling_snn_bert.event_driven import event_driven
 from modeling_snn_bert.export import export_nir, export_onnx, export_program
 
-HEADS = {
-    "base": SNNBertModel,
-    "masked_lm": SNNBertForMaskedLM,
-    "sequence": SNNBertForSequenceClassification,
-    "token": SNNBertForTokenClassification,
-    "question": SNNBertForQuestionAnswering,
-    "choice": SNNBertForMultipleChoice,
-}
 # One layer is a graph of every kind of node; the second only makes more of them.
 ONE_LAYER = {"num_hidden_layers": 1, "attn_implementation": "sdpa"}
 LIF = {"neuron_type": "lif", "decay": 0.5}
@@ -293,10 +285,10 @@ def test_nir_refuses_what_it_cannot_express(make_model, settings, message):
     ids=["bfloat16", "float16"],
 )
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "spiking"])
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("head", MODELS)
 def test_half_precision_is_near_float32(make_model, head, attention, dtype, rate_tolerance, similarity):
     settings = {"attention_type": "spiking"} if attention == "spiking" else {"attn_implementation": attention}
-    model = make_model(HEADS[head], **settings)
+    model = make_model(MODELS[head], **settings)
     inputs = batch((4, 2) if head == "choice" else 8, 32)
     half = copy.deepcopy(model).to(dtype)
     with torch.no_grad():

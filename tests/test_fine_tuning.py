@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from datasets import Dataset, load_dataset
+from heads import HEADS
 from penalty_training import NUM_ROWS, build_data, build_model, one_step
 from torch.utils.data import DataLoader
 from transformers import (
@@ -20,21 +21,10 @@ from transformers import (
 )
 
 from modeling_snn_bert import (
-    SNNBertForMaskedLM,
-    SNNBertForMultipleChoice,
-    SNNBertForQuestionAnswering,
     SNNBertForSequenceClassification,
-    SNNBertForTokenClassification,
 )
 from modeling_snn_bert.fine_tuning import bert_autocast, finetune, teach
 
-HEADS = {
-    "masked_lm": SNNBertForMaskedLM,
-    "sequence": SNNBertForSequenceClassification,
-    "token": SNNBertForTokenClassification,
-    "question": SNNBertForQuestionAnswering,
-    "choice": SNNBertForMultipleChoice,
-}
 DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
 
 

@@ -4,14 +4,14 @@ import json
 
 import pytest
 import torch
-from energy_models import HEADS
+from heads import MODELS
 from transformers import BertConfig, BertModel
 
 from modeling_snn_bert.energy import energy_report
 from modeling_snn_bert.loading import load_model, tokenized_batches
 
 
-@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("head", MODELS.values(), ids=MODELS)
 def test_checkpoint_of_every_head(make_with_batches, head, tmp_path, tokenizer, texts):
     model, batches = make_with_batches(head)
     model.save_pretrained(tmp_path)
@@ -50,7 +50,7 @@ def test_batches(make_with_batches, tokenizer, texts):
     assert cut["input_ids"].shape == (1, model.config.max_position_embeddings)
     _, batches = make_with_batches(neuron_type="psn", psn_length=32)
     assert all(batch["input_ids"].shape[1] == 32 for batch in batches)
-    choice, batches = make_with_batches(HEADS["choice"])
+    choice, batches = make_with_batches(MODELS["choice"])
     assert batches[0]["input_ids"].shape[:2] == (4, 1)
     with torch.no_grad():
         assert choice(**batches[0]).logits.shape == (4, 1)

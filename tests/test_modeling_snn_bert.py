@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 import transformers
+from heads import MODELS
 from torch import nn
 from transformers.masking_utils import create_bidirectional_mask
 
@@ -33,14 +34,6 @@ INDIVIDUAL = {
 NEURONS = {**INDIVIDUAL, "lif_repeat": {"neuron_type": "lif", "coding": "repeat", "num_timesteps": 4}}
 ATTENTIONS = ["softmax", "spiking"]
 SPIKE_VALUES = {"binary": {0.0, 1.0}, "ternary": {-1.0, 0.0, 1.0}}
-HEADS = {
-    "base": SNNBertModel,
-    "masked_lm": SNNBertForMaskedLM,
-    "sequence_classification": SNNBertForSequenceClassification,
-    "token_classification": SNNBertForTokenClassification,
-    "question_answering": SNNBertForQuestionAnswering,
-    "multiple_choice": SNNBertForMultipleChoice,
-}
 NEURON_PARAMETERS = {
     "v_threshold",
     "decay_forward_logit",
@@ -60,7 +53,7 @@ WITHOUT_PAST = {
 
 each_neuron = pytest.mark.parametrize("neuron", list(NEURONS))
 each_attention = pytest.mark.parametrize("attention_type", ATTENTIONS)
-each_head = pytest.mark.parametrize("head", list(HEADS))
+each_head = pytest.mark.parametrize("head", list(MODELS))
 
 
 @pytest.fixture
@@ -103,18 +96,18 @@ def as_choices(batch, choices=2):
 
 
 def inputs_for(head, batch):
-    return as_choices(batch) if head == "multiple_choice" else batch
+    return as_choices(batch) if head == "choice" else batch
 
 
 def labels_for(head, batch):
     if head == "base":
         return {}
     size = len(batch["input_ids"])
-    if head == "question_answering":
+    if head == "question":
         return {"start_positions": torch.ones(size).long(), "end_positions": torch.full((size,), 2)}
-    if head in ("masked_lm", "token_classification"):
+    if head in ("masked_lm", "token"):
         return {"labels": batch["input_ids"] % 2}
-    return {"labels": torch.arange(size // 2 if head == "multiple_choice" else size) % 2}
+    return {"labels": torch.arange(size // 2 if head == "choice" else size) % 2}
 
 
 class TestSpikesOnly:
@@ -188,7 +181,7 @@ class TestPadding:
         settings = {"attention_type": attention_type, "attn_implementation": attn_implementation}
         valid = batch["attention_mask"][row].bool()
         found = {}
-        for head, model_class in HEADS.items():
+        for head, model_class in MODELS.items():
             model = make_model(model_class, neuron, num_labels=3, **settings)
             with torch.no_grad():
                 output = model(**inputs_for(head, batch), output_hidden_states=True, output_firing_rates=True)
@@ -198,9 +191,9 @@ class TestPadding:
                 found["last_hidden_state"] = output.last_hidden_state[row, valid]
                 found["pooler_output"] = output.pooler_output[row]
                 found["firing_rates"] = torch.cat([rate[row] for rate in output.firing_rates])
-            elif head == "question_answering":
+            elif head == "question":
                 found[head] = torch.stack((output.start_logits, output.end_logits), -1)[row, valid]
-            elif head == "multiple_choice":
+            elif head == "choice":
                 found[head] = output.logits.flatten()[row]
             else:
                 found[head] = output.logits[row, valid] if output.logits.dim() == 3 else output.logits[row]
@@ -286,7 +279,7 @@ class TestOutputs:
     @each_neuron
     @each_head
     def test_counts_and_shapes(self, make_model, sentences, head, neuron, attention_type):
-        model = make_model(HEADS[head], neuron, attention_type=attention_type)
+        model = make_model(MODELS[head], neuron, attention_type=attention_type)
         config = model.config
         flags = ("output_hidden_states", "output_attentions", "output_firing_rates", "output_spikes")
         outputs = model(**inputs_for(head, sentences), **dict.fromkeys(flags, True))
@@ -328,7 +321,7 @@ class TestOutputs:
 
     @each_head
     def test_only_what_was_asked_for_is_returned(self, make_model, sentences, head):
-        model = make_model(HEADS[head])
+        model = make_model(MODELS[head])
         inputs = inputs_for(head, sentences)
         extra = {"hidden_states", "attentions", "firing_rates", "spikes"}
         assert not extra & model(**inputs).keys()
@@ -339,7 +332,7 @@ class TestOutputs:
     @each_head
     def test_the_config_sets_the_defaults(self, make_model, sentences, head):
         inputs = inputs_for(head, sentences)
-        model = make_model(HEADS[head], output_firing_rates=True, output_spikes=True)
+        model = make_model(MODELS[head], output_firing_rates=True, output_spikes=True)
         outputs = model(**inputs)
         assert len(outputs.firing_rates) == len(outputs.spikes) == len(model.neuron_names())
         outputs = model(**inputs, output_firing_rates=False, output_spikes=False)
@@ -347,7 +340,7 @@ class TestOutputs:
 
     @each_head
     def test_tuples_hold_the_same_values(self, make_model, sentences, head):
-        model = make_model(HEADS[head])
+        model = make_model(MODELS[head])
         inputs = {**inputs_for(head, sentences), **labels_for(head, sentences)}
         flags = {"output_hidden_states": True, "output_firing_rates": True, "output_spikes": True}
         named, plain = model(**inputs, **flags), model(**inputs, **flags, return_dict=False)
@@ -493,7 +486,7 @@ class TestBertCheckpoints:
     @each_head
     def test_everything_loads_that_loads_into_bert(self, make_config, tmp_path, bert_config, saved, head):
         getattr(transformers, saved)(bert_config).save_pretrained(tmp_path)
-        spiking_class = HEADS[head]
+        spiking_class = MODELS[head]
         bert, expected = self.load(getattr(transformers, spiking_class.__name__.removeprefix("SNN")), tmp_path)
         model, found = self.load(spiking_class, tmp_path, config=make_config())
 
@@ -538,16 +531,16 @@ class TestTraining:
     @each_neuron
     @each_head
     def test_every_parameter_gets_a_gradient(self, make_model, sentences, head, neuron, attention_type):
-        model = make_model(HEADS[head], neuron, attention_type=attention_type).train()
+        model = make_model(MODELS[head], neuron, attention_type=attention_type).train()
         outputs = model(**inputs_for(head, sentences), **labels_for(head, sentences))
         # The base model has no loss; its sum would be constant, because a LayerNorm comes last.
         loss = outputs.loss if head != "base" else outputs.pooler_output.sum()
         loss.backward()
         without = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()}
         # What is added to every score that enters one softmax cancels there, up to rounding.
-        without -= {"multiple_choice": {"classifier.bias"}, "question_answering": {"qa_outputs.bias"}}.get(head, set())
+        without -= {"choice": {"classifier.bias"}, "question": {"qa_outputs.bias"}}.get(head, set())
         expected = set()
-        if head in ("base", "sequence_classification", "multiple_choice"):
+        if head in ("base", "sequence", "choice"):
             # These read the first token, and nothing comes before it that could reach it through a decay.
             expected = {name for name, _ in model.named_parameters() if re.search(WITHOUT_PAST[neuron], name)}
         assert without == expected
@@ -581,7 +574,7 @@ class TestTraining:
     @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
     @each_head
     def test_gradient_checkpointing_gives_the_same_gradients(self, make_model, sentences, head):
-        model = make_model(HEADS[head]).train()
+        model = make_model(MODELS[head]).train()
         gradients = []
         for checkpointing in (False, True):
             twin = copy.deepcopy(model)
@@ -664,16 +657,16 @@ class TestHeads:
         assert model.config.problem_type == "multi_label_classification"
         close(outputs.loss, nn.functional.binary_cross_entropy_with_logits(outputs.logits, labels))
 
-    @pytest.mark.parametrize("head", ["masked_lm", "token_classification"])
+    @pytest.mark.parametrize("head", ["masked_lm", "token"])
     def test_labels_of_minus_100_are_ignored(self, make_model, sentences, head):
-        model = make_model(HEADS[head], num_labels=2)
+        model = make_model(MODELS[head], num_labels=2)
         labels = (sentences["input_ids"] % 2).masked_fill(sentences["attention_mask"] == 0, -100)
         outputs = model(**sentences, labels=labels)
         close(outputs.loss, nn.functional.cross_entropy(outputs.logits.flatten(0, 1), labels.flatten()))
 
-    @pytest.mark.parametrize("head", ["masked_lm", "token_classification"])
+    @pytest.mark.parametrize("head", ["masked_lm", "token"])
     def test_the_loss_divides_by_the_number_of_items_that_trainer_gives(self, make_model, sentences, head):
-        model = make_model(HEADS[head], num_labels=2)
+        model = make_model(MODELS[head], num_labels=2)
         labels = sentences["input_ids"] % 2
         mean = model(**sentences, labels=labels).loss
         close(model(**sentences, labels=labels, num_items_in_batch=2 * labels.numel()).loss, mean / 2)
