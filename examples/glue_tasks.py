@@ -35,7 +35,7 @@ from modeling_snn_bert import SNNBertConfig, SNNBertForSequenceClassification
 from modeling_snn_bert.batches import Batch, batches_in_order
 from modeling_snn_bert.conversion import FAMILIES, convert_bert
 from modeling_snn_bert.energy import energy_report
-from modeling_snn_bert.multitask import Head, keep_head
+from modeling_snn_bert.multitask import Head, keep_head, renew_heads
 from modeling_snn_bert.settings import ConversionArguments
 from modeling_snn_bert.text_files import check_columns, read_rows
 
@@ -498,26 +498,31 @@ def measure_energy(
 
 def several_heads(config: PreTrainedConfig) -> list[str]:
     """The tasks of a model of several tasks, in the order of its logits; none for a model of one."""
-    logits = {name: task.head.logits_of(config) for name, task in TASKS.items()}
-    return sorted((name for name in TASKS if logits[name].stop), key=lambda name: logits[name].start)
+    parts = [str(config.id2label[i]).partition(":") for i in sorted(config.id2label)]
+    return list(dict.fromkeys(name for name, colon, _ in parts if colon and name in TASKS))
 
 
 def load_for_task(model_class: type[PreTrainedModel], path: str, task: Task, **options: Any) -> PreTrainedModel:
     """The classifier in `path` as one of `task`.
 
-    Of a model of several tasks it keeps the head of `task`, and gets a new one if there is none. The head of a model of
-    one task is kept if it has as many labels.
+    Of a model of several tasks it keeps the head of `task`, and gets a new one if there is none. A model of one task
+    keeps its head.
 
     Args:
         model_class: a BERT or an SNN-BERT for sequence classification.
         path: folder or Hub id.
         task: the task.
         options: further arguments of `from_pretrained`.
+
+    Raises:
+        RuntimeError: if the head of a model of one task has another number of labels.
     """
     others = several_heads(AutoConfig.from_pretrained(path))
     if task.name not in others:
         options |= {"ignore_mismatched_sizes": bool(others), **task.head.alone()}
-        return model_class.from_pretrained(path, **options)
     model = model_class.from_pretrained(path, **options)
-    keep_head(model, task.head)
+    if task.name in others:
+        keep_head(model, task.head)
+    elif others:
+        renew_heads(model)
     return model

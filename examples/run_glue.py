@@ -128,11 +128,11 @@ def main() -> None:
 
 
 def take_head(teacher: PreTrainedModel, task: Task) -> None:
-    """Leave a teacher of several tasks the head of `task`; raise a `ValueError` if one of one task has another head."""
-    if task.name in several_heads(teacher.config):
-        keep_head(teacher, task.head)
+    """Leave a teacher of several tasks the head of `task`; raise a `ValueError` if a teacher has no such head."""
     wanted, found = len(task.head.labels), teacher.config.num_labels
-    if found != wanted:
+    if several_heads(teacher.config):
+        keep_head(teacher, task.head)
+    elif found != wanted:
         raise ValueError(
             f"--teacher_name_or_path must have been fine-tuned on {task.name}, with {wanted} labels; it has {found}"
         )

@@ -36,7 +36,6 @@ from transformers import (
     AutoTokenizer,
     DataCollatorWithPadding,
     HfArgumentParser,
-    PreTrainedConfig,
     PreTrainedModel,
     set_seed,
 )
@@ -46,7 +45,14 @@ from modeling_snn_bert import SNNBertConfig
 from modeling_snn_bert.batches import Batch, Batches, DrawnBatches, Row
 from modeling_snn_bert.distillation import check_same_shape
 from modeling_snn_bert.fine_tuning import NO_DROPOUT
-from modeling_snn_bert.multitask import CollateForTeacher, MultitaskTrainer, heads_settings, rows_of_all, take_over
+from modeling_snn_bert.multitask import (
+    CollateForTeacher,
+    MultitaskTrainer,
+    heads_settings,
+    renew_heads,
+    rows_of_all,
+    take_over,
+)
 from modeling_snn_bert.seeds import RESULTS_FILE
 from modeling_snn_bert.trainer import DistillationTrainingArguments
 from modeling_snn_bert.unlabelled_data import UnlabelledArguments
@@ -84,7 +90,7 @@ class Arguments(DistillationTrainingArguments):
     @property
     def compares_states(self) -> bool:
         """Whether more than the logits is taught."""
-        return bool(self.hidden_weight or self.attention_weight)
+        return bool(self.hidden_weight or self.attention_weight or self.embedding_weight)
 
 
 def main() -> None:
@@ -92,19 +98,20 @@ def main() -> None:
     run_args, text_args, args = parser.parse_args_into_dataclasses()
     teacher_path, length = text_args.teacher_name_or_path, run_args.max_seq_length
     if teacher_path is None:
-        if args.attention_weight:
-            raise ValueError("--attention_weight needs --teacher_name_or_path")
         args.hidden_weight = 0.0
+        if args.compares_states:
+            raise ValueError("--attention_weight and --embedding_weight need --teacher_name_or_path")
     set_seed(args.seed)
     tasks = [TASKS[name] for name in run_args.tasks]
     tokenizer = AutoTokenizer.from_pretrained(run_args.model_name_or_path)
     teacher = None
     if teacher_path is not None:
+        config = AutoConfig.from_pretrained(teacher_path)
         for task in tasks:
-            task.head.check(AutoConfig.from_pretrained(teacher_path), teacher_path)
+            task.head.check(config, teacher_path)
         # Hidden states and attention weights are compared token by token.
         compared = tokenizer if args.compares_states else None
-        advice = ": give --hidden_weight 0 (and no --attention_weight)"
+        advice = ": give --hidden_weight 0 (and no --attention_weight or --embedding_weight)"
         teacher = load_teacher(teacher_path, args.attention_weight > 0, compared, otherwise=advice)
     model = load_model(run_args.model_name_or_path, args, tasks, teacher)
     data = [TaskArguments(task_name=name, data_dir=run_args.data_dir).load()[1] for name in run_args.tasks]
@@ -130,8 +137,13 @@ def main() -> None:
             labels = batch.pop("labels").tolist()
             return zip(model(**batch).logits.float().tolist(), labels, strict=True)
 
-        predictions = [trainer.answers(rows, collate, answer) for rows in validation]
-        return score_tasks(tasks, predictions, model.config)
+        figures: dict[str, float] = {}
+        for task, rows in zip(tasks, validation, strict=True):
+            own = task.head.logits_of(model.config)
+            logits, labels = zip(*trainer.answers(rows, collate, answer), strict=True)
+            found = score(task, [row[own] for row in logits], labels)
+            figures |= {f"{task.name}_{name}": value for name, value in found.items()}
+        return {"average": fmean(figures[f"{task.name}_{task.metrics[0]}"] for task in tasks), **figures}
 
     drawn = DrawnBatches(draw, drawn_collate, args.per_device_train_batch_size, args.seed, args.process_index)
     trainer = MultitaskTrainer(
@@ -171,26 +183,13 @@ def load_model(path: str, args: Arguments, tasks: list[Task], teacher: PreTraine
     model = AutoModelForSequenceClassification.from_pretrained(
         path, dtype=torch.float32, ignore_mismatched_sizes=not has_heads, **settings
     )
+    if not has_heads:
+        renew_heads(model)
     if teacher is not None and args.compares_states:
         check_same_shape(model.config, teacher.config)
         if not has_heads:
             take_over(model, teacher, heads)
     return model
-
-
-def score_tasks(
-    tasks: list[Task], predictions: list[list[tuple[list[float], float]]], config: PreTrainedConfig
-) -> dict[str, float]:
-    """`average`, the mean of the tasks' scores, and each task's figures with its name in front.
-
-    `predictions` are, for each task, the logits of all heads and the label of each row.
-    """
-    figures: dict[str, float] = {}
-    for task, rows in zip(tasks, predictions, strict=True):
-        own = task.head.logits_of(config)
-        found = score(task, [logits[own] for logits, _ in rows], [label for _, label in rows])
-        figures |= {f"{task.name}_{name}": value for name, value in found.items()}
-    return {"average": fmean(figures[f"{task.name}_{task.metrics[0]}"] for task in tasks), **figures}
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ class Head(NamedTuple):
     Args:
         name: of its task.
         labels: the names of its logits.
-        is_regression: whether it has one logit, a real number; the others tell classes apart.
-        reads_pairs: whether it is for pairs of texts; the others are for single ones.
+        is_regression: `True` for one logit that is a real number, `False` for classes.
+        reads_pairs: `True` for pairs of texts, `False` for single ones.
     """
 
     name: str
@@ -44,12 +44,12 @@ class Head(NamedTuple):
 
     def logits_of(self, config: PreTrainedConfig) -> slice:
         """Which logits of a model with several heads are its own: none of them if the model has no such head."""
-        own = [i for i, label in config.id2label.items() if str(label).startswith(f"{self.name}:")]
+        own = sorted(i for i, label in config.id2label.items() if str(label).startswith(f"{self.name}:"))
         return slice(own[0], own[-1] + 1) if own else slice(0)
 
     def check(self, config: PreTrainedConfig, path: str) -> None:
         """Raise a `ValueError` unless the model in `path` has this head among others, with these labels."""
-        names = list(config.id2label.values())
+        names = [config.id2label[i] for i in sorted(config.id2label)]
         if names[self.logits_of(config)] != [f"{self.name}:{label}" for label in self.labels]:
             raise ValueError(
                 f"{path} must have a head for {self.name} with the labels {list(self.labels)}; it has the labels "
@@ -59,33 +59,38 @@ class Head(NamedTuple):
 
 def heads_settings(heads: Sequence[Head]) -> dict[str, Any]:
     """The settings of a configuration that give a model these heads."""
-    return label_names([f"{head.name}:{label}" for head in heads for label in head.labels])
+    return {**label_names([f"{x.name}:{label}" for x in heads for label in x.labels]), "problem_type": None}
+
+
+def last_linear(model: PreTrainedModel) -> nn.Linear:
+    """The Linear that makes the logits of a classifier of texts; an MPNet's is the last one of a module."""
+    return getattr(model.classifier, "out_proj", model.classifier)
+
+
+@torch.no_grad()
+def renew_heads(model: PreTrainedModel) -> None:
+    """Give the heads of `model` new random weights, in place."""
+    last_linear(model).weight.normal_(std=model.config.initializer_range)
+    last_linear(model).bias.zero_()
 
 
 def keep_head(model: PreTrainedModel, head: Head) -> None:
-    """Leave a model of several heads one alone, in place; it is then as if fine-tuned on that one's task.
+    """Keep one head of a model that has several, in place; it is then as if fine-tuned on that head's task.
 
     Raises:
         ValueError: if it has no such head.
     """
-    head.check(model.config, model.name_or_path)
-    rows = head.logits_of(model.config)
-    # An MPNet's is the last Linear of a module of that name.
-    holder, name = (model.classifier, "out_proj") if hasattr(model.classifier, "out_proj") else (model, "classifier")
-    every_head = getattr(holder, name)
-    classifier = nn.Linear(every_head.in_features, len(head.labels), device=model.device)
-    with torch.no_grad():
-        classifier.weight.copy_(every_head.weight[rows])
-        classifier.bias.copy_(every_head.bias[rows])
-    setattr(holder, name, classifier)
-    model.num_labels = classifier.out_features
-    for name, value in head.alone().items():
-        setattr(model.config, name, value)
+    head.check(model.config, model.name_or_path or "the model")
+    rows, linear = head.logits_of(model.config), last_linear(model)
+    linear.weight, linear.bias = (nn.Parameter(x.detach()[rows].clone()) for x in (linear.weight, linear.bias))
+    model.num_labels = linear.out_features = len(head.labels)
+    for setting, value in head.alone().items():
+        setattr(model.config, setting, value)
 
 
 @torch.no_grad()
 def take_over(model: PreTrainedModel, teacher: PreTrainedModel, heads: Sequence[Head]) -> None:
-    """Give `model` the embeddings, the pooler and the `heads` of a BERT or an MPNet, which may have them elsewhere."""
+    """Give `model` the embeddings, the pooler and the `heads` of a BERT or an MPNet, which may be in another order."""
     weights = weights_of(teacher) if isinstance(teacher, MPNetPreTrainedModel) else teacher.state_dict()
     for part in ("embeddings", "pooler"):
         prefix = f"bert.{part}."
@@ -132,6 +137,7 @@ def heads_logit_loss(
     teacher_logits: Sequence[torch.Tensor],
     is_pair: torch.Tensor,
     heads: Sequence[Head],
+    temperature: float = 2.0,
 ) -> torch.Tensor:
     """The mean over rows of `logit_losses`, summed over the heads that can read a row: a single text, or a pair.
 
@@ -139,11 +145,12 @@ def heads_logit_loss(
         student_logits, teacher_logits: of each head, see `logits_by_head`.
         is_pair (`[rows]`): which rows are pairs.
         heads: the heads.
+        temperature: as for `logit_loss`.
     """
     total = is_pair.new_zeros((), dtype=torch.float32)
     for head, student, teacher in zip(heads, student_logits, teacher_logits, strict=True):
         mine = is_pair if head.reads_pairs else ~is_pair
-        total = total + logit_losses(student, teacher).where(mine, 0).sum()
+        total = total + logit_losses(student, teacher, temperature).where(mine, 0).sum()
     return total / len(is_pair)
 
 
@@ -196,11 +203,17 @@ class MultitaskTrainer(DistillationTrainer):
         model: the student.
         heads: its heads, which a teacher has too.
         args, kwargs: those of DistillationTrainer; with a teacher, `processing_class` is the student's tokenizer.
+
+    Raises:
+        ValueError: if the student or the teacher lacks one of the heads.
     """
 
     def __init__(self, model: PreTrainedModel, *args: Any, heads: Sequence[Head], **kwargs: Any) -> None:
         super().__init__(model, *args, **kwargs)
         self.heads, self.config = heads, model.config
+        for config in (self.config, *(() if self.teacher is None else (self.teacher.config,))):
+            for head in heads:
+                head.check(config, config.name_or_path or "the model")
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         if self.teacher is not None:
@@ -211,11 +224,12 @@ class MultitaskTrainer(DistillationTrainer):
         loss = add_penalty(loss, outputs, self.firing_rate_weight)
         return (loss, outputs) if return_outputs else loss
 
-    def logit_part(self, outputs: ModelOutput, wanted: ModelOutput, inputs: Batch) -> torch.Tensor:
+    def head_loss(self, outputs: ModelOutput, wanted: ModelOutput, inputs: Batch) -> torch.Tensor:
         assert self.teacher is not None
         # Not by the token types, which an MPNet's tokenizer does not give.
         separator = cast(PreTrainedTokenizerBase, self.processing_class).sep_token_id
         is_pair = (inputs["input_ids"] == separator).sum(1) > 1
         logits = logits_by_head(outputs.logits, self.heads, self.config)
         taught = logits_by_head(wanted.logits, self.heads, self.teacher.config)
-        return add_penalty(heads_logit_loss(logits, taught, is_pair, self.heads), outputs, self.firing_rate_weight)
+        loss = heads_logit_loss(logits, taught, is_pair, self.heads, self.args.temperature)
+        return add_penalty(loss, outputs, self.firing_rate_weight)

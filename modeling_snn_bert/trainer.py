@@ -158,7 +158,7 @@ class DistillationTrainer(Trainer):
         if self.teacher is None or not model.training:
             return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
         extras = {
-            "output_hidden_states": self.args.hidden_weight > 0,
+            "output_hidden_states": self.args.hidden_weight > 0 or self.args.embedding_weight > 0,
             "output_attentions": self.args.attention_weight > 0,
         }
         with torch.no_grad():
@@ -173,7 +173,7 @@ class DistillationTrainer(Trainer):
         own = {name.removeprefix(FOR_TEACHER): x for name, x in inputs.items() if name.startswith(FOR_TEACHER)}
         return self.teacher(**(own or {name: x for name, x in inputs.items() if name != "labels"}), **extras)
 
-    def logit_part(self, outputs: ModelOutput, wanted: ModelOutput, inputs: Batch) -> torch.Tensor:
+    def head_loss(self, outputs: ModelOutput, wanted: ModelOutput, inputs: Batch) -> torch.Tensor:
         """The loss on labels and logits, with the penalty on firing rates."""
         weight = self.firing_rate_weight
         if "labels" in inputs:
@@ -195,7 +195,7 @@ class DistillationTrainer(Trainer):
         """The sum of all losses; their parts are kept for the log."""
         mask = inputs.get("attention_mask")
         if "logits" in outputs:
-            loss = self.add_part("logit_loss", self.logit_part(outputs, wanted, inputs))
+            loss = self.add_part("head_loss", self.head_loss(outputs, wanted, inputs))
         else:
             loss = add_penalty(torch.zeros((), device=self.args.device), outputs, self.firing_rate_weight)
         if self.args.hidden_weight:
@@ -207,7 +207,7 @@ class DistillationTrainer(Trainer):
         if self.args.embedding_weight:
             if mask is None:
                 mask = torch.ones_like(inputs["input_ids"])
-            part = embedding_loss(outputs.last_hidden_state, wanted.last_hidden_state, mask)
+            part = embedding_loss(outputs.hidden_states[-1], wanted.hidden_states[-1], mask)
             loss = loss + self.args.embedding_weight * self.add_part("embedding_loss", part)
         if getattr(outputs, "firing_rate_penalty", None) is not None:
             self.add_part("firing_rate_penalty", outputs.firing_rate_penalty)

@@ -16,6 +16,7 @@ from modeling_snn_bert.multitask import (
     keep_head,
     label_loss,
     logits_by_head,
+    renew_heads,
     rows_of_all,
     take_over,
 )
@@ -49,15 +50,21 @@ def test_heads_are_told_by_the_labels():
         head.check(config, "here")
     with pytest.raises(ValueError, match=r"here must have a head for other with the labels \['no', 'yes'\]; it has"):
         HEADS[0]._replace(name="other").check(config, "here")
+    # As a program that sorts keys as texts leaves it.
+    config.id2label = {i: config.id2label[i] for i in (3, 0, 4, 2, 1)}
+    assert [head.logits_of(config) for head in HEADS] == [slice(0, 2), slice(2, 3), slice(3, 5)]
+    for head in HEADS:
+        head.check(config, "here")
     config.id2label[0] = "first:bad"
     with pytest.raises(ValueError, match="must have a head for first"):
         HEADS[0].check(config, "here")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("head", HEADS, ids=NAMES)
-def test_one_head_is_kept(tmp_path, head):
+def test_one_head_is_kept(tmp_path, head, dtype):
     """It gives the same logits, and is saved and loaded as a model of one task."""
-    model = make_bert()
+    model = make_bert().to(dtype)
     inputs = {"input_ids": torch.arange(5, 17).reshape(2, 6)}
     with torch.no_grad():
         wanted = model(**inputs).logits[:, head.logits_of(model.config)]
@@ -73,6 +80,27 @@ def test_one_head_is_kept(tmp_path, head):
     assert again(**inputs, labels=labels).loss.isfinite()
     with pytest.raises(ValueError, match="must have a head for other"):
         keep_head(make_bert(), head._replace(name="other"))
+
+
+def test_heads_are_renewed():
+    model = make_bert(initializer_range=0.3)
+    before = model.classifier.weight.clone()
+    renew_heads(model)
+    assert not (model.classifier.weight == before).any() and not model.classifier.bias.any()
+    assert 0.2 < model.classifier.weight.std() < 0.4
+
+
+def test_a_trainer_refuses_models_without_the_heads(tmp_path):
+    arguments = DistillationTrainingArguments(tmp_path, use_cpu=True)
+    model, other = make_bert(), make_bert(HEADS[:2])
+    with pytest.raises(ValueError, match="the model must have a head for pairs"):
+        MultitaskTrainer(other, arguments, heads=HEADS)
+    with pytest.raises(ValueError, match="the model must have a head for pairs"):
+        MultitaskTrainer(model, arguments, heads=HEADS, teacher=other)
+    between = HEADS[0]._replace(labels=("no", "between", "yes"))
+    model.config.id2label = dict(enumerate(["first:no", "score:score", "first:yes", "pairs:same", "pairs:other"]))
+    with pytest.raises(ValueError, match="the model must have a head for first"):
+        MultitaskTrainer(model, arguments, heads=[between])
 
 
 def test_a_teachers_embeddings_and_heads_are_taken_over():
@@ -116,17 +144,18 @@ def test_label_loss_is_the_mean_over_rows():
     assert (logits.grad[1] != 0).tolist() == [False, False, True, False, False]
 
 
-def test_logit_loss_of_each_head_is_on_the_rows_it_can_read():
+@pytest.mark.parametrize("temperature", [2.0, 5.0])
+def test_logit_loss_of_each_head_is_on_the_rows_it_can_read(temperature):
     """A teacher may have its heads in another order; rows of one kind alone teach the heads of that kind."""
     student, teacher = torch.randn(6, 5, requires_grad=True), torch.randn(6, 5)
     pair = torch.tensor([True, False, True, True, False, True])
     student_heads = logits_by_head(student, HEADS, make_bert().config)
     teacher_heads = logits_by_head(teacher, HEADS, make_bert(HEADS[::-1]).config)
-    loss = heads_logit_loss(student_heads, teacher_heads, pair, HEADS)
+    loss = heads_logit_loss(student_heads, teacher_heads, pair, HEADS, temperature)
     single, both = ~pair, pair
-    wanted = 2 / 6 * logit_loss(student[single][:, :2], teacher[single][:, 3:])
-    wanted = wanted + 4 / 6 * logit_loss(student[both][:, 2:3], teacher[both][:, 2:3])
-    wanted = wanted + 4 / 6 * logit_loss(student[both][:, 3:], teacher[both][:, :2])
+    wanted = 2 / 6 * logit_loss(student[single][:, :2], teacher[single][:, 3:], temperature)
+    wanted = wanted + 4 / 6 * logit_loss(student[both][:, 2:3], teacher[both][:, 2:3], temperature)
+    wanted = wanted + 4 / 6 * logit_loss(student[both][:, 3:], teacher[both][:, :2], temperature)
     torch.testing.assert_close(loss, wanted)
     loss.backward()
     assert not student.grad[single][:, 2:].any() and not student.grad[both][:, :2].any()

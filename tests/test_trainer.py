@@ -73,6 +73,18 @@ def test_the_loss_is_the_sum_of_its_parts(make_trainer, batch, labelled):
     assert penalty > 0
 
 
+def test_a_model_with_a_head_is_taught_embeddings(make_trainer, batch):
+    trainer = make_trainer(logit_weight=0.7, embedding_weight=2.0)
+    plain = make_trainer(logit_weight=0.7)
+    inputs, mask = {name: x for name, x in batch.items() if name != "labels"}, batch["attention_mask"]
+    with torch.no_grad():
+        loss, without = (x.compute_loss(x.model.train(), batch) for x in (trainer, plain))
+        states = trainer.model.base_model(**inputs).last_hidden_state
+        wanted = trainer.teacher.base_model(**inputs).last_hidden_state
+    torch.testing.assert_close(loss, without + 2 * embedding_loss(states, wanted, mask))
+    assert loss > without
+
+
 def test_a_model_without_a_head_is_taught(make_trainer, batch):
     trainer = make_trainer(student_class=SNNBertModel, hidden_weight=1.0, embedding_weight=2.0)
     inputs = {name: x for name, x in batch.items() if name != "labels"}
@@ -106,7 +118,7 @@ def test_batches_are_taken_in_their_order(make_trainer, batch):
     for (name, found), wanted in zip(trainer.model.named_parameters(), loop.model.parameters(), strict=True):
         torch.testing.assert_close(found, wanted, msg=name)
     first, second = (entry for entry in trainer.state.log_history if "loss" in entry)
-    assert {"logit_loss", "hidden_state_loss", "firing_rate_penalty"} <= first.keys()
+    assert {"head_loss", "hidden_state_loss", "firing_rate_penalty"} <= first.keys()
     tokens = [sum(int(part["attention_mask"].sum()) for part in batches[:count]) for count in (2, 4)]
     assert [first["num_input_tokens_seen"], second["num_input_tokens_seen"]] == tokens
     assert not any(parameter.requires_grad for parameter in trainer.teacher.parameters())
