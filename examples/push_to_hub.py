@@ -38,7 +38,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--private", action="store_true", help="create the repository as a private one")
     parser.add_argument("--revision", help="branch to send to; created if it does not exist (default: main)")
     parser.add_argument("--commit_message", default="Upload SNN-BERT")
-    parser.add_argument("--report", type=Path, help="report.json of the quickstart or energy report, for README.md")
+    parser.add_argument("--report", type=Path, help="report.json to write README.md from, also with --dry_run")
     parser.add_argument("--license", help="licence of the weights, such as apache-2.0, for a card from --report")
     parser.add_argument("--token", help="access token (default: the one of `hf auth login`, or HF_TOKEN)")
     parser.add_argument("--dry_run", action="store_true", help="check and show what would be sent, and stop there")
@@ -57,9 +57,10 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse_args(arguments)
     folder = args.model_name_or_path
     try:
+        files, left_out, problems = choose_files(folder)
         if args.report:
             write_card(folder, args.report, args.repo_id, args.license)
-        files, left_out, problems = choose_files(folder)
+            files, left_out, problems = choose_files(folder)
         problems += check_folder(folder)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -33,7 +33,9 @@ def choose_files(folder: Path) -> tuple[list[Path], list[tuple[str, str]], list[
     has_weights = bool(weight_files(folder))
     for root, names, here in os.walk(folder):
         for name in sorted(names):
-            if name.startswith((".", "__pycache__", "checkpoint-")):
+            if Path(root, name).is_symlink():
+                left_out.append((f"{(Path(root) / name).relative_to(folder)}/", "a link to a folder"))
+            elif name.startswith((".", "__pycache__", "checkpoint-")):
                 names.remove(name)
                 left_out.append((f"{(Path(root) / name).relative_to(folder)}/", "hidden, or of a training run"))
         for name in sorted(here):
@@ -124,7 +126,7 @@ def check_code(folder: Path) -> list[str]:
 def check_card(folder: Path) -> list[str]:
     """README.md has metadata and nothing in it waits to be filled in."""
     if not (folder / "README.md").exists():
-        return ["there is no model card (README.md): --report writes one from what was measured"]
+        return ["there is no model card (README.md): --report writes one (or `card_from_report`)"]
     card = ModelCard.load(folder / "README.md")
     problems = [] if card.data.to_dict() else ["README.md has no metadata between lines of --- at its start"]
     if "TO BE FILLED IN" in card.text:

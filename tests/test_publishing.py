@@ -21,6 +21,7 @@ def test_what_is_sent(folder):
         (folder / name).write_bytes(b"")
     (folder / "training_args.bin").write_bytes(b"")
     (folder / "figures").mkdir()
+    (folder / "elsewhere").symlink_to("/tmp", target_is_directory=True)
     (folder / "figures" / "spikes.png").write_bytes(b"")
     files, left_out, problems = choose_files(folder)
     names = {str(path.relative_to(folder)) for path in files}
@@ -33,6 +34,7 @@ def test_what_is_sent(folder):
         ".hidden",
         "rng_state_0.pth",
         "training_args.bin",
+        "elsewhere/",
     }
     assert not names & {name for name, _ in left_out}
 
