@@ -39,6 +39,7 @@ SPIKING_CLASSES: dict[type[Original], type[SNNBertPreTrainedModel]] = {
     getattr(transformers, f"{family}{head}"): getattr(modeling_snn_bert, f"SNNBert{head}")
     for family in FAMILIES.values()
     for head in HEADS.values()
+    if hasattr(transformers, f"{family}{head}")
 }
 
 # The settings that an SNN-BERT and a BERT of the same shape have in common.

@@ -539,8 +539,7 @@ class SNNBertForMaskedLM(SNNBertPreTrainedModel):
         if labels is not None:
             check_labels(labels, logits.shape[:-1], logits.shape[-1], ignore_index=-100)
             loss = self.loss_function(logits, labels, vocab_size=logits.shape[-1], **kwargs)
-            share = share_of_labels(labels, **kwargs)
-            loss = add_penalty(loss, outputs, self.config.firing_rate_weight, share)
+            loss = add_penalty(loss, outputs, self.config.firing_rate_weight, share_of_labels(labels, **kwargs))
         return SNNBertMaskedLMOutput(loss=loss, logits=logits, **recorded(outputs))
 
 
@@ -620,8 +619,7 @@ class SNNBertForTokenClassification(SNNBertPreTrainedModel):
         if labels is not None:
             check_labels(labels, logits.shape[:-1], self.num_labels, ignore_index=-100)
             loss = self.loss_function(logits, labels, self.config, **kwargs)
-            share = share_of_labels(labels, **kwargs)
-            loss = add_penalty(loss, outputs, self.config.firing_rate_weight, share)
+            loss = add_penalty(loss, outputs, self.config.firing_rate_weight, share_of_labels(labels, **kwargs))
         return SNNBertTokenClassifierOutput(loss=loss, logits=logits, **recorded(outputs))
 
 
@@ -699,7 +697,7 @@ class SNNBertForMultipleChoice(SNNBertPreTrainedModel):
             Index of the right choice.
         """
         given = input_ids if inputs_embeds is None else inputs_embeds
-        if given is None or given.dim() < 3:
+        if given is None or given.dim() < (3 if inputs_embeds is None else 4):
             raise ValueError(
                 "`input_ids` must have the shape [batch, num_choices, seq_len] (or `inputs_embeds` one dimension "
                 f"more), got {None if given is None else list(given.shape)}"

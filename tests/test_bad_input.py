@@ -256,6 +256,13 @@ BAD_LABELS = {
         ValueError,
         "`input_ids` must have the shape [batch, num_choices, seq_len]",
     ),
+    "choices_of_embeddings_of_one_dimension_less": (
+        SNNBertForMultipleChoice,
+        {},
+        {"inputs_embeds": torch.ones(2, 6, 32)},
+        ValueError,
+        "(or `inputs_embeds` one dimension more), got [2, 6, 32]",
+    ),
     "choices_missing": (SNNBertForMultipleChoice, {}, {"input_ids": None}, ValueError, "got None"),
 }
 BAD_LENGTHS = {
