@@ -69,7 +69,7 @@ def main() -> None:
     set_seed(args.seed)
     teacher_path = student_args.model_name_or_path or str(minilm_folder())
     tokenizer = AutoTokenizer.from_pretrained(teacher_path)
-    teacher = load_teacher(teacher_path, text_args.max_seq_length, args.attention_weight > 0).to(args.device)
+    teacher = load_encoder_teacher(teacher_path, text_args.max_seq_length, args.attention_weight > 0).to(args.device)
     with args.main_process_first(desc="tokenize the text"):
         blocks = text_args.blocks(tokenizer, args.seed)
     checkpoint = checkpoint_of(args.output_dir, args.resume_from_checkpoint)
@@ -112,7 +112,7 @@ def main() -> None:
     trainer.save_run(RESULTS_FILE, results)
 
 
-def load_teacher(path: str, max_seq_length: int, attention_weights: bool) -> PreTrainedModel:
+def load_encoder_teacher(path: str, max_seq_length: int, attention_weights: bool) -> PreTrainedModel:
     """The BERT, or the MPNet.
 
     Raises:

@@ -73,7 +73,6 @@ def main() -> None:
     steps = args.max_train_steps
     if steps is None:
         steps = max(1, math.ceil(args.num_train_epochs * batch_of.per_epoch / args.gradient_accumulation_steps))
-    # Thresholds, decays and resets have a rate of their own.
     groups = parameter_groups(
         model, args.learning_rate, neuron_learning_rate=args.neuron_learning_rate, weight_decay=args.weight_decay
     )
@@ -135,7 +134,7 @@ def evaluate(accelerator: Accelerator, model: torch.nn.Module, rows: DataLoader,
     model.eval()
     logits, labels = [], []
     for batch in accelerator.prepare(rows):
-        # In float32, which every way to gather takes.
+        # Gathered in float32, because not every backend gathers bfloat16.
         found = accelerator.gather_for_metrics((model(**batch).logits.float(), batch["labels"]))
         logits += found[0].tolist()
         labels += found[1].tolist()

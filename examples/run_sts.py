@@ -85,7 +85,7 @@ def main() -> None:
 
     def train_one(args: Arguments) -> dict[str, Any]:
         """Train with one seed; what the results say of it."""
-        teacher = load_teacher(run_args, tokenizer)
+        teacher = load_sentence_teacher(run_args, tokenizer)
         if teacher is None:
             args.embedding_weight = 0.0
         model = AutoModel.from_pretrained(run_args.model_name_or_path, dtype=torch.float32, **NO_DROPOUT)
@@ -140,7 +140,7 @@ def load_pairs(args: TaskArguments, max_score: float) -> tuple[Task, DatasetDict
     return task, data
 
 
-def load_teacher(args: RunArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | None:
+def load_sentence_teacher(args: RunArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | None:
     """The teacher, if there is one.
 
     Raises:

@@ -22,9 +22,7 @@ import pandas as pd
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from PIL import Image
-from transformers import PreTrainedTokenizerBase
 
-from modeling_snn_bert import SNNBertPreTrainedModel
 from modeling_snn_bert.commands.common import FAILURES
 from modeling_snn_bert.commands.common import load as load_with_tokenizer
 from modeling_snn_bert.energy import EnergyReport, energy_report
@@ -146,18 +144,8 @@ def check_request(sentence: str, checkpoint: str, default: str) -> None:
         raise gr.Error(f"{checkpoint!r} is no Hub id, which looks like owner/name.", title="Checkpoint")
 
 
-@functools.lru_cache(maxsize=2)
-def load(checkpoint: str) -> tuple[SNNBertPreTrainedModel, PreTrainedTokenizerBase]:
-    """Model, with the head that it was saved with, and tokenizer.
-
-    Both are of the package's own classes: code from the checkpoint's repository is not needed, and a visitor may name
-    any repository.
-
-    Raises:
-        ValueError: if it is another kind of model.
-        OSError: if there is no such checkpoint.
-    """
-    return load_with_tokenizer(checkpoint, None)
+# Model and tokenizer of a checkpoint. It runs no code from there, so that a visitor may name any repository.
+load = functools.lru_cache(maxsize=2)(functools.partial(load_with_tokenizer, revision=None))
 
 
 def draw_raster(report: EnergyReport, tokens: list[str], layer: int) -> Image.Image:
