@@ -223,10 +223,7 @@ SUBJECTS = {
         cost="BERT, float32",
     ),
     "minilm_bfloat16": Subject(
-        "MiniLM, PyTorch bfloat16",
-        partial(build_minilm, dtype=torch.bfloat16),
-        load_torch,
-        "minilm-bfloat16",
+        "MiniLM, PyTorch bfloat16", partial(build_minilm, dtype=torch.bfloat16), load_torch, "minilm-bfloat16"
     ),
     "minilm_onnx_int8": Subject(
         "MiniLM, ONNX Runtime int8",

@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, BertModel, PreTrainedTokenizerBase
 
 from modeling_snn_bert import SNNBertConfig, SNNBertModel
 from modeling_snn_bert.atomic_writes import write_json, written_whole
-from modeling_snn_bert.event_driven import round_weights
+from modeling_snn_bert.event_weights import round_weights
 
 HUB_CONFIGS = Path(__file__).resolve().parents[1] / "hub_configs"
 # To be fine-tuned; and a sentence encoder, which went on from there.

@@ -44,6 +44,7 @@ from .configuration_snn_bert import SNNBertConfig
 from .cpu_kernels import KERNELS_VERSION  # noqa: F401
 from .event_driven import RunsWhole, dense, event_driven, part_of_layer, round_products
 from .event_kernels import WEIGHT_TYPES  # noqa: F401
+from .event_weights import round_weights  # noqa: F401
 from .initial_currents import InitialCurrents
 from .input_checks import check_inputs, check_labels, check_sequence_labels, values_can_be_read
 from .layer_places import PLACES  # noqa: F401

@@ -24,7 +24,7 @@ from transformers import AttentionInterface, TorchAoConfig
 from modeling_snn_bert import SNNBertForSequenceClassification, cpu_kernels
 from modeling_snn_bert import event_driven as event_driven_module
 from modeling_snn_bert.checksums import check_finite
-from modeling_snn_bert.event_driven import Snapshot, dense, event_driven, is_event_driven
+from modeling_snn_bert.event_driven import dense, event_driven, is_event_driven
 from modeling_snn_bert.modeling_snn_bert import SNNBertLayer
 from modeling_snn_bert.packed_spikes import SpikingLinear
 
@@ -316,24 +316,6 @@ def test_weights_that_another_process_writes(model, path):
         os._exit(0)
     assert os.waitpid(process, 0)[1] == 0 and not torch.equal(logits(model), before)
     same(logits(model), logits(dense(copy.deepcopy(model))))
-
-
-@pytest.mark.parametrize("copies_on_write", [True, False])
-def test_a_snapshot_reads_only_what_it_must(monkeypatch, copies_on_write):
-    """Weights in memory of torch's own are seen to be unchanged by where they lie; others are compared."""
-    monkeypatch.setattr(event_driven_module, "COPIES_ON_WRITE", copies_on_write)
-    tensors = [nn.Parameter(torch.randn(4, 3)), None]
-    snapshot = Snapshot(tensors)
-    assert snapshot.is_in_place(tensors) == copies_on_write and snapshot.still_holds(tensors)
-    # To the same values in another place: followed.
-    tensors[0].data = tensors[0].data.clone()
-    assert not snapshot.is_in_place(tensors)
-    assert snapshot.still_holds(tensors) and snapshot.is_in_place(tensors) == copies_on_write
-    tensors[0].data.mul_(2)
-    assert not snapshot.still_holds(tensors)
-    tensors[0].data.div_(2)
-    assert snapshot.still_holds(tensors) and not snapshot.still_holds([tensors[0].double(), None])
-    assert not snapshot.still_holds([tensors[0], torch.zeros(4)])
 
 
 def test_unchanged_weights_are_not_read_again(model, path, tmp_path):
