@@ -14,10 +14,11 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from modeling_snn_bert import SNNBertConfig
 from modeling_snn_bert.model_card import UNPUBLISHED, card_from_report
-from modeling_snn_bert.publishing import check_folder, choose_files
+from modeling_snn_bert.publishing import check_card, check_folder, choose_files
 
 # An error of the connection, by whichever HTTP library this version of huggingface_hub uses.
 HTTPError: type[Exception] = HfHubHTTPError.__bases__[0]
@@ -57,11 +58,13 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse_args(arguments)
     folder = args.model_name_or_path
     try:
+        if args.repo_id:
+            validate_repo_id(args.repo_id)
         files, left_out, problems = choose_files(folder)
-        if args.report:
+        problems += check_folder(folder, has_card=not args.report)
+        if args.report and not problems:
             write_card(folder, args.report, args.repo_id, args.license)
-            files, left_out, problems = choose_files(folder)
-        problems += check_folder(folder)
+            files, problems = choose_files(folder)[0], check_card(folder)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -94,8 +97,8 @@ def write_card(folder: Path, report: Path, repo_id: str | None, license: str | N
     """Write README.md from what `report` says was measured."""
     try:
         facts = json.loads(report.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"--report {report} is not JSON: {error}") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--report {report} cannot be read, or is not JSON: {error}") from error
     card_data = {"license": license} if license else {}
     config = SNNBertConfig.from_pretrained(folder)
     card_from_report(config, facts, model_id=repo_id, **card_data).save(folder / "README.md")

@@ -125,7 +125,7 @@ def model_card(
 def card_from_report(
     config: SNNBertConfig, report: Mapping[str, Any], *, model_id: str | None = None, **card_data
 ) -> ModelCard:
-    """The card of a model from the report.json of `examples/quickstart.py` or of `modeling_snn_bert.energy`.
+    """The card of a model from the report.json of `examples/quickstart.py` or of `snn-bert energy`.
 
     Args:
         config: of the model, as it was saved.
@@ -135,12 +135,13 @@ def card_from_report(
     Raises:
         ValueError: if it is the report of neither, or a figure in it is not a finite number.
     """
-    if "costs" in report:
+    given = report if isinstance(report, Mapping) else {}
+    if "costs" in given:
         return model_card(config, model_id=model_id, energy=report, **card_data)
-    if "accuracy" not in report or "energy" not in report:
+    if not isinstance(given.get("accuracy"), Mapping) or "energy" not in given:
         raise ValueError(
-            "`report` must be the report.json of examples/quickstart.py or of `python -m modeling_snn_bert.energy`, "
-            f"got the keys {sorted(report)[:10]}"
+            "`report` must be the report.json of examples/quickstart.py or of `snn-bert energy`, "
+            f"got {str(report)[:200]}"
         )
     dataset = report.get("dataset") or {}
     common = {

@@ -43,8 +43,10 @@ def choose_files(folder: Path) -> tuple[list[Path], list[tuple[str, str]], list[
             shown = str(path.relative_to(folder))
             if name.startswith("."):
                 left_out.append((shown, "hidden"))
+            elif not os.path.exists(path):
+                problems.append(f"{shown} is a link to nothing: delete it")
             elif path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
-                problems.append(f"{shown} is a link to a file outside the folder, {path.resolve()}")
+                problems.append(f"{shown} is a link to a file outside the folder, {path.resolve()}: put a copy there")
             elif name in RUN_FILES or name.startswith("rng_state"):
                 left_out.append((shown, "a pickle of a training run"))
             elif path.suffix.lower() in PICKLE_SUFFIXES:
@@ -55,12 +57,12 @@ def choose_files(folder: Path) -> tuple[list[Path], list[tuple[str, str]], list[
     return files, left_out, problems
 
 
-def check_folder(folder: Path) -> list[str]:
-    """Everything that is wrong with a model's folder, in words."""
+def check_folder(folder: Path, has_card: bool = True) -> list[str]:
+    """Everything that is wrong with a model's folder, in words; without its card, if that is still to be written."""
     if (folder / "adapter_config.json").exists():
         return ["this is a PEFT adapter, not a model: send it with the adapter's own `push_to_hub`"]
     problems = []
-    for check in (check_model, check_tokenizer, check_code, check_card):
+    for check in (check_model, check_tokenizer, check_code, *[check_card] * has_card):
         try:
             problems += check(folder)
         # Whatever the libraries make of a file that is not what it should be is a problem of the folder.

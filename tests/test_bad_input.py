@@ -512,7 +512,7 @@ BAD_PUSHES = {
         lambda folder: None,
         ["--dry_run", "--report", "no_such_report.json"],
         1,
-        "No such file or directory: 'no_such_report.json'",
+        "--report no_such_report.json cannot be read",
     ),
     "a_report_of_something_else": (
         lambda folder: (folder.parent / "report.json").write_text('{"loss": 1}'),
@@ -520,11 +520,18 @@ BAD_PUSHES = {
         1,
         "`report` must be the report.json of examples/quickstart.py or of",
     ),
+    "a_report_that_is_a_list": (
+        lambda folder: (folder.parent / "report.json").write_text('["accuracy", "energy"]'),
+        ["--dry_run", "--report", "report.json"],
+        1,
+        "or of `snn-bert energy`, got ['accuracy', 'energy']",
+    ),
+    "no_name_of_a_repository": (lambda folder: None, ["--dry_run", "--repo_id", "a/b/c"], 1, "'a/b/c'"),
     "a_report_that_is_no_JSON": (
         lambda folder: (folder.parent / "report.json").write_text("{"),
         ["--dry_run", "--report", "report.json"],
         1,
-        "--report report.json is not JSON",
+        "--report report.json cannot be read, or is not JSON",
     ),
     "no_config": (lambda folder: (folder / "config.json").unlink(), ["--dry_run"], 1, "config.json"),
     "another_kind_of_model": (
@@ -647,6 +654,15 @@ def ready(checkpoint, tokenizer):
         checkpoint / "README.md"
     )
     return checkpoint
+
+
+def test_no_card_is_written_to_a_folder_that_is_no_model(tmp_path, push_to_hub, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "README.md").write_text("mine")
+    (tmp_path / "report.json").write_text('{"accuracy": {}, "energy": {}}')
+    assert push_to_hub.main(["--model_name_or_path", "mine", "--report", "report.json", "--dry_run"]) == 1
+    assert (tmp_path / "mine" / "README.md").read_text() == "mine"
 
 
 def test_a_folder_that_could_be_sent(ready, push_to_hub, capsys):

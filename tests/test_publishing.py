@@ -39,6 +39,19 @@ def test_what_is_sent(folder):
     assert not names & {name for name, _ in left_out}
 
 
+def test_links_to_files(folder, tmp_path_factory):
+    outside = tmp_path_factory.mktemp("outside") / "notes.txt"
+    outside.write_text("")
+    (folder / "inside.txt").symlink_to(folder / "README.md")
+    (folder / "outside.txt").symlink_to(outside)
+    (folder / "gone.txt").symlink_to(folder / "nothing.txt")
+    (folder / "round.txt").symlink_to(folder / "round.txt")
+    files, _, problems = choose_files(folder)
+    assert folder / "inside.txt" in files
+    wanted = {"outside.txt is a link to a file outside", "gone.txt is a link to nothing", "round.txt is a link to"}
+    assert len(problems) == 3 and all(any(problem.startswith(x) for problem in problems) for x in wanted)
+
+
 def test_all_problems_are_told_at_once(folder):
     assert check_folder(folder) == []
     (folder / "README.md").write_text("TO BE FILLED IN")
@@ -48,3 +61,4 @@ def test_all_problems_are_told_at_once(folder):
     for words in ("tokenizer: ", "the code lacks sparsity.py", "has no metadata", "TO BE FILLED IN"):
         assert sum(words in problem for problem in problems) == 1, problems
     assert len(problems) == 4
+    assert len(check_folder(folder, has_card=False)) == 2
