@@ -66,7 +66,7 @@ class RunArguments:
     """Model and tasks."""
 
     model_name_or_path: str = HfArg(help="a BERT, SNN-BERT, MPNet, ...: folder or Hub id")
-    tasks: list[str] = HfArg(default_factory=lambda: list(FIVE_TASKS), help="names of GLUE's tasks")
+    tasks: list[str] = HfArg(default_factory=lambda: list(FIVE_TASKS), help=f"of {', '.join(ONE_FILE_TASKS)}")
     data_dir: str | None = HfArg(default=None, help="GLUE's folder in its layout (default: the Hub's)")
     max_seq_length: int = HfArg(default=128, help="longer inputs are truncated")
     single_share: float = HfArg(default=0.35, help="of single sentences in the rows without labels; 1 for no pairs")

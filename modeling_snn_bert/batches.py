@@ -40,6 +40,8 @@ class Batches(Dataset):
         """The batches of the run of `args`, which get `max_steps` for their epochs of `per_epoch` batches."""
         if per_epoch is not None and args.max_steps <= 0:
             args.max_steps = max(1, math.ceil(args.num_train_epochs * per_epoch / args.gradient_accumulation_steps))
+        if args.max_steps < 1:
+            raise ValueError(f"--max_steps must be >= 1, got {args.max_steps}")
         return cls(batch_of, args.max_steps * args.gradient_accumulation_steps)
 
     def __len__(self) -> int:

@@ -132,7 +132,14 @@ def embedding_loss(
         student_states, teacher_states (`[sentences, seq_len, hidden]`): last hidden states, of two sentences or more:
             one has no variance.
         attention_mask (`[sentences, seq_len]`): 1 at valid tokens, 0 at padding.
+
+    Raises:
+        ValueError: if the states differ in shape.
     """
+    if student_states.shape != teacher_states.shape:
+        raise ValueError(
+            f"states must agree in shape, got {list(student_states.shape)} and {list(teacher_states.shape)}"
+        )
     student, teacher = mean_embeddings(student_states, attention_mask), mean_embeddings(teacher_states, attention_mask)
     return (student - teacher).square().mean() / (teacher - teacher.mean(0)).square().mean().clamp(min=1e-6)
 

@@ -50,10 +50,10 @@ class Head(NamedTuple):
     def check(self, config: PreTrainedConfig, path: str) -> None:
         """Raise a `ValueError` unless the model in `path` has this head among others, with these labels."""
         names = [config.id2label[i] for i in sorted(config.id2label)]
-        if names[self.logits_of(config)] != [f"{self.name}:{label}" for label in self.labels]:
+        wanted = [f"{self.name}:{label}" for label in self.labels]
+        if names[self.logits_of(config)] != wanted:
             raise ValueError(
-                f"{path} must have a head for {self.name} with the labels {list(self.labels)}; it has the labels "
-                f"{names}"
+                f"{path} must have a head for {self.name}, with the labels {wanted}; its labels are {names}"
             )
 
 
@@ -205,20 +205,25 @@ class MultitaskTrainer(DistillationTrainer):
         args, kwargs: those of DistillationTrainer; with a teacher, `processing_class` is the student's tokenizer.
 
     Raises:
-        ValueError: if the student or the teacher lacks one of the heads.
+        ValueError: if the student or the teacher lacks one of the heads, or there is a teacher and no tokenizer.
     """
 
     def __init__(self, model: PreTrainedModel, *args: Any, heads: Sequence[Head], **kwargs: Any) -> None:
         super().__init__(model, *args, **kwargs)
         self.heads, self.config = heads, model.config
+        # No model takes what the losses need: the task of a row, and what is there for the teacher.
+        self.args.remove_unused_columns = False
+        if self.teacher is not None and self.processing_class is None:
+            raise ValueError("`processing_class` must be the student's tokenizer, which tells pairs from single texts")
         for config in (self.config, *(() if self.teacher is None else (self.teacher.config,))):
             for head in heads:
                 head.check(config, config.name_or_path or "the model")
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        unlabelled = {name: x for name, x in inputs.items() if name not in ("labels", "task")}
         if self.teacher is not None:
-            return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
-        outputs = model(**{name: x for name, x in inputs.items() if name not in ("labels", "task")})
+            return super().compute_loss(model, unlabelled, return_outputs=return_outputs, **kwargs)
+        outputs = model(**unlabelled)
         logits = logits_by_head(outputs.logits, self.heads, self.config)
         loss = label_loss(logits, inputs["labels"], inputs["task"], self.heads)
         loss = add_penalty(loss, outputs, self.firing_rate_weight)

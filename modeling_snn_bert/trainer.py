@@ -39,9 +39,7 @@ class DistillationTrainingArguments(TrainingArguments):
     do_train: bool = HfArg(default=True, help="train")
     do_eval: bool = HfArg(default=True, help="evaluate at the end")
     learning_rate: float = HfArg(default=1e-4, help="of all but the neurons")
-    neuron_learning_rate: float | None = HfArg(
-        default=None, help="of thresholds, decays and resets (default: 10 times --learning_rate)"
-    )
+    neuron_learning_rate: float | None = HfArg(default=None, help="of neurons (default: 10 times --learning_rate)")
     weight_decay: float = HfArg(default=0.01, help="of the weights of Linears and embeddings")
     per_device_train_batch_size: int = HfArg(default=32, help="rows of a batch")
     per_device_eval_batch_size: int = HfArg(default=32, help="rows of a batch in evaluation")
@@ -50,15 +48,11 @@ class DistillationTrainingArguments(TrainingArguments):
     include_num_input_tokens_seen: str = HfArg(default="non_padding", help="tokens to count: non_padding, all or no")
     logging_nan_inf_filter: bool = HfArg(default=False, help="leave out of the log what is not finite")
     freeze_embeddings: bool = HfArg(default=False, help="keep the embeddings as they are: less to learn, and to share")
-    logit_weight: float = HfArg(
-        default=0.5, help="share of the teacher's logits in the loss, the labels having the rest"
-    )
+    logit_weight: float = HfArg(default=0.5, help="share of the teacher's logits in the loss; labels have the rest")
     temperature: float = HfArg(default=2.0, help="temperature of the logits' loss")
     hidden_weight: float = HfArg(default=0.0, help="weight of the loss on the teacher's hidden states")
     attention_weight: float = HfArg(default=0.0, help="weight of the loss on the teacher's attention weights")
-    embedding_weight: float = HfArg(
-        default=0.0, help="weight of the loss on the mean of the teacher's last hidden states"
-    )
+    embedding_weight: float = HfArg(default=0.0, help="weight of the loss on the teacher's mean embeddings")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -204,7 +198,8 @@ class DistillationTrainer(Trainer):
         if self.args.attention_weight:
             part = attention_loss(outputs.attentions, wanted.attentions, mask)
             loss = loss + self.args.attention_weight * self.add_part("attention_loss", part)
-        if self.args.embedding_weight:
+        # One sentence has no variance, by which the loss is divided.
+        if self.args.embedding_weight and len(inputs["input_ids"]) > 1:
             if mask is None:
                 mask = torch.ones_like(inputs["input_ids"])
             part = embedding_loss(outputs.hidden_states[-1], wanted.hidden_states[-1], mask)

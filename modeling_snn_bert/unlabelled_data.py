@@ -321,7 +321,9 @@ class UnlabelledRows:
         if not (self.sentences or self.singles):
             raise ValueError("there is no text to draw rows from")
         if single_share < 1 and not self.sentences:
-            raise ValueError("there is no text to draw pairs from")
+            raise ValueError(
+                "there is no text to draw pairs from: give some (--unlabelled_file), or a `single_share` of 1"
+            )
         self.nearest = nearest_by_tfidf([*texts, *flat], neighbours) if single_share < 1 else []
         everything = [*self.sentences, *self.singles]
         self.corruption = Corruption(itertools.chain.from_iterable(everything))
@@ -461,12 +463,8 @@ def negation(words: list[str], rng: random.Random) -> list[str]:
 class UnlabelledArguments:
     """A teacher, and text for it to label; `HfArgumentParser` makes flags of it."""
 
-    teacher_name_or_path: str | None = HfArg(
-        default=None, help="a BERT fine-tuned on the task or tasks, to learn from: folder or Hub id"
-    )
-    unlabelled_file: list[str] | None = HfArg(
-        default=None, help="text for the teacher to label: .txt, .csv, .tsv, .json, or packed as .xz"
-    )
+    teacher_name_or_path: str | None = HfArg(default=None, help="a BERT fine-tuned on the tasks: folder or Hub id")
+    unlabelled_file: list[str] | None = HfArg(default=None, help="for the teacher to label: .txt, .csv; packed or not")
     unlabelled_sentences: int = HfArg(default=60_000, help="taken from it")
 
     def __post_init__(self) -> None:

@@ -102,6 +102,11 @@ def test_every_parameter_is_in_one_group():
         pytest.param(lambda: hidden_state_loss(states(2), states(3)), "as many hidden states", id="layers"),
         pytest.param(lambda: hidden_state_loss(states(batch=3), states(batch=2)), "agree in shape", id="shapes"),
         pytest.param(lambda: logit_loss(torch.ones(2, 3), torch.ones(2, 2)), "agree in shape", id="logits"),
+        pytest.param(
+            lambda: embedding_loss(torch.ones(2, 3, 8), torch.ones(2, 3, 4), torch.ones(2, 3)),
+            "states must agree in shape",
+            id="embeddings",
+        ),
         pytest.param(lambda: logit_loss(torch.ones(2, 3), torch.ones(2, 3), 0), "temperature", id="temperature"),
         pytest.param(lambda: parameter_groups(torch.nn.Linear(2, 2), 0.0), "learning rates", id="learning-rate"),
         pytest.param(

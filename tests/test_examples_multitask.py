@@ -254,6 +254,7 @@ def test_resumes_exactly_also_to_another_end(tmp_path, snn_bert, teacher, glue, 
             ["--unlabelled_file", "{text}"], "--unlabelled_file needs --teacher_name_or_path", id="no-teacher"
         ),
         pytest.param(["--attention_weight", 1], "--attention_weight and --embedding_weight need", id="attention"),
+        pytest.param(["--max_steps", 0], "--max_steps must be >= 1", id="steps"),
         pytest.param(["--unlabelled_sentences", 0], "--unlabelled_sentences must be >= 1", id="sentences"),
         pytest.param(["--teacher_name_or_path", "{bert}"], "must have a head for sst2", id="heads"),
         pytest.param(

@@ -48,7 +48,9 @@ def test_heads_are_told_by_the_labels():
         assert all(list(of_one_task.id2label)[head.logits_of(of_one_task)] == [] for head in HEADS)
     for head in HEADS:
         head.check(config, "here")
-    with pytest.raises(ValueError, match=r"here must have a head for other with the labels \['no', 'yes'\]; it has"):
+    with pytest.raises(
+        ValueError, match=r"here must have a head for other, with the labels \['other:no', 'other:yes'\]; its"
+    ):
         HEADS[0]._replace(name="other").check(config, "here")
     # As a program that sorts keys as texts leaves it.
     config.id2label = {i: config.id2label[i] for i in (3, 0, 4, 2, 1)}
@@ -90,13 +92,39 @@ def test_heads_are_renewed():
     assert 0.2 < model.classifier.weight.std() < 0.4
 
 
-def test_a_trainer_refuses_models_without_the_heads(tmp_path):
+@pytest.mark.parametrize("with_teacher", [True, False])
+def test_trainer_takes_rows_of_several_tasks(tmp_path, tokenizer, texts, with_teacher):
+    """As they are drawn, from any Trainer's dataset. A teacher needs no labels, and is not disturbed by them."""
+    torch.manual_seed(0)
+    ids = [tokenizer(text, truncation=True, max_length=16) for text in texts]
+    draw = rows_of_all([[{**row, "labels": label % 2} for label, row in enumerate(ids)] for _ in HEADS])
+    rows = [draw(random.Random(seed)) for seed in range(8)]
+    arguments = DistillationTrainingArguments(
+        tmp_path, use_cpu=True, max_steps=20, per_device_train_batch_size=8, learning_rate=1e-2, save_strategy="no"
+    )
+    model, teacher = (make_bert(vocab_size=len(tokenizer), initializer_range=0.2) for _ in range(2))
+    trainer = MultitaskTrainer(
+        model,
+        arguments,
+        heads=HEADS,
+        teacher=teacher if with_teacher else None,
+        train_dataset=rows,
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    log = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert log[-1] < log[0]
+
+
+def test_a_trainer_refuses_models_without_the_heads(tmp_path, tokenizer):
     arguments = DistillationTrainingArguments(tmp_path, use_cpu=True)
     model, other = make_bert(), make_bert(HEADS[:2])
     with pytest.raises(ValueError, match="the model must have a head for pairs"):
         MultitaskTrainer(other, arguments, heads=HEADS)
     with pytest.raises(ValueError, match="the model must have a head for pairs"):
-        MultitaskTrainer(model, arguments, heads=HEADS, teacher=other)
+        MultitaskTrainer(model, arguments, heads=HEADS, teacher=other, processing_class=tokenizer)
+    with pytest.raises(ValueError, match="`processing_class` must be the student's tokenizer"):
+        MultitaskTrainer(model, arguments, heads=HEADS, teacher=model)
     between = HEADS[0]._replace(labels=("no", "between", "yes"))
     model.config.id2label = dict(enumerate(["first:no", "score:score", "first:yes", "pairs:same", "pairs:other"]))
     with pytest.raises(ValueError, match="the model must have a head for first"):
@@ -178,7 +206,7 @@ def test_the_teacher_reads_the_same_rows(tmp_path, tokenizer, texts):
     both = collate(drawn)
     arguments = DistillationTrainingArguments(tmp_path, use_cpu=True)
     student, teacher = make_bert(vocab_size=len(tokenizer)), make_bert(vocab_size=len(own))
-    trainer = MultitaskTrainer(student, arguments, heads=HEADS, teacher=teacher)
+    trainer = MultitaskTrainer(student, arguments, heads=HEADS, teacher=teacher, processing_class=tokenizer)
     read = []
     trainer.teacher.register_forward_pre_hook(lambda model, args, kwargs: read.append(kwargs), with_kwargs=True)
     trainer.ask_teacher(both)

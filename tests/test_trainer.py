@@ -85,6 +85,14 @@ def test_a_model_with_a_head_is_taught_embeddings(make_trainer, batch):
     assert loss > without
 
 
+def test_one_sentence_has_no_variance_to_learn_embeddings_by(make_trainer, batch):
+    trainer, plain = make_trainer(embedding_weight=2.0), make_trainer()
+    one = {name: x[:1] for name, x in batch.items()}
+    with torch.no_grad():
+        loss, without = (x.compute_loss(x.model.train(), one) for x in (trainer, plain))
+    torch.testing.assert_close(loss, without)
+
+
 def test_a_model_without_a_head_is_taught(make_trainer, batch):
     trainer = make_trainer(student_class=SNNBertModel, hidden_weight=1.0, embedding_weight=2.0)
     inputs = {name: x for name, x in batch.items() if name != "labels"}
