@@ -36,12 +36,8 @@ RESULTS_FILE = "distillation_results.json"
 class StudentArguments(ConversionArguments):
     """Teacher and student."""
 
-    model_name_or_path: str | None = HfArg(
-        default=None, help="the BERT or MPNet: folder or Hub id (default: all-MiniLM-L6-v2)"
-    )
-    student_name_or_path: str | None = HfArg(
-        default=None, help="an SNN-BERT to go on from, in place of a calibrated one"
-    )
+    model_name_or_path: str | None = HfArg(default=None, help="the BERT or MPNet (default: all-MiniLM-L6-v2)")
+    student_name_or_path: str | None = HfArg(default=None, help="an SNN-BERT to go on from, in place of a new one")
     threshold_per: Literal["channel", "layer"] = HfArg(
         default="channel", help="at calibration, a threshold for each channel, or one for a neuron layer"
     )

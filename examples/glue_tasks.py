@@ -395,12 +395,8 @@ def attention_implementation(weights: bool, device: torch.device, dropout: float
 class RunsArguments:
     """The runs, and what is measured of their models."""
 
-    seeds: list[int] | None = HfArg(
-        default=None, help="a run for each seed, and mean and spread of their figures (default: --seed)"
-    )
-    energy_samples: int = HfArg(
-        default=256, help="dev rows on which firing rates and energy are measured; 0 measures nothing"
-    )
+    seeds: list[int] | None = HfArg(default=None, help="a run for each, and their mean and spread (default: --seed)")
+    energy_samples: int = HfArg(default=256, help="dev rows that firing rates and energy are measured on; 0 for none")
 
     def __post_init__(self) -> None:
         if self.energy_samples < 0:

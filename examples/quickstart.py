@@ -51,9 +51,7 @@ class Arguments:
     """The two models, and where the results go."""
 
     model_name_or_path: str | None = HfArg(default=None, help="a BERT: folder or Hub id (default: all-MiniLM-L6-v2)")
-    student_name_or_path: str | None = HfArg(
-        default=None, help="an SNN-BERT of the BERT's shape and vocabulary to start from"
-    )
+    student_name_or_path: str | None = HfArg(default=None, help="an SNN-BERT of the BERT's shape to start from")
     convert: bool = HfArg(default=False, help="convert the fine-tuned BERT, whichever it is")
     num_train_epochs: float = HfArg(default=1.0, help="of fine-tuning, of each of the two")
     output_dir: Path = Path("outputs/quickstart")

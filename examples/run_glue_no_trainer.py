@@ -31,9 +31,7 @@ class LoopArguments:
 
     output_dir: str = HfArg(help="folder for the model, checkpoints and results")
     learning_rate: float = 1e-4
-    neuron_learning_rate: float | None = HfArg(
-        default=None, help="of thresholds, decays and resets (default: 10 times --learning_rate)"
-    )
+    neuron_learning_rate: float | None = HfArg(default=None, help="of neurons (default: 10 times --learning_rate)")
     weight_decay: float = 0.01
     freeze_embeddings: bool = HfArg(default=False, help="keep the embeddings as they are")
     max_grad_norm: float = HfArg(default=1.0, help="gradients are clipped at this norm")

@@ -44,9 +44,7 @@ class RunArguments(RunsArguments):
     """Model and teacher, what similarity is, and the runs."""
 
     model_name_or_path: str = HfArg(help="an SNN-BERT or a BERT: folder or Hub id")
-    teacher_name_or_path: str | None = HfArg(
-        default=None, help="a BERT to learn embeddings of, best one fine-tuned alike"
-    )
+    teacher_name_or_path: str | None = HfArg(default=None, help="a BERT, best fine-tuned alike, to learn from")
     similarity: Literal["cosine", "max_sim", "second_in_first"] = HfArg(
         default="cosine", help="of the mean embeddings, or by the best match of each token: of both, of the second"
     )

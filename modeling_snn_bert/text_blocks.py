@@ -43,9 +43,7 @@ MIN_SEQ_LENGTH = 8
 class TextArguments:
     """Which text to use, and how to cut it into blocks; `HfArgumentParser` makes flags of it."""
 
-    train_file: list[str] | None = HfArg(
-        default=None, help=".txt (a document a line), .csv, .tsv, .json, .parquet; or packed as .xz, .gz"
-    )
+    train_file: list[str] | None = HfArg(default=None, help=".txt (a document a line), .csv, .json; packed or not")
     dataset_name: str | None = HfArg(default=None, help="a dataset on the Hub, read as a stream")
     dataset_config_name: str | None = HfArg(default=None, help="its configuration")
     text_column: str = HfArg(default="text", help="name of the column of texts")
@@ -53,9 +51,7 @@ class TextArguments:
     max_text_tokens: int | None = HfArg(default=None, help="stop reading after so many (default: all)")
     validation_blocks: int = HfArg(default=64, help="blocks that are held out")
     pair_probability: float = HfArg(default=0.0, help="share of the blocks that are cut into a pair of segments")
-    short_probability: float = HfArg(
-        default=0.0, help="share of the batches whose blocks are cut to one shorter length, drawn anew for each"
-    )
+    short_probability: float = HfArg(default=0.0, help="share of the batches that are cut to some shorter length")
     calibration_tokens: int = HfArg(default=10_000, help="to convert a BERT")
 
     def __post_init__(self) -> None:
