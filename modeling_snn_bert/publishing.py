@@ -33,11 +33,11 @@ def choose_files(folder: Path) -> tuple[list[Path], list[tuple[str, str]], list[
     has_weights = bool(weight_files(folder))
     for root, names, here in os.walk(folder):
         for name in sorted(names):
-            if Path(root, name).is_symlink():
-                left_out.append((f"{(Path(root) / name).relative_to(folder)}/", "a link to a folder"))
-            elif name.startswith((".", "__pycache__", "checkpoint-")):
+            is_link = Path(root, name).is_symlink()
+            if is_link or name.startswith((".", "__pycache__", "checkpoint-")):
                 names.remove(name)
-                left_out.append((f"{(Path(root) / name).relative_to(folder)}/", "hidden, or of a training run"))
+                reason = "a link to a folder" if is_link else "hidden, or of a training run"
+                left_out.append((f"{Path(root, name).relative_to(folder)}/", reason))
         for name in sorted(here):
             path = Path(root, name)
             shown = str(path.relative_to(folder))

@@ -46,7 +46,9 @@ class ConversionArguments:
     """How a BERT becomes an SNN-BERT; `HfArgumentParser` makes flags of it."""
 
     firing_rate: float = HfArg(default=0.2, help="firing rate at calibration")
-    config_overrides: str | None = HfArg(default=None, aliases=["--setting"], help="settings: spike_type=ternary,...")
+    config_overrides: str | None = HfArg(
+        default=None, aliases=["--setting"], help="settings of SNNBertConfig: spike_type=ternary,decay=0.1"
+    )
 
     def __post_init__(self) -> None:
         if not 0 < self.firing_rate < 1:

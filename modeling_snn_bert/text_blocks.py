@@ -43,7 +43,9 @@ MIN_SEQ_LENGTH = 8
 class TextArguments:
     """Which text to use, and how to cut it into blocks; `HfArgumentParser` makes flags of it."""
 
-    train_file: list[str] | None = HfArg(default=None, help=".txt (a document a line), .csv, .json; packed or not")
+    train_file: list[str] | None = HfArg(
+        default=None, help=".txt (a document a line), .csv, .tsv, .json, .parquet; or packed as .xz, .gz"
+    )
     dataset_name: str | None = HfArg(default=None, help="a dataset on the Hub, read as a stream")
     dataset_config_name: str | None = HfArg(default=None, help="its configuration")
     text_column: str = HfArg(default="text", help="name of the column of texts")

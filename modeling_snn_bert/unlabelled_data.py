@@ -464,7 +464,9 @@ class UnlabelledArguments:
     """A teacher, and text for it to label; `HfArgumentParser` makes flags of it."""
 
     teacher_name_or_path: str | None = HfArg(default=None, help="a BERT fine-tuned on the tasks: folder or Hub id")
-    unlabelled_file: list[str] | None = HfArg(default=None, help="for the teacher to label: .txt, .csv; packed or not")
+    unlabelled_file: list[str] | None = HfArg(
+        default=None, help="text for the teacher to label: .txt, .csv, .tsv, .json, or packed as .xz"
+    )
     unlabelled_sentences: int = HfArg(default=60_000, help="taken from it")
 
     def __post_init__(self) -> None:
