@@ -24,20 +24,20 @@ from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    BertForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.hf_argparser import HfArg
 
-from modeling_snn_bert import SNNBertConfig, SNNBertForSequenceClassification
+from modeling_snn_bert import SNNBertConfig
 from modeling_snn_bert.batches import Batch, batches_in_order
 from modeling_snn_bert.conversion import FAMILIES, convert_bert
 from modeling_snn_bert.energy import energy_report
 from modeling_snn_bert.multitask import Head, keep_head, renew_heads
 from modeling_snn_bert.settings import ConversionArguments
 from modeling_snn_bert.text_files import check_columns, read_rows
+from modeling_snn_bert.trainer import DistillationTrainingArguments
 
 METRICS_FROM = f"scikit-learn {sklearn.__version__}, scipy {scipy.__version__}"
 METRICS: dict[str, Callable] = {
@@ -357,20 +357,21 @@ def check_vocabulary(teacher_path: str, tokenizer: PreTrainedTokenizerBase) -> N
 
 
 def load_teacher(
-    path: str, attention_weights: bool, tokenizer: PreTrainedTokenizerBase | None, otherwise: str = ""
+    path: str, args: DistillationTrainingArguments, tokenizer: PreTrainedTokenizerBase, otherwise: str = ""
 ) -> PreTrainedModel:
     """The classifier that teaches.
 
     Args:
         path: folder or Hub id.
-        attention_weights: whether it is asked for them.
-        tokenizer: of the student, whose inputs it is to read; `None` if it has its own.
-        otherwise: what the message about a model of another type advises.
+        args: what it teaches.
+        tokenizer: the student's.
+        otherwise: what the message about a teacher of another kind advises.
 
     Raises:
-        ValueError: if it cannot read them: it is neither a BERT nor an MPNet, or its tokenizer gives other token ids.
+        ValueError: if its states are to be compared with the student's, token by token, and it is neither a BERT nor an
+            MPNet, or its tokenizer gives other token ids.
     """
-    if tokenizer is not None:
+    if args.compares_states:
         model_type = AutoConfig.from_pretrained(path).model_type
         # A student compares its hidden states with those of what it may be made of.
         if model_type not in FAMILIES:
@@ -378,7 +379,7 @@ def load_teacher(
                 f"--teacher_name_or_path must be a BERT or an MPNet, {path} is of the type {model_type!r}{otherwise}"
             )
         check_vocabulary(path, tokenizer)
-    attention = "eager" if attention_weights else None
+    attention = "eager" if args.attention_weight else None
     return AutoModelForSequenceClassification.from_pretrained(path, attn_implementation=attention, dtype=torch.float32)
 
 
@@ -405,10 +406,10 @@ class RunsArguments:
 
 @dataclass(kw_only=True)
 class ClassifierArguments(ConversionArguments):
-    """The classifier that is trained: an SNN-BERT, a BERT, or a BERT that becomes an SNN-BERT first."""
+    """The classifier that is trained: an SNN-BERT, a BERT or an MPNet, or one of these that is converted first."""
 
-    model_name_or_path: str = HfArg(help="an SNN-BERT or a BERT: folder or Hub id")
-    convert: bool = HfArg(default=False, help="convert the BERT to an SNN-BERT by calibration on the training rows")
+    model_name_or_path: str = HfArg(help="an SNN-BERT, a BERT, an MPNet, ...: folder or Hub id")
+    convert: bool = HfArg(default=False, help="convert the BERT or MPNet by calibration on the training rows")
 
     def load(
         self,
@@ -424,7 +425,7 @@ class ClassifierArguments(ConversionArguments):
         first. `attention_weights` says that they will be asked for.
 
         Raises:
-            ValueError: if the checkpoint is of another kind, or the settings do not fit it.
+            ValueError: if the checkpoint cannot be converted, or the settings do not fit it.
         """
         config, settings = AutoConfig.from_pretrained(self.model_name_or_path), self.settings()
         dropout = settings.get("attention_probs_dropout_prob", getattr(config, "attention_probs_dropout_prob", 0))
@@ -433,23 +434,19 @@ class ClassifierArguments(ConversionArguments):
                 f"--attention_weight compares attention weights, to which a dropout of {dropout} would be applied: "
                 "give --config_overrides attention_probs_dropout_prob=0"
             )
-        if config.model_type not in ("bert", SNNBertConfig.model_type):
+        is_spiking = config.model_type == SNNBertConfig.model_type
+        if self.convert and config.model_type not in FAMILIES:
             raise ValueError(
-                f"--model_name_or_path must be an SNN-BERT or a BERT, {self.model_name_or_path} is of the type "
-                f"{config.model_type!r}"
+                f"--convert is for a BERT or an MPNet, {self.model_name_or_path} is of the type {config.model_type!r}"
             )
-        is_bert = config.model_type == "bert"
-        if self.convert and not is_bert:
-            raise ValueError(f"--convert is for a BERT, {self.model_name_or_path} is an SNN-BERT already")
-        if is_bert and settings and not self.convert:
+        if settings and not (is_spiking or self.convert):
             raise ValueError(f"{sorted(settings)} are settings of an SNN-BERT: give --convert to make one of the BERT")
         model = load_for_task(
-            BertForSequenceClassification if is_bert else SNNBertForSequenceClassification,
             self.model_name_or_path,
             task,
             attn_implementation=attention_implementation(attention_weights, device, dropout),
             dtype=torch.float32,  # a checkpoint in half precision is trained in full
-            **({} if is_bert else settings),
+            **(settings if is_spiking else {}),
         ).to(device)
         if self.convert:
             model = convert_bert(model, calibration_batches(train, collate), self.firing_rate, **settings).train()
@@ -498,14 +495,13 @@ def several_heads(config: PreTrainedConfig) -> list[str]:
     return list(dict.fromkeys(name for name, colon, _ in parts if colon and name in TASKS))
 
 
-def load_for_task(model_class: type[PreTrainedModel], path: str, task: Task, **options: Any) -> PreTrainedModel:
+def load_for_task(path: str, task: Task, **options: Any) -> PreTrainedModel:
     """The classifier in `path` as one of `task`.
 
     Of a model of several tasks it keeps the head of `task`, and gets a new one if there is none. A model of one task
     keeps its head.
 
     Args:
-        model_class: a BERT or an SNN-BERT for sequence classification.
         path: folder or Hub id.
         task: the task.
         options: further arguments of `from_pretrained`.
@@ -516,7 +512,7 @@ def load_for_task(model_class: type[PreTrainedModel], path: str, task: Task, **o
     others = several_heads(AutoConfig.from_pretrained(path))
     if task.name not in others:
         options |= {"ignore_mismatched_sizes": bool(others), **task.head.alone()}
-    model = model_class.from_pretrained(path, **options)
+    model = AutoModelForSequenceClassification.from_pretrained(path, **options)
     if task.name in others:
         keep_head(model, task.head)
     elif others:

@@ -3,11 +3,11 @@
     python examples/run_glue.py --model_name_or_path outputs/distilled --task_name sst2 --data_dir glue_data \\
         --num_train_epochs 3 --seeds 0 1 2 --output_dir outputs/sst2
 
-`--model_name_or_path` is an SNN-BERT, a BERT, or with `--convert` a BERT that becomes an SNN-BERT first. A BERT that
-was fine-tuned on the task teaches it with `--teacher_name_or_path`; beside it, `--unlabelled_file` adds batches of
-sentences, or pairs, made of a text, which the teacher alone labels. Takes all flags of TrainingArguments. Writes a
-model for each seed and results.json: figures at the last step for each seed, mean and spread, firing rates and energy,
-flags and versions. `run_glue_no_trainer.py` shows fine-tuning in a loop of one's own.
+`--model_name_or_path` is an SNN-BERT, a BERT or an MPNet, or with `--convert` one of these two that becomes an SNN-BERT
+first. A BERT or an MPNet that was fine-tuned on the task teaches it with `--teacher_name_or_path`; beside it,
+`--unlabelled_file` adds batches of sentences, or pairs, made of a text, which the teacher alone labels. Takes all flags
+of TrainingArguments. Writes a model for each seed and results.json: figures at the last step for each seed, mean and
+spread, firing rates and energy, flags and versions. `run_glue_no_trainer.py` shows fine-tuning in a loop of one's own.
 """
 
 from dataclasses import dataclass
@@ -35,9 +35,10 @@ from transformers import (
 )
 from transformers.hf_argparser import HfArg
 
-from modeling_snn_bert.batches import Batches, BatchOf, DrawnBatches, RowBatches, alternating
+from modeling_snn_bert.batches import Batches, BatchOf, Collate, DrawnBatches, RowBatches, alternating
 from modeling_snn_bert.multitask import keep_head
 from modeling_snn_bert.seeds import run_seeds
+from modeling_snn_bert.teacher_inputs import collate_for_teacher
 from modeling_snn_bert.trainer import DistillationTrainer, DistillationTrainingArguments
 from modeling_snn_bert.unlabelled_data import UnlabelledArguments
 
@@ -66,6 +67,10 @@ def main() -> None:
     collate = DataCollatorWithPadding(tokenizer)
     if batch_args.pad_to_max_length:
         collate = DataCollatorWithPadding(tokenizer, "max_length", task_args.max_seq_length)
+    taught: Collate = collate
+    if text_args.teacher_name_or_path:
+        own = AutoTokenizer.from_pretrained(text_args.teacher_name_or_path)
+        taught = collate_for_teacher(collate, tokenizer, own)
     with args.main_process_first(desc="tokenize"):
         data = DatasetDict(
             {split: tokenize(part, task, tokenizer, task_args.max_seq_length) for split, part in rows.items()}
@@ -89,14 +94,14 @@ def main() -> None:
         model = model_args.load(task, data["train"], collate, args.device, args.attention_weight > 0)
         teacher = None
         if text_args.teacher_name_or_path:
-            teacher = load_teacher(text_args.teacher_name_or_path, args.attention_weight > 0, tokenizer)
+            teacher = load_teacher(text_args.teacher_name_or_path, args, tokenizer)
             take_head(teacher, task)
         size, process = args.per_device_train_batch_size, args.process_index
-        labelled = RowBatches(data["train"], collate, size, args.seed, process, args.world_size)
+        labelled = RowBatches(data["train"], taught, size, args.seed, process, args.world_size)
         batch_of: BatchOf = labelled
         per_epoch, share = labelled.per_epoch, batch_args.unlabelled_batches
         if drawn is not None:
-            batch_of = alternating(labelled, DrawnBatches(drawn, collate, size, args.seed, process), share)
+            batch_of = alternating(labelled, DrawnBatches(drawn, taught, size, args.seed, process), share)
             per_epoch *= share + 1
         trainer = DistillationTrainer(
             model,

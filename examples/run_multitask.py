@@ -42,11 +42,10 @@ from transformers import (
 from transformers.hf_argparser import HfArg
 
 from modeling_snn_bert import SNNBertConfig
-from modeling_snn_bert.batches import Batch, Batches, DrawnBatches, Row
+from modeling_snn_bert.batches import Batch, Batches, Collate, DrawnBatches, Row
 from modeling_snn_bert.distillation import check_same_shape
 from modeling_snn_bert.fine_tuning import NO_DROPOUT
 from modeling_snn_bert.multitask import (
-    CollateForTeacher,
     MultitaskTrainer,
     heads_settings,
     renew_heads,
@@ -54,7 +53,8 @@ from modeling_snn_bert.multitask import (
     take_over,
 )
 from modeling_snn_bert.seeds import RESULTS_FILE
-from modeling_snn_bert.trainer import DistillationTrainingArguments
+from modeling_snn_bert.teacher_inputs import CollateForTeacher, collate_for_teacher
+from modeling_snn_bert.trainer import WEIGHTS, DistillationTrainingArguments
 from modeling_snn_bert.unlabelled_data import UnlabelledArguments
 
 FIVE_TASKS = ("cola", "sst2", "mrpc", "stsb", "rte")
@@ -87,11 +87,6 @@ class Arguments(DistillationTrainingArguments):
     max_steps: int = HfArg(default=3000, help="steps of the run")
     hidden_weight: float = HfArg(default=1.0, help="weight of the loss on hidden states")
 
-    @property
-    def compares_states(self) -> bool:
-        """Whether more than the logits is taught."""
-        return bool(self.hidden_weight or self.attention_weight or self.embedding_weight)
-
 
 def main() -> None:
     parser = HfArgumentParser([RunArguments, UnlabelledArguments, Arguments], description=__doc__)
@@ -99,8 +94,9 @@ def main() -> None:
     teacher_path, length = text_args.teacher_name_or_path, run_args.max_seq_length
     if teacher_path is None:
         args.hidden_weight = 0.0
-        if args.compares_states:
-            raise ValueError("--attention_weight and --embedding_weight need --teacher_name_or_path")
+        for name in WEIGHTS:
+            if getattr(args, name):
+                raise ValueError(f"--{name} needs --teacher_name_or_path")
     set_seed(args.seed)
     tasks = [TASKS[name] for name in run_args.tasks]
     tokenizer = AutoTokenizer.from_pretrained(run_args.model_name_or_path)
@@ -109,15 +105,15 @@ def main() -> None:
         config = AutoConfig.from_pretrained(teacher_path)
         for task in tasks:
             task.head.check(config, teacher_path)
-        # Hidden states and attention weights are compared token by token.
-        compared = tokenizer if args.compares_states else None
         advice = ": give --hidden_weight 0 (and no --attention_weight or --embedding_weight)"
-        teacher = load_teacher(teacher_path, args.attention_weight > 0, compared, otherwise=advice)
+        teacher = load_teacher(teacher_path, args, tokenizer, otherwise=advice)
     model = load_model(run_args.model_name_or_path, args, tasks, teacher)
     data = [TaskArguments(task_name=name, data_dir=run_args.data_dir).load()[1] for name in run_args.tasks]
-    collate = drawn_collate = DataCollatorWithPadding(tokenizer)
-    if teacher is not None and not args.compares_states:
-        drawn_collate = CollateForTeacher(collate, AutoTokenizer.from_pretrained(teacher_path), length)
+    collate = DataCollatorWithPadding(tokenizer)
+    drawn_collate: Collate = collate
+    if teacher_path is not None:
+        own = AutoTokenizer.from_pretrained(teacher_path)
+        drawn_collate = collate_for_teacher(collate, tokenizer, own, length, aligned=args.relation_weight > 0)
 
     def tokenized(split: str) -> list[Dataset]:
         return [tokenize(part[split], task, tokenizer, length) for part, task in zip(data, tasks, strict=True)]
@@ -128,7 +124,10 @@ def main() -> None:
             draw = rows_of_all([list(rows) for rows in tokenized("train")])
         else:
             texts = [[part["train"][x] for x in task.columns] for task, part in zip(tasks, data, strict=True)]
-            options = {"single_share": run_args.single_share, "with_texts": not args.compares_states}
+            options = {
+                "single_share": run_args.single_share,
+                "with_texts": isinstance(drawn_collate, CollateForTeacher),
+            }
             draw = text_args.rows(texts, tokenizer, length, **options)
         validation = tokenized("validation")
 

@@ -58,13 +58,19 @@ def _pairs(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Student and teacher of each layer in float32, a student with repeat coding averaged over its time-steps."""
     for student, teacher in zip(students, teachers, strict=True):
-        if student.shape[0] != teacher.shape[0] and student.shape[0] % teacher.shape[0] == 0:
-            student = student.unflatten(0, (-1, teacher.shape[0])).mean(0)
+        student = _averaged(student, teacher.shape[0])
         if student.shape != teacher.shape:
             raise ValueError(
                 f"student and teacher {what} must agree in shape, got {list(student.shape)} and {list(teacher.shape)}"
             )
         yield student.float(), teacher.float()
+
+
+def _averaged(student: torch.Tensor, batch: int) -> torch.Tensor:
+    """The mean over time-steps of what a student with repeat coding gives for `batch` rows."""
+    if student.shape[0] != batch and student.shape[0] % batch == 0:
+        return student.unflatten(0, (-1, batch)).mean(0)
+    return student
 
 
 def _mean_over_tokens(x: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
@@ -110,6 +116,59 @@ def attention_loss(
         divergence = torch.xlogy(teacher, teacher) - teacher * student.clamp(min=1e-9).log()
         losses.append(_mean_over_tokens(divergence.sum(-1), attention_mask).mean())
     return torch.stack(losses).mean()
+
+
+def relation_loss(
+    student_states: torch.Tensor,
+    teacher_states: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    *,
+    relation_heads: int,
+) -> torch.Tensor:
+    """Kullback-Leibler divergence of the student's relations between tokens from the teacher's, per valid token.
+
+    The states are cut into `relation_heads` parts, `x` of `[seq_len, width]`. The relations of a part are the rows of
+    softmax(x x^T / sqrt(width)) over valid tokens, so that the states of the two need not be equally wide.
+
+    Source: Wang et al., "MiniLMv2: Multi-Head Self-Attention Relation Distillation", 2021, with hidden states in place
+    of its queries, keys and values.
+
+    Args:
+        student_states (`[batch, seq_len, hidden]`): hidden states of a layer. With repeat coding, `[num_timesteps *
+            batch, ...]` states are averaged over the time-steps first.
+        teacher_states (`[batch, seq_len, teacher_hidden]`): those of a layer of the teacher, at the same tokens.
+        attention_mask (`[batch, seq_len]`): 1 at valid tokens, 0 at padding.
+        relation_heads: parts that the states are cut into.
+
+    Returns:
+        A scalar in nats, the mean over tokens and parts.
+
+    Raises:
+        ValueError: if the states are of other tokens, or a width is no multiple of `relation_heads`.
+    """
+    batch, seq_len = teacher_states.shape[:2]
+    if attention_mask is None:
+        attention_mask = teacher_states.new_ones(batch, seq_len, dtype=torch.long)
+    valid = (attention_mask != 0)[:, None, None]
+
+    def relations(states: torch.Tensor) -> torch.Tensor:
+        if relation_heads < 1 or states.shape[-1] % relation_heads:
+            raise ValueError(
+                f"`relation_heads` must divide the width of the states, {states.shape[-1]}, got {relation_heads}"
+            )
+        parts = states.float().unflatten(-1, (relation_heads, -1)).transpose(1, 2)
+        products = parts @ parts.transpose(-1, -2) / parts.shape[-1] ** 0.5
+        return products.masked_fill(~valid, torch.finfo(products.dtype).min).log_softmax(-1)
+
+    student_states = _averaged(student_states, batch)
+    if student_states.shape[:2] != (batch, seq_len):
+        raise ValueError(
+            "student and teacher states must be of the same tokens, got "
+            f"{list(student_states.shape)} and {list(teacher_states.shape)}"
+        )
+    student, teacher = relations(student_states), relations(teacher_states)
+    divergence = (teacher.exp() * (teacher - student)).sum(-1).mean(1)
+    return _mean_over_tokens(divergence, attention_mask)
 
 
 def mean_embeddings(states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:

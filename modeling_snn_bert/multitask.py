@@ -14,12 +14,12 @@ from torch import nn
 from transformers import MPNetPreTrainedModel, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
-from .batches import Batch, Collate, Row
+from .batches import Batch, Row
 from .distillation import logit_losses
 from .fine_tuning import label_names
 from .mpnet import weights_of
 from .sparsity import add_penalty
-from .trainer import FOR_TEACHER, DistillationTrainer
+from .trainer import DistillationTrainer
 
 
 class Head(NamedTuple):
@@ -167,30 +167,6 @@ def rows_of_all(tasks: Sequence[Sequence[Row]]) -> Callable[[random.Random], Row
         return {**row, "labels": float(row["labels"]), "task": task}
 
     return draw
-
-
-class CollateForTeacher:
-    """Makes a batch, and the teacher's of the same texts by its own tokenizer, whose names begin with `FOR_TEACHER`.
-
-    Args:
-        collate: makes the batch of rows without their `"texts"`.
-        tokenizer: the teacher's.
-        max_seq_length: longer inputs of the teacher are truncated.
-    """
-
-    def __init__(self, collate: Collate, tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> None:
-        self.collate, self.tokenizer, self.max_seq_length = collate, tokenizer, max_seq_length
-
-    def __call__(self, rows: list[Row]) -> Batch:
-        inputs = self.tokenizer(
-            [row["texts"] for row in rows],
-            truncation=True,
-            max_length=self.max_seq_length,
-            padding=True,
-            return_tensors="pt",
-        )
-        batch = self.collate([{name: x for name, x in row.items() if name != "texts"} for row in rows])
-        return {**batch, **{FOR_TEACHER + name: x for name, x in inputs.items()}}
 
 
 class MultitaskTrainer(DistillationTrainer):

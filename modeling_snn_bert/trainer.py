@@ -21,12 +21,14 @@ from .distillation import (
     label_and_logit_loss,
     logit_loss,
     parameter_groups,
+    relation_loss,
 )
 from .seeds import checkpoint_of, environment
 from .sparsity import add_penalty
+from .teacher_inputs import FOR_TEACHER, PLACES
 
-# What begins so in a batch is there for a teacher, which may have a tokenizer of its own.
-FOR_TEACHER = "teacher_"
+# Losses on more than logits, each with its weight among the arguments.
+WEIGHTS = ("hidden_weight", "attention_weight", "embedding_weight", "relation_weight")
 
 
 @dataclass
@@ -53,16 +55,22 @@ class DistillationTrainingArguments(TrainingArguments):
     hidden_weight: float = HfArg(default=0.0, help="weight of the loss on the teacher's hidden states")
     attention_weight: float = HfArg(default=0.0, help="weight of the loss on the teacher's attention weights")
     embedding_weight: float = HfArg(default=0.0, help="weight of the loss on the teacher's mean embeddings")
+    relation_weight: float = HfArg(default=0.0, help="weight of the loss on relations between the teacher's tokens")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("hidden_weight", "attention_weight", "embedding_weight"):
+        for name in WEIGHTS:
             if not getattr(self, name) >= 0:
                 raise ValueError(f"`{name}` must be >= 0, got {getattr(self, name)}")
         if not 0 <= self.logit_weight <= 1:
             raise ValueError(f"`logit_weight` must lie in [0, 1], got {self.logit_weight}")
         if not self.temperature > 0:
             raise ValueError(f"`temperature` must be positive, got {self.temperature}")
+
+    @property
+    def compares_states(self) -> bool:
+        """Whether a loss compares states of student and teacher one by one: both must have one shape and vocabulary."""
+        return bool(self.hidden_weight or self.attention_weight or self.embedding_weight)
 
 
 class DistillationTrainer(Trainer):
@@ -72,7 +80,8 @@ class DistillationTrainer(Trainer):
 
     - the labels' loss and the loss on the teacher's logits, mixed by `logit_weight`; without labels in a batch, or
       without a head that takes them, it is the part that there is;
-    - the losses on hidden states, attention weights and mean embeddings, each with its weight;
+    - the losses on hidden states, attention weights and mean embeddings, and on the relations between the tokens of the
+      last layer, each with its weight;
     - the penalty of `firing_rate_target`, if the student's configuration has one.
 
     The means of the parts since the last log are logged beside the loss. Without a teacher it is Trainer with
@@ -81,9 +90,9 @@ class DistillationTrainer(Trainer):
     Args:
         model: the student.
         args: the arguments.
-        teacher: a BERT with the student's vocabulary, and its shape if more than logits is taught; for attention
-            weights both are loaded with `attn_implementation="eager"`. It goes to the student's device, and stays as
-            it is.
+        teacher: a classifier that reads the student's inputs, or what a batch has for it (`teacher_inputs`). It has
+            the student's shape if states or attention weights are taught; for the latter both are loaded with
+            `attn_implementation="eager"`. It goes to the student's device, and stays as it is.
         figures_of: evaluates in place of Trainer: the figures of the model, which is in evaluation mode, by name.
         kwargs: those of Trainer. `train_dataset` may be a `batches.Batches`, which is gone through in its order; the
             arguments need `max_steps` then.
@@ -105,7 +114,7 @@ class DistillationTrainer(Trainer):
         figures_of: Callable[[PreTrainedModel], dict[str, float]] | None = None,
         **kwargs: Any,
     ) -> None:
-        for name in ("hidden_weight", "attention_weight", "embedding_weight"):
+        for name in WEIGHTS:
             if getattr(args, name) and teacher is None:
                 raise ValueError(f"`{name}` needs a teacher")
         if args.freeze_embeddings:
@@ -152,7 +161,7 @@ class DistillationTrainer(Trainer):
         if self.teacher is None or not model.training:
             return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
         extras = {
-            "output_hidden_states": self.args.hidden_weight > 0 or self.args.embedding_weight > 0,
+            "output_hidden_states": any(getattr(self.args, name) for name in WEIGHTS if name != "attention_weight"),
             "output_attentions": self.args.attention_weight > 0,
         }
         with torch.no_grad():
@@ -165,6 +174,7 @@ class DistillationTrainer(Trainer):
         """What the teacher makes of a batch: of what is there for it, `FOR_TEACHER`, or else of all but the labels."""
         assert self.teacher is not None
         own = {name.removeprefix(FOR_TEACHER): x for name, x in inputs.items() if name.startswith(FOR_TEACHER)}
+        own.pop(PLACES, None)
         return self.teacher(**(own or {name: x for name, x in inputs.items() if name != "labels"}), **extras)
 
     def head_loss(self, outputs: ModelOutput, wanted: ModelOutput, inputs: Batch) -> torch.Tensor:
@@ -185,6 +195,12 @@ class DistillationTrainer(Trainer):
         """That of the student's configuration; a BERT has no firing rates."""
         return getattr(self.model.config, "firing_rate_weight", 0.0)
 
+    @property
+    def relation_heads(self) -> int:
+        """Parts of the states whose relations are compared: as many as divide the heads of both models."""
+        assert self.teacher is not None
+        return math.gcd(self.model.config.num_attention_heads, self.teacher.config.num_attention_heads)
+
     def add_losses(self, outputs: ModelOutput, wanted: ModelOutput, inputs: Batch) -> torch.Tensor:
         """The sum of all losses; their parts are kept for the log."""
         mask = inputs.get("attention_mask")
@@ -204,6 +220,10 @@ class DistillationTrainer(Trainer):
                 mask = torch.ones_like(inputs["input_ids"])
             part = embedding_loss(outputs.hidden_states[-1], wanted.hidden_states[-1], mask)
             loss = loss + self.args.embedding_weight * self.add_part("embedding_loss", part)
+        if self.args.relation_weight:
+            taught = _at_places(wanted.hidden_states[-1], inputs)
+            part = relation_loss(outputs.hidden_states[-1], taught, mask, relation_heads=self.relation_heads)
+            loss = loss + self.args.relation_weight * self.add_part("relation_loss", part)
         if getattr(outputs, "firing_rate_penalty", None) is not None:
             self.add_part("firing_rate_penalty", outputs.firing_rate_penalty)
         return loss
@@ -311,6 +331,14 @@ class DistillationTrainer(Trainer):
                 f"training has diverged at step {self.state.global_step}: {logs}; try a lower learning rate"
             )
         super().log(logs, *args, **kwargs)
+
+
+def _at_places(states: torch.Tensor, inputs: Batch) -> torch.Tensor:
+    """The teacher's states at the student's tokens."""
+    places = inputs.get(FOR_TEACHER + PLACES)
+    if places is None:
+        return states
+    return states.gather(1, places[..., None].expand(-1, -1, states.shape[-1]))
 
 
 def _the_one(batches: list[Batch]) -> Batch:

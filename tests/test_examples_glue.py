@@ -22,8 +22,8 @@ from glue_tasks import (
     score,
 )
 from safetensors.torch import load_file
-from small_bert import bert_fixture, write_half_precision
-from transformers import BertModel
+from small_bert import bert_fixture, write_half_precision, write_mpnet
+from transformers import BertModel, MPNetModel
 
 from modeling_snn_bert.trainer import DistillationTrainer
 
@@ -334,6 +334,27 @@ def test_teacher(tmp_path, bert):
     student += ["--config_overrides", "attention_probs_dropout_prob=0"]
     run_script("run_glue", *student, "--output_dir", tmp_path / "student")
     assert read(tmp_path / "student")["mean"]["accuracy"] >= 0.9
+
+
+@pytest.mark.parametrize("task", ["sst2", "stsb"])
+def test_a_teacher_with_other_tokens(tmp_path, bert, tokenizer, task, capsys):
+    """An MPNet is fine-tuned, and teaches its logits and the relations between its tokens."""
+    glue = write_glue(tmp_path / "glue", task)
+    write_mpnet(tmp_path / "mpnet", tokenizer, MPNetModel)
+    common = ["--task_name", task, "--data_dir", glue, "--num_train_epochs", 8, "--per_device_train_batch_size", 8]
+    common += ["--learning_rate", 5e-3, "--seeds", 0, "--energy_samples", 8]
+    run_script("run_glue", *common, "--model_name_or_path", tmp_path / "mpnet", "--output_dir", tmp_path / "teacher")
+    figure = next(iter(read(tmp_path / "teacher")["mean"].values()))
+    assert figure >= 0.8
+    common += ["--model_name_or_path", bert, "--convert", "--teacher_name_or_path", tmp_path / "teacher" / "seed_0"]
+    taught = ["--logit_weight", 1.0, "--relation_weight", 1.0]
+    run_script("run_glue", *common, *taught, "--output_dir", tmp_path / "student")
+    results = read(tmp_path / "student")
+    log = [entry["relation_loss"] for entry in results["runs"][0]["log"] if "relation_loss" in entry]
+    assert next(iter(results["mean"].values())) >= 0.8 and 0 < log[-1] < 0.9 * log[0]
+    assert results["runs"][0]["energy"]["mean_firing_rate"] > 0
+    message = refused(capsys, "run_glue", *common, "--hidden_weight", 1, "--output_dir", tmp_path / "states")
+    assert "the teacher must have the vocabulary of the model" in message
 
 
 @pytest.fixture

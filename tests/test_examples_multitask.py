@@ -9,15 +9,13 @@ from example_scripts import interrupted_after, refused, run_script
 from glue_files import write_glue
 from glue_tasks import TASKS, load_for_task, several_heads
 from safetensors.torch import load_file
-from small_bert import bert_fixture, write_half_precision
+from small_bert import bert_fixture, write_half_precision, write_mpnet
 from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
     BertModel,
-    MPNetConfig,
     MPNetModel,
-    MPNetTokenizer,
 )
 
 from modeling_snn_bert import SNNBertForSequenceClassification
@@ -91,7 +89,7 @@ def test_heads_of_the_tasks(tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_head_of_a_task_is_loaded(tmp_path, name):
     model, task = write_bert(tmp_path, SOME_TASKS), TASKS[name]
-    loaded = load_for_task(BertForSequenceClassification, str(tmp_path), task)
+    loaded = load_for_task(str(tmp_path), task)
     own = task.head.logits_of(model.config)
     assert torch.equal(loaded.classifier.weight, model.classifier.weight[own])
     assert loaded.config.id2label == dict(enumerate(task.labels or ("score",))) and several_heads(loaded.config) == []
@@ -101,9 +99,9 @@ def test_a_task_that_is_not_among_them_gets_a_new_head(tmp_path):
     model = write_bert(tmp_path, SOME_TASKS)
     # Also where other heads have as many logits.
     three = write_bert(tmp_path / "three", [TASKS["stsb"], TASKS["sst2"]])
-    loaded = load_for_task(BertForSequenceClassification, str(tmp_path / "three"), TASKS["mnli"])
+    loaded = load_for_task(str(tmp_path / "three"), TASKS["mnli"])
     assert not (loaded.classifier.weight == three.classifier.weight).any()
-    loaded = load_for_task(BertForSequenceClassification, str(tmp_path), TASKS["mnli"])
+    loaded = load_for_task(str(tmp_path), TASKS["mnli"])
     assert loaded.classifier.weight.shape == (3, 32)
     query = "bert.encoder.layer.0.attention.self.query.weight"
     assert torch.equal(loaded.state_dict()[query], model.state_dict()[query])
@@ -111,7 +109,7 @@ def test_a_task_that_is_not_among_them_gets_a_new_head(tmp_path):
     keep_head(model, TASKS["sst2"].head)
     model.save_pretrained(tmp_path / "one")
     with pytest.raises(RuntimeError, match=r"mismatch"):
-        load_for_task(BertForSequenceClassification, str(tmp_path / "one"), TASKS["mnli"])
+        load_for_task(str(tmp_path / "one"), TASKS["mnli"])
 
 
 def test_labels_teach_every_task(teacher):
@@ -165,16 +163,7 @@ def test_a_student_learns_from_the_teacher_alone(tmp_path, snn_bert, teacher, gl
 def mpnet(tmp_path_factory, tokenizer):
     """A model of another kind and size, whose tokenizer gives other ids."""
     folder = tmp_path_factory.mktemp("mpnet")
-    torch.manual_seed(0)
-    words = [word for word in sorted(tokenizer.get_vocab()) if not word.startswith("[")]
-    (folder / "vocab.txt").write_text("\n".join(["<s>", "<pad>", "</s>", "<unk>", "[UNK]", *words, "<mask>"]))
-    own = MPNetTokenizer(vocab=str(folder / "vocab.txt"), model_max_length=64)
-    small = {"hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "initializer_range": 0.1}
-    MPNetModel(
-        MPNetConfig(vocab_size=len(own), intermediate_size=64, max_position_embeddings=70, **small)
-    ).save_pretrained(folder)
-    own.save_pretrained(folder)
-    assert own("the fox")["input_ids"] != tokenizer("the fox")["input_ids"]
+    write_mpnet(folder, tokenizer, MPNetModel, hidden_size=48, num_hidden_layers=1)
     return folder
 
 
@@ -253,7 +242,7 @@ def test_resumes_exactly_also_to_another_end(tmp_path, snn_bert, teacher, glue, 
         pytest.param(
             ["--unlabelled_file", "{text}"], "--unlabelled_file needs --teacher_name_or_path", id="no-teacher"
         ),
-        pytest.param(["--attention_weight", 1], "--attention_weight and --embedding_weight need", id="attention"),
+        pytest.param(["--attention_weight", 1], "--attention_weight needs --teacher_name_or_path", id="attention"),
         pytest.param(["--max_steps", 0], "--max_steps must be >= 1", id="steps"),
         pytest.param(["--unlabelled_sentences", 0], "--unlabelled_sentences must be >= 1", id="sentences"),
         pytest.param(["--teacher_name_or_path", "{bert}"], "must have a head for sst2", id="heads"),

@@ -1,14 +1,13 @@
-"""A classifier with several heads: where they lie, their losses by hand, and what a teacher of another kind reads."""
+"""A classifier with several heads: where they lie, and their losses by hand."""
 
 import random
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, DataCollatorWithPadding, MPNetTokenizer
+from transformers import BertConfig, BertForSequenceClassification
 
 from modeling_snn_bert.distillation import logit_loss
 from modeling_snn_bert.multitask import (
-    CollateForTeacher,
     Head,
     MultitaskTrainer,
     heads_logit_loss,
@@ -21,7 +20,6 @@ from modeling_snn_bert.multitask import (
     take_over,
 )
 from modeling_snn_bert.trainer import DistillationTrainingArguments
-from modeling_snn_bert.unlabelled_data import UnlabelledRows
 
 NAMES = ("first", "score", "pairs")
 # Two classes of single texts, a regression on pairs, two classes of pairs.
@@ -190,37 +188,3 @@ def test_logit_loss_of_each_head_is_on_the_rows_it_can_read(temperature):
     assert student.grad[single][:, :2].all() and student.grad[both][:, 2:].all()
     only = heads_logit_loss(student_heads, teacher_heads, torch.zeros(6, dtype=torch.bool), HEADS)
     torch.testing.assert_close(only, logit_loss(student[:, :2], teacher[:, 3:]))
-
-
-def test_the_teacher_reads_the_same_rows(tmp_path, tokenizer, texts):
-    """By its own tokenizer, single texts and pairs in one batch; other teachers read the student's batch."""
-    # Short ones: nothing is cut off, which the two tokenizers would do differently.
-    short = [" ".join(text.split()[:5]) for text in texts]
-    rows = UnlabelledRows([short], [], [], tokenizer, 24, single_share=0.5, with_texts=True)
-    words = [word for word in sorted(tokenizer.get_vocab()) if not word.startswith("[")]
-    (tmp_path / "vocab.txt").write_text("\n".join(["<s>", "<pad>", "</s>", "<unk>", "[UNK]", *words, "<mask>"]))
-    own = MPNetTokenizer(vocab=str(tmp_path / "vocab.txt"), model_max_length=64)
-    collate = CollateForTeacher(DataCollatorWithPadding(tokenizer), own, 24)
-    rng = random.Random(0)
-    drawn = [rows(rng) for _ in range(8)]
-    both = collate(drawn)
-    arguments = DistillationTrainingArguments(tmp_path, use_cpu=True)
-    student, teacher = make_bert(vocab_size=len(tokenizer)), make_bert(vocab_size=len(own))
-    trainer = MultitaskTrainer(student, arguments, heads=HEADS, teacher=teacher, processing_class=tokenizer)
-    read = []
-    trainer.teacher.register_forward_pre_hook(lambda model, args, kwargs: read.append(kwargs), with_kwargs=True)
-    trainer.ask_teacher(both)
-    batch, wanted = {name: x for name, x in both.items() if not name.startswith("teacher_")}, read[0]
-    assert set(batch) == {"input_ids", "token_type_ids", "attention_mask"} and set(wanted) == {
-        "input_ids",
-        "attention_mask",
-    }
-    assert 0 < int(batch["token_type_ids"].any(1).sum()) < 8
-    for row, ids, valid in zip(drawn, wanted["input_ids"], wanted["attention_mask"], strict=True):
-        texts = row["texts"] if isinstance(row["texts"], tuple) else (row["texts"],)
-        assert ids[valid == 1].tolist() == own(*texts, truncation=True, max_length=24)["input_ids"]
-        assert row["input_ids"] == tokenizer(*texts, truncation=True, max_length=24)["input_ids"]
-    trainer.teacher = make_bert(vocab_size=len(tokenizer))
-    trainer.teacher.register_forward_pre_hook(lambda model, args, kwargs: read.append(kwargs), with_kwargs=True)
-    trainer.ask_teacher(batch)
-    assert all(torch.equal(x, batch[name]) for name, x in read[1].items())

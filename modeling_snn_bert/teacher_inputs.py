@@ -1,0 +1,129 @@
+"""What a teacher with a tokenizer of its own reads of a student's batch.
+
+`CollateAligned` numbers the student's tokens as the teacher does, where both tokenizers cut texts alike;
+`CollateForTeacher` cuts the texts anew, for any other teacher. What is for the teacher has names that begin with
+`FOR_TEACHER`.
+"""
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from .batches import Batch, Collate, Row
+from .text_blocks import Separators
+
+FOR_TEACHER = "teacher_"
+# Which of the teacher's tokens each of the student's is, `[batch, seq_len]`.
+PLACES = "places"
+SPECIAL_TOKENS = ("cls_token", "sep_token", "pad_token", "unk_token", "mask_token")
+# Capitals, accents, signs and a rare word, which tokenizers treat differently.
+SAMPLE = "The Tokenizers' pieces: déjà vu, 1,024 QUOKKAS (and e-mails)!"
+
+
+def collate_for_teacher(
+    collate: Collate,
+    tokenizer: PreTrainedTokenizerBase,
+    teacher_tokenizer: PreTrainedTokenizerBase,
+    max_seq_length: int | None = None,
+    *,
+    aligned: bool = False,
+) -> Collate:
+    """What makes the batches of a student and its teacher: `collate` itself if the teacher reads the student's inputs.
+
+    Args:
+        collate: makes the student's batch of rows.
+        tokenizer, teacher_tokenizer: the student's and the teacher's.
+        max_seq_length: length to which texts are truncated if they have to be cut anew for the teacher. `None` if rows
+            come without their `"texts"`.
+        aligned: whether each of the student's tokens has to be one of the teacher's, as relations between them need it.
+
+    Raises:
+        ValueError: if the tokenizers do not cut texts alike, but must.
+    """
+    same_inputs = set(tokenizer.model_input_names) == set(teacher_tokenizer.model_input_names)
+    if same_inputs and tokenizer.get_vocab() == teacher_tokenizer.get_vocab():
+        return collate
+    try:
+        return CollateAligned(collate, tokenizer, teacher_tokenizer)
+    except ValueError:
+        if aligned or max_seq_length is None:
+            raise
+        return CollateForTeacher(collate, teacher_tokenizer, max_seq_length)
+
+
+class CollateAligned:
+    """Makes a batch, and the teacher's of the same tokens.
+
+    An MPNet has a BERT's tokens by other numbers, and one separator more between two texts.
+
+    Args:
+        collate: makes the student's batch, padded on the right.
+        tokenizer: the student's.
+        teacher_tokenizer: the teacher's.
+
+    Raises:
+        ValueError: if the two do not cut texts alike.
+    """
+
+    def __init__(
+        self, collate: Collate, tokenizer: PreTrainedTokenizerBase, teacher_tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        own, other = Separators(tokenizer), Separators(teacher_tokenizer)
+        vocabulary = teacher_tokenizer.get_vocab()
+        special = {getattr(tokenizer, name): getattr(teacher_tokenizer, name) for name in SPECIAL_TOKENS}
+        numbers = {i: vocabulary.get(special.get(token, token)) for token, i in tokenizer.get_vocab().items()}
+        lacking = sum(number is None for number in numbers.values())
+        if lacking or tokenizer.tokenize(SAMPLE) != teacher_tokenizer.tokenize(SAMPLE):
+            raise ValueError(
+                "the teacher's tokenizer must cut texts as the student's does; "
+                + (f"it lacks {lacking} of its tokens" if lacking else f"it cuts {SAMPLE!r} otherwise")
+            )
+        if other.between < own.between:
+            raise ValueError("the teacher's tokenizer must put as many separators between two texts as the student's")
+        self.collate, self.sep_id, self.between = collate, own.sep_id, other.between - own.between
+        self.teacher_sep_id, self.teacher_pad_id = other.sep_id, teacher_tokenizer.pad_token_id
+        self.has_token_types = other.has_token_types
+        self.number_of = torch.tensor([numbers.get(i, 0) for i in range(max(numbers) + 1)])
+
+    def __call__(self, rows: list[Row]) -> Batch:
+        batch = dict(self.collate(rows))
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        ends = ids == self.sep_id
+        is_pair = ends.sum(1, keepdim=True) > 1
+        # Behind the first separator; its own column is not.
+        second = (ends.cumsum(1) - ends.long() > 0) & is_pair
+        places = torch.arange(ids.shape[1]) + self.between * second
+        length = int(places.max()) + 1
+        taught = ids.new_full((len(ids), length), self.teacher_pad_id).scatter(1, places, self.number_of[ids])
+        valid = mask.new_zeros(len(ids), length).scatter(1, places, mask)
+        for gap in range(1, self.between + 1):
+            where = ends.long().argmax(1, keepdim=True)[is_pair[:, 0]] + gap
+            taught[is_pair[:, 0]] = taught[is_pair[:, 0]].scatter(1, where, self.teacher_sep_id)
+            valid[is_pair[:, 0]] = valid[is_pair[:, 0]].scatter(1, where, 1)
+        own = {"input_ids": taught, "attention_mask": valid, PLACES: places}
+        if self.has_token_types:
+            own["token_type_ids"] = torch.zeros_like(taught).scatter(1, places, second.long()) * valid
+        return {**batch, **{FOR_TEACHER + name: x for name, x in own.items()}}
+
+
+class CollateForTeacher:
+    """Makes a batch, and the teacher's of the same texts by its own tokenizer.
+
+    Args:
+        collate: makes the batch of rows without their `"texts"`.
+        tokenizer: the teacher's.
+        max_seq_length: longer inputs of the teacher are truncated.
+    """
+
+    def __init__(self, collate: Collate, tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> None:
+        self.collate, self.tokenizer, self.max_seq_length = collate, tokenizer, max_seq_length
+
+    def __call__(self, rows: list[Row]) -> Batch:
+        inputs = self.tokenizer(
+            [row["texts"] for row in rows],
+            truncation=True,
+            max_length=self.max_seq_length,
+            padding=True,
+            return_tensors="pt",
+        )
+        batch = self.collate([{name: x for name, x in row.items() if name != "texts"} for row in rows])
+        return {**batch, **{FOR_TEACHER + name: x for name, x in inputs.items()}}
