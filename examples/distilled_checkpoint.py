@@ -2,12 +2,14 @@
 
     python examples/distilled_checkpoint.py --output_dir outputs/snn-bert-minilm-distilled
     python examples/distilled_checkpoint.py --name snn-bert-minilm-sentences --output_dir outputs/sentences
+    python examples/distilled_checkpoint.py --name snn-bert-minilm-multitask --output_dir outputs/multitask
     python examples/distilled_checkpoint.py --pack outputs/distilled --output_dir hub_configs/snn-bert-minilm-distilled
 
-The repository keeps the encoder only, its matrices in int8 with a scale per output channel (`ENCODER_FILE`, 11 MB).
-Embeddings and pooler are those of all-MiniLM-L6-v2, from the Python package index (see `fetch_inputs.py`): the
-distillation left them as they are. The last command makes such a file of a folder that
-`distill_bert.py --freeze_embeddings` has written.
+The repository keeps the encoder, its matrices in int8 with a scale per output channel, and the heads if there are any
+(`ENCODER_FILE`, 11 MB). Embeddings are those of all-MiniLM-L6-v2, from the Python package index (see
+`fetch_inputs.py`), which the training left as they are, and so is a pooler that is not in the file. The last command
+makes such a file of a folder that `distill_bert.py --freeze_embeddings` or `run_multitask.py --freeze_embeddings` has
+written.
 """
 
 import argparse
@@ -21,16 +23,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BertModel, PreTrainedTokenizerBase
 
-from modeling_snn_bert import SNNBertConfig, SNNBertModel
+from modeling_snn_bert import SNNBertConfig, SNNBertForSequenceClassification, SNNBertModel
 from modeling_snn_bert.atomic_writes import write_json, written_whole
 from modeling_snn_bert.event_weights import round_weights
+from modeling_snn_bert.modeling_snn_bert import SNNBertPreTrainedModel
+from modeling_snn_bert.seeds import RESULTS_FILE
 
 HUB_CONFIGS = Path(__file__).resolve().parents[1] / "hub_configs"
-# To be fine-tuned; and a sentence encoder, which went on from there.
-NAMES = ("snn-bert-minilm-distilled", "snn-bert-minilm-sentences")
+# To be fine-tuned; a sentence encoder, and a classifier of five tasks, which both went on from there.
+NAMES = ("snn-bert-minilm-distilled", "snn-bert-minilm-sentences", "snn-bert-minilm-multitask")
 ENCODER_FILE = "encoder_int8.safetensors"
-RESULTS_FILE = "distillation_results.json"
+DISTILLATION_RESULTS = "distillation_results.json"
 SCALE = ".scale"
+POOLER, CLASSIFIER = "pooler.", "classifier."
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -61,18 +66,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def bert_of_checkpoint() -> BertModel:
-    """The BERT that gives embeddings and pooler."""
+    """The BERT that gives what the training has left as it is."""
     return BertModel.from_pretrained(minilm_folder())
 
 
 def unpack(
     folder: Path = HUB_CONFIGS / NAMES[0], bert: BertModel | None = None
-) -> tuple[SNNBertModel, PreTrainedTokenizerBase]:
-    """The model that `pack` has written to `folder`, and its tokenizer.
+) -> tuple[SNNBertPreTrainedModel, PreTrainedTokenizerBase]:
+    """The model that `pack` has written to `folder`, and its tokenizer: a classifier if it has heads, or an encoder.
 
     Args:
         folder: with `config.json` and `ENCODER_FILE`.
-        bert: gives embeddings, pooler and tokenizer; by default all-MiniLM-L6-v2.
+        bert: gives the tokenizer and what the file does not have; by default all-MiniLM-L6-v2.
 
     Raises:
         ValueError: if the file is damaged, or file, configuration and BERT do not fit together.
@@ -90,27 +95,37 @@ def unpack(
     weights = {name: x.float() for name, x in packed.items() if not name.endswith(SCALE)}
     for name in (name for name in packed if name.endswith(SCALE)):
         weights[name.removesuffix(SCALE)] *= packed[name][:, None]
-    model = SNNBertModel(SNNBertConfig.from_pretrained(folder))
+    has_heads = any(name.startswith(CLASSIFIER) for name in weights)
+    config = SNNBertConfig.from_pretrained(folder)
+    model = SNNBertForSequenceClassification(config) if has_heads else SNNBertModel(config)
+    heads = {name: weights.pop(name) for name in list(weights) if name.startswith(CLASSIFIER)}
     try:
-        model.load_state_dict({**_rest(bert), **weights})
+        model.base_model.load_state_dict({**_rest(bert), **weights})
+        if has_heads:
+            model.classifier.load_state_dict({name.removeprefix(CLASSIFIER): x for name, x in heads.items()})
     except RuntimeError as error:
         raise ValueError(f"{file}, its configuration and the BERT do not fit together: {error}") from error
     return model.eval(), AutoTokenizer.from_pretrained(bert.name_or_path)
 
 
 def pack(source: Path, folder: Path, bert: BertModel) -> None:
-    """Write `config.json`, `ENCODER_FILE` and `RESULTS_FILE` of the distilled model in `source` to `folder`.
+    """Write `config.json`, `ENCODER_FILE` and the results of the model in `source`, if it has any, to `folder`.
 
     Raises:
-        ValueError: if embeddings or pooler are not those of `bert`.
+        ValueError: if its embeddings are not those of `bert`.
         OSError: if there is no such model.
     """
-    model = SNNBertModel.from_pretrained(source)
-    state = model.state_dict()
+    config = SNNBertConfig.from_pretrained(source)
+    has_heads = SNNBertForSequenceClassification.__name__ in (config.architectures or ())
+    model = (SNNBertForSequenceClassification if has_heads else SNNBertModel).from_pretrained(source)
+    state = model.base_model.state_dict()
+    packed = {name: x for name, x in model.state_dict().items() if name.startswith(CLASSIFIER)}
     for name, x in _rest(bert).items():
-        if not torch.allclose(state[name], x, atol=1e-3):
-            raise ValueError(f"{name} in {source} is not that of the BERT: distil with --freeze_embeddings")
-    packed = {}
+        if torch.allclose(state[name], x, atol=1e-3):
+            continue
+        if not name.startswith(POOLER):
+            raise ValueError(f"{name} in {source} is not that of the BERT: train with --freeze_embeddings")
+        packed[name] = state[name]
     for name, x in state.items():
         if name.startswith("encoder.") and x.dim() == 2:
             packed[name], scale = round_weights(x, "int8")
@@ -123,8 +138,9 @@ def pack(source: Path, folder: Path, bert: BertModel) -> None:
     # Without the version that happened to write it, as in the other folders.
     settings = model.config.to_diff_dict()
     write_json(folder / "config.json", {k: v for k, v in settings.items() if k != "transformers_version"})
-    if (source / RESULTS_FILE).is_file():
-        shutil.copy(source / RESULTS_FILE, folder / RESULTS_FILE)
+    for name in (DISTILLATION_RESULTS, RESULTS_FILE):
+        if (source / name).is_file():
+            shutil.copy(source / name, folder / name)
 
 
 def _rest(bert: BertModel) -> dict[str, torch.Tensor]:

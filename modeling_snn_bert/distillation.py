@@ -125,13 +125,16 @@ def relation_loss(
     *,
     relation_heads: int,
 ) -> torch.Tensor:
-    """Kullback-Leibler divergence of the student's relations between tokens from the teacher's, per valid token.
+    """Squared error of the student's relations between tokens, in units of the variance of the teacher's.
 
-    The states are cut into `relation_heads` parts, `x` of `[seq_len, width]`. The relations of a part are the rows of
-    softmax(x x^T / sqrt(width)) over valid tokens, so that the states of the two need not be equally wide.
+    The states are cut into `relation_heads` parts. A relation is the cosine between a part of one token and that of
+    another one of the same row, both less the mean over all tokens: student and teacher need not be equally wide, nor
+    have states of one scale.
 
-    Source: Wang et al., "MiniLMv2: Multi-Head Self-Attention Relation Distillation", 2021, with hidden states in place
-    of its queries, keys and values.
+    Sources: Wang et al., "MiniLMv2: Multi-Head Self-Attention Relation Distillation", 2021, for relations in parts;
+    Tung and Mori, "Similarity-Preserving Knowledge Distillation", 2019, for the squared error of normalised products.
+    (MiniLMv2's softmax over scaled products says little here: in the last layer of a sentence encoder it is almost
+    uniform.)
 
     Args:
         student_states (`[batch, seq_len, hidden]`): hidden states of a layer. With repeat coding, `[num_timesteps *
@@ -141,7 +144,7 @@ def relation_loss(
         relation_heads: parts that the states are cut into.
 
     Returns:
-        A scalar in nats, the mean over tokens and parts.
+        A scalar; 1 is what predicting the mean of the teacher's relations would give.
 
     Raises:
         ValueError: if the states are of other tokens, or a width is no multiple of `relation_heads`.
@@ -149,16 +152,22 @@ def relation_loss(
     batch, seq_len = teacher_states.shape[:2]
     if attention_mask is None:
         attention_mask = teacher_states.new_ones(batch, seq_len, dtype=torch.long)
-    valid = (attention_mask != 0)[:, None, None]
+    valid = attention_mask != 0
+    # Each two valid tokens, one before the other: a token's relation to itself says nothing.
+    counted = (valid[:, :, None] & valid[:, None]).triu(1)[:, None]
 
     def relations(states: torch.Tensor) -> torch.Tensor:
         if relation_heads < 1 or states.shape[-1] % relation_heads:
             raise ValueError(
                 f"`relation_heads` must divide the width of the states, {states.shape[-1]}, got {relation_heads}"
             )
-        parts = states.float().unflatten(-1, (relation_heads, -1)).transpose(1, 2)
-        products = parts @ parts.transpose(-1, -2) / parts.shape[-1] ** 0.5
-        return products.masked_fill(~valid, torch.finfo(products.dtype).min).log_softmax(-1)
+        states = states.float()
+        centred = (states - _mean_over_tokens(states, attention_mask)).unflatten(-1, (relation_heads, -1))
+        parts = nn.functional.normalize(centred.transpose(1, 2), dim=-1)
+        return parts @ parts.transpose(-1, -2)
+
+    def mean(x: torch.Tensor) -> torch.Tensor:
+        return x.where(counted, 0).sum() / (relation_heads * counted.sum()).clamp(min=1)
 
     student_states = _averaged(student_states, batch)
     if student_states.shape[:2] != (batch, seq_len):
@@ -167,8 +176,7 @@ def relation_loss(
             f"{list(student_states.shape)} and {list(teacher_states.shape)}"
         )
     student, teacher = relations(student_states), relations(teacher_states)
-    divergence = (teacher.exp() * (teacher - student)).sum(-1).mean(1)
-    return _mean_over_tokens(divergence, attention_mask)
+    return mean((student - teacher).square()) / mean((teacher - mean(teacher)).square()).clamp(min=1e-6)
 
 
 def mean_embeddings(states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
@@ -228,6 +236,8 @@ def logit_losses(student_logits: torch.Tensor, teacher_logits: torch.Tensor, tem
         )
     if not temperature > 0:
         raise ValueError(f"`temperature` must be positive, got {temperature}")
+    # A teacher's are in bfloat16 under autocast.
+    student_logits, teacher_logits = student_logits.float(), teacher_logits.float()
     if student_logits.shape[-1] == 1:
         return nn.functional.mse_loss(student_logits, teacher_logits, reduction="none")[..., 0]
     student, teacher = ((logits / temperature).log_softmax(-1) for logits in (student_logits, teacher_logits))

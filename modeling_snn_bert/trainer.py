@@ -175,7 +175,10 @@ class DistillationTrainer(Trainer):
         assert self.teacher is not None
         own = {name.removeprefix(FOR_TEACHER): x for name, x in inputs.items() if name.startswith(FOR_TEACHER)}
         own.pop(PLACES, None)
-        return self.teacher(**(own or {name: x for name, x in inputs.items() if name != "labels"}), **extras)
+        inputs = own or {name: x for name, x in inputs.items() if name != "labels"}
+        # Trainer puts its model alone in autocast.
+        with self.accelerator.autocast():
+            return self.teacher(**inputs, **extras)
 
     def head_loss(self, outputs: ModelOutput, wanted: ModelOutput, inputs: Batch) -> torch.Tensor:
         """The loss on labels and logits, with the penalty on firing rates."""

@@ -46,6 +46,19 @@ def make_trainer(tmp_path, bert):
     return make
 
 
+@pytest.mark.parametrize("bf16", [True, False])
+def test_the_teacher_computes_as_the_student_does(make_trainer, batch, bf16):
+    """In bfloat16 if that is asked for; the losses are in float32 all the same."""
+    seen = []
+    trainer = make_trainer([batch], bf16=bf16, hidden_weight=1.0)
+    for model in (trainer.model, trainer.teacher):
+        linear = model.bert.encoder.layer[0].intermediate.dense
+        linear.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    trainer.add_part = lambda name, value: seen.append(value.dtype) or value
+    trainer.train()
+    assert seen == [torch.bfloat16 if bf16 else torch.float32] * 2 + [torch.float32] * 3
+
+
 WEIGHTS = {"logit_weight": 0.7, "temperature": 3.0, "hidden_weight": 0.5, "attention_weight": 0.2}
 
 
