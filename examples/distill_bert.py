@@ -26,6 +26,7 @@ from modeling_snn_bert.conversion import convert_bert
 from modeling_snn_bert.distillation import check_same_shape, embedding_loss, hidden_state_loss
 from modeling_snn_bert.seeds import checkpoint_of
 from modeling_snn_bert.settings import ConversionArguments
+from modeling_snn_bert.teacher_inputs import longest_input
 from modeling_snn_bert.text_blocks import TextArguments, TextBlocks
 from modeling_snn_bert.trainer import DistillationTrainer, DistillationTrainingArguments
 
@@ -118,10 +119,8 @@ def load_encoder_teacher(path: str, max_seq_length: int, attention_weights: bool
     # transformers' MPNet has no other attention.
     attention = "eager" if config.model_type == "mpnet" or attention_weights else "sdpa"
     teacher = load_bert(path, "Model", None, attn_implementation=attention, dtype=torch.float32)
-    positions = config.max_position_embeddings
-    if config.model_type == "mpnet":
-        positions -= config.pad_token_id + 1  # those of padding
-    if max_seq_length > positions:
+    positions = longest_input(config)
+    if positions is not None and max_seq_length > positions:
         raise ValueError(
             f"--max_seq_length must be at most {positions}, the positions that {path} has; got {max_seq_length}"
         )

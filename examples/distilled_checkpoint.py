@@ -112,12 +112,14 @@ def pack(source: Path, folder: Path, bert: BertModel) -> None:
     """Write `config.json`, `ENCODER_FILE` and the results of the model in `source`, if it has any, to `folder`.
 
     Raises:
-        ValueError: if its embeddings are not those of `bert`.
+        ValueError: if it is no encoder or classifier of sentences, or its embeddings are not those of `bert`.
         OSError: if there is no such model.
     """
-    config = SNNBertConfig.from_pretrained(source)
-    has_heads = SNNBertForSequenceClassification.__name__ in (config.architectures or ())
-    model = (SNNBertForSequenceClassification if has_heads else SNNBertModel).from_pretrained(source)
+    kinds = {kind.__name__: kind for kind in (SNNBertModel, SNNBertForSequenceClassification)}
+    [found] = SNNBertConfig.from_pretrained(source).architectures or [None]
+    if found not in kinds:
+        raise ValueError(f"{source} must hold one of {', '.join(kinds)}, it holds {found}")
+    model = kinds[found].from_pretrained(source)
     state = model.base_model.state_dict()
     packed = {name: x for name, x in model.state_dict().items() if name.startswith(CLASSIFIER)}
     for name, x in _rest(bert).items():

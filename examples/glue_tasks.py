@@ -29,16 +29,20 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.hf_argparser import HfArg
+from transformers.utils import logging
 
 from modeling_snn_bert import SNNBertConfig
 from modeling_snn_bert.batches import Batch, batches_in_order
 from modeling_snn_bert.conversion import FAMILIES, convert_bert
 from modeling_snn_bert.energy import energy_report
-from modeling_snn_bert.multitask import Head, keep_head, renew_heads
+from modeling_snn_bert.multitask import Head, keep_head, order_head, renew_heads
 from modeling_snn_bert.settings import ConversionArguments
+from modeling_snn_bert.teacher_inputs import longest_input
+from modeling_snn_bert.text_blocks import Separators
 from modeling_snn_bert.text_files import check_columns, read_rows
-from modeling_snn_bert.trainer import DistillationTrainingArguments
+from modeling_snn_bert.trainer import WEIGHTS, DistillationTrainingArguments
 
+logger = logging.get_logger(__name__)
 METRICS_FROM = f"scikit-learn {sklearn.__version__}, scipy {scipy.__version__}"
 METRICS: dict[str, Callable] = {
     "accuracy": accuracy_score,
@@ -350,37 +354,72 @@ def tokenize(rows: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max_
     return rows.map(encode, batched=True, remove_columns=rows.column_names, load_from_cache_file=False)
 
 
-def check_vocabulary(teacher_path: str, tokenizer: PreTrainedTokenizerBase) -> None:
+def fitting_length(wanted: int, tokenizer: PreTrainedTokenizerBase, path: str, teacher_path: str | None = None) -> int:
+    """The tokens at which inputs are cut: as many as `wanted`, or as student and teacher take, with a warning."""
+    limits = {path: longest_input(AutoConfig.from_pretrained(path))}
+    if teacher_path is not None:
+        own = Separators(AutoTokenizer.from_pretrained(teacher_path))
+        limit = longest_input(AutoConfig.from_pretrained(teacher_path))
+        # A pair may have more separators for the teacher.
+        more = max(0, own.between - Separators(tokenizer).between)
+        limits[teacher_path] = None if limit is None else limit - more
+    for name, limit in limits.items():
+        if limit is not None and limit < wanted:
+            logger.warning(f"inputs are cut at {limit} tokens, not {wanted} (--max_seq_length): {name} takes no more")
+            wanted = limit
+    return wanted
+
+
+def check_vocabulary(teacher_path: str, tokenizer: PreTrainedTokenizerBase, otherwise: str = "") -> None:
     """Raise a `ValueError` if the teacher's tokenizer gives other token ids than `tokenizer`."""
     if AutoTokenizer.from_pretrained(teacher_path).get_vocab() != tokenizer.get_vocab():
-        raise ValueError("the teacher must have the vocabulary of the model, their tokenizers differ")
+        raise ValueError(
+            f"--teacher_name_or_path must have the vocabulary of the model, {teacher_path} has another one{otherwise}"
+        )
 
 
-def load_teacher(
-    path: str, args: DistillationTrainingArguments, tokenizer: PreTrainedTokenizerBase, otherwise: str = ""
-) -> PreTrainedModel:
-    """The classifier that teaches.
+def check_teacher(path: str | None, args: DistillationTrainingArguments, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check what can be known of a teacher before any work.
 
     Args:
-        path: folder or Hub id.
+        path: folder or Hub id, or `None`.
         args: what it teaches.
         tokenizer: the student's.
-        otherwise: what the message about a teacher of another kind advises.
 
     Raises:
-        ValueError: if its states are to be compared with the student's, token by token, and it is neither a BERT nor an
-            MPNet, or its tokenizer gives other token ids.
+        ValueError: if there is no teacher and it is to teach; or if its states are to be compared with the student's,
+            token by token, and it is neither a BERT nor an MPNet, or its tokenizer gives other token ids.
     """
-    if args.compares_states:
+    if path is None:
+        for name in WEIGHTS:
+            if getattr(args, name):
+                raise ValueError(f"--{name} needs --teacher_name_or_path")
+    elif args.compares_states:
+        advice = ": give --hidden_weight 0 (and no --attention_weight or --embedding_weight)"
         model_type = AutoConfig.from_pretrained(path).model_type
         # A student compares its hidden states with those of what it may be made of.
         if model_type not in FAMILIES:
             raise ValueError(
-                f"--teacher_name_or_path must be a BERT or an MPNet, {path} is of the type {model_type!r}{otherwise}"
+                f"--teacher_name_or_path must be a BERT or an MPNet, {path} is of the type {model_type!r}{advice}"
             )
-        check_vocabulary(path, tokenizer)
-    attention = "eager" if args.attention_weight else None
-    return AutoModelForSequenceClassification.from_pretrained(path, attn_implementation=attention, dtype=torch.float32)
+        check_vocabulary(path, tokenizer, advice)
+
+
+def load_teacher(path: str, attention_weights: bool) -> PreTrainedModel:
+    """The classifier that teaches, with attention weights if they are taught.
+
+    Raises:
+        ValueError: if it has no head.
+    """
+    attention = "eager" if attention_weights else None
+    teacher, info = AutoModelForSequenceClassification.from_pretrained(
+        path, attn_implementation=attention, dtype=torch.float32, output_loading_info=True
+    )
+    if info["missing_keys"]:
+        raise ValueError(
+            f"--teacher_name_or_path must be a classifier, {path} lacks {', '.join(sorted(info['missing_keys']))}"
+        )
+    return teacher
 
 
 def attention_implementation(weights: bool, device: torch.device, dropout: float) -> str | None:
@@ -411,6 +450,34 @@ class ClassifierArguments(ConversionArguments):
     model_name_or_path: str = HfArg(help="an SNN-BERT, a BERT, an MPNet, ...: folder or Hub id")
     convert: bool = HfArg(default=False, help="convert the BERT or MPNet by calibration on the training rows")
 
+    def check(self, attention_weights: bool = False) -> None:
+        """Raise a `ValueError` if the checkpoint cannot be converted, or the settings do not fit it.
+
+        `attention_weights` says that they will be asked for.
+        """
+        path, settings = self.model_name_or_path, self.settings()
+        config = AutoConfig.from_pretrained(path)
+        dropout = self.attention_dropout()
+        if self.convert and config.model_type not in FAMILIES:
+            raise ValueError(f"--convert is for a BERT or an MPNet, {path} is of the type {config.model_type!r}")
+        if settings and not (self.convert or config.model_type == SNNBertConfig.model_type):
+            raise ValueError(f"{sorted(settings)} are settings of an SNN-BERT: give --convert to make one of the BERT")
+        if attention_weights and config.model_type not in (*FAMILIES, SNNBertConfig.model_type):
+            raise ValueError(
+                f"--attention_weight takes an SNN-BERT, a BERT or an MPNet, {path} is of the type {config.model_type!r}"
+            )
+        if attention_weights and dropout:
+            raise ValueError(
+                f"--attention_weight compares attention weights, to which a dropout of {dropout} would be applied: "
+                "give --config_overrides attention_probs_dropout_prob=0"
+            )
+
+    def attention_dropout(self) -> float:
+        """That of the model which is trained."""
+        config = AutoConfig.from_pretrained(self.model_name_or_path)
+        own = getattr(config, "attention_probs_dropout_prob", getattr(config, "attention_dropout", 0.0))
+        return self.settings().get("attention_probs_dropout_prob", own)
+
     def load(
         self,
         task: Task,
@@ -419,32 +486,17 @@ class ClassifierArguments(ConversionArguments):
         device: torch.device,
         attention_weights: bool = False,
     ) -> PreTrainedModel:
-        """The classifier of `task`, calibrated on `train` in batches of `collate` if it is converted.
+        """The classifier of `task`, calibrated on `train` in batches of `collate` if it is converted; `check` it first.
 
         The head is new unless the checkpoint has one, alone or among those of other tasks; seed the random numbers
         first. `attention_weights` says that they will be asked for.
-
-        Raises:
-            ValueError: if the checkpoint cannot be converted, or the settings do not fit it.
         """
-        config, settings = AutoConfig.from_pretrained(self.model_name_or_path), self.settings()
-        dropout = settings.get("attention_probs_dropout_prob", getattr(config, "attention_probs_dropout_prob", 0))
-        if attention_weights and dropout:
-            raise ValueError(
-                f"--attention_weight compares attention weights, to which a dropout of {dropout} would be applied: "
-                "give --config_overrides attention_probs_dropout_prob=0"
-            )
-        is_spiking = config.model_type == SNNBertConfig.model_type
-        if self.convert and config.model_type not in FAMILIES:
-            raise ValueError(
-                f"--convert is for a BERT or an MPNet, {self.model_name_or_path} is of the type {config.model_type!r}"
-            )
-        if settings and not (is_spiking or self.convert):
-            raise ValueError(f"{sorted(settings)} are settings of an SNN-BERT: give --convert to make one of the BERT")
+        settings, path = self.settings(), self.model_name_or_path
+        is_spiking = AutoConfig.from_pretrained(path).model_type == SNNBertConfig.model_type
         model = load_for_task(
-            self.model_name_or_path,
+            path,
             task,
-            attn_implementation=attention_implementation(attention_weights, device, dropout),
+            attn_implementation=attention_implementation(attention_weights, device, self.attention_dropout()),
             dtype=torch.float32,  # a checkpoint in half precision is trained in full
             **(settings if is_spiking else {}),
         ).to(device)
@@ -499,7 +551,7 @@ def load_for_task(path: str, task: Task, **options: Any) -> PreTrainedModel:
     """The classifier in `path` as one of `task`.
 
     Of a model of several tasks it keeps the head of `task`, and gets a new one if there is none. A model of one task
-    keeps its head.
+    keeps its head, in the order of the labels of `task` if it has these.
 
     Args:
         path: folder or Hub id.
@@ -509,12 +561,15 @@ def load_for_task(path: str, task: Task, **options: Any) -> PreTrainedModel:
     Raises:
         RuntimeError: if the head of a model of one task has another number of labels.
     """
-    others = several_heads(AutoConfig.from_pretrained(path))
+    config = AutoConfig.from_pretrained(path)
+    others = several_heads(config)
     if task.name not in others:
         options |= {"ignore_mismatched_sizes": bool(others), **task.head.alone()}
     model = AutoModelForSequenceClassification.from_pretrained(path, **options)
-    if task.name in others:
+    if not others:
+        order_head(model, config.id2label, task.head.labels)
+    elif task.name in others:
         keep_head(model, task.head)
-    elif others:
+    else:
         renew_heads(model)
     return model

@@ -4,9 +4,9 @@
         --num_train_epochs 3 --seeds 0 1 2 --output_dir outputs/sst2
 
 `--model_name_or_path` is an SNN-BERT, a BERT or an MPNet, or with `--convert` one of these two that becomes an SNN-BERT
-first. A BERT or an MPNet that was fine-tuned on the task teaches it with `--teacher_name_or_path`; beside it,
-`--unlabelled_file` adds batches of sentences, or pairs, made of a text, which the teacher alone labels. Takes all flags
-of TrainingArguments. Writes a model for each seed and results.json: figures at the last step for each seed, mean and
+first. A model that was fine-tuned on the task teaches it with `--teacher_name_or_path`; beside it, `--unlabelled_file`
+adds batches of sentences, or pairs, made of a text, which the teacher alone labels. Takes all flags of
+TrainingArguments. Writes a model for each seed and results.json: figures at the last step for each seed, mean and
 spread, firing rates and energy, flags and versions. `run_glue_no_trainer.py` shows fine-tuning in a loop of one's own.
 """
 
@@ -20,6 +20,8 @@ from glue_tasks import (
     RunsArguments,
     Task,
     TaskArguments,
+    check_teacher,
+    fitting_length,
     load_teacher,
     measure_energy,
     score,
@@ -27,16 +29,18 @@ from glue_tasks import (
     tokenize,
 )
 from transformers import (
+    AutoConfig,
     AutoTokenizer,
     DataCollatorWithPadding,
     EvalPrediction,
     HfArgumentParser,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.hf_argparser import HfArg
 
 from modeling_snn_bert.batches import Batches, BatchOf, Collate, DrawnBatches, RowBatches, alternating
-from modeling_snn_bert.multitask import keep_head
+from modeling_snn_bert.multitask import keep_head, order_head
 from modeling_snn_bert.seeds import run_seeds
 from modeling_snn_bert.teacher_inputs import collate_for_teacher
 from modeling_snn_bert.trainer import DistillationTrainer, DistillationTrainingArguments
@@ -62,24 +66,26 @@ def main() -> None:
     model_args, task_args, text_args, batch_args, run_args = script_args
     if model_args.settings().get("neuron_type") == "psn" and not batch_args.pad_to_max_length:
         raise ValueError("neuron_type=psn takes one length only: give --pad_to_max_length and psn_length=<that length>")
+    path, teacher_path = model_args.model_name_or_path, text_args.teacher_name_or_path
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model_args.check(args.attention_weight > 0)
+    check_teacher(teacher_path, args, tokenizer)
     task, rows = task_args.load()
-    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
+    length = fitting_length(task_args.max_seq_length, tokenizer, path, teacher_path)
     collate = DataCollatorWithPadding(tokenizer)
     if batch_args.pad_to_max_length:
-        collate = DataCollatorWithPadding(tokenizer, "max_length", task_args.max_seq_length)
+        collate = DataCollatorWithPadding(tokenizer, "max_length", length)
     taught: Collate = collate
-    if text_args.teacher_name_or_path:
-        own = AutoTokenizer.from_pretrained(text_args.teacher_name_or_path)
-        taught = collate_for_teacher(collate, tokenizer, own)
+    if teacher_path is not None:
+        check_head(AutoConfig.from_pretrained(teacher_path), task)
+        taught = collate_for_teacher(collate, tokenizer, AutoTokenizer.from_pretrained(teacher_path))
     with args.main_process_first(desc="tokenize"):
-        data = DatasetDict(
-            {split: tokenize(part, task, tokenizer, task_args.max_seq_length) for split, part in rows.items()}
-        )
+        data = DatasetDict({split: tokenize(part, task, tokenizer, length) for split, part in rows.items()})
         drawn = None
         if text_args.unlabelled_file:
             texts = [list(rows["train"][column]) for column in task.columns]
             share = float(len(texts) == 1)
-            drawn = text_args.rows([texts], tokenizer, task_args.max_seq_length, single_share=share)
+            drawn = text_args.rows([texts], tokenizer, length, single_share=share)
 
     validation = {split: part for split, part in data.items() if split != "train"}
     first = next(iter(validation.values()))
@@ -91,11 +97,11 @@ def main() -> None:
 
     def train_one(args: DistillationTrainingArguments) -> dict[str, Any]:
         """Train and evaluate with one seed; what the results say of it."""
-        model = model_args.load(task, data["train"], collate, args.device, args.attention_weight > 0)
         teacher = None
-        if text_args.teacher_name_or_path:
-            teacher = load_teacher(text_args.teacher_name_or_path, args, tokenizer)
+        if teacher_path is not None:
+            teacher = load_teacher(teacher_path, args.attention_weight > 0)
             take_head(teacher, task)
+        model = model_args.load(task, data["train"], collate, args.device, args.attention_weight > 0)
         size, process = args.per_device_train_batch_size, args.process_index
         labelled = RowBatches(data["train"], taught, size, args.seed, process, args.world_size)
         batch_of: BatchOf = labelled
@@ -132,15 +138,23 @@ def main() -> None:
     run_seeds(args, run_args.seeds, train_one, flags, task.name, metrics_from=METRICS_FROM, rows=counts)
 
 
-def take_head(teacher: PreTrainedModel, task: Task) -> None:
-    """Leave a teacher of several tasks the head of `task`; raise a `ValueError` if a teacher has no such head."""
-    wanted, found = len(task.head.labels), teacher.config.num_labels
-    if several_heads(teacher.config):
-        keep_head(teacher, task.head)
+def check_head(config: PreTrainedConfig, task: Task) -> None:
+    """Raise a `ValueError` if a teacher has no head of `task`."""
+    wanted, found = len(task.head.labels), config.num_labels
+    if several_heads(config):
+        task.head.check(config, "--teacher_name_or_path")
     elif found != wanted:
         raise ValueError(
             f"--teacher_name_or_path must have been fine-tuned on {task.name}, with {wanted} labels; it has {found}"
         )
+
+
+def take_head(teacher: PreTrainedModel, task: Task) -> None:
+    """Leave a teacher of several tasks the head of `task`, and put its labels in the order of the task's."""
+    if several_heads(teacher.config):
+        keep_head(teacher, task.head)
+    else:
+        order_head(teacher, teacher.config.id2label, task.head.labels)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from glue_tasks import ClassifierArguments, Task, TaskArguments, measure_energy, score, tokenize
+from glue_tasks import ClassifierArguments, Task, TaskArguments, fitting_length, measure_energy, score, tokenize
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, DataCollatorWithPadding, HfArgumentParser, SchedulerType, get_scheduler
@@ -55,12 +55,14 @@ def main() -> None:
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision, gradient_accumulation_steps=args.gradient_accumulation_steps
     )
+    model_args.check()
     set_seed(args.seed)
     task, rows = task_args.load()
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
     collate = DataCollatorWithPadding(tokenizer)
     with accelerator.main_process_first():
-        data = {split: tokenize(part, task, tokenizer, task_args.max_seq_length) for split, part in rows.items()}
+        length = fitting_length(task_args.max_seq_length, tokenizer, model_args.model_name_or_path)
+        data = {split: tokenize(part, task, tokenizer, length) for split, part in rows.items()}
     model = model_args.load(task, data["train"], collate, accelerator.device).train()
 
     model.base_model.embeddings.requires_grad_(not args.freeze_embeddings)

@@ -9,8 +9,9 @@
 Without a teacher it learns from labels: the rows of a batch are of all tasks, and a task is drawn by the square root of
 the number of its rows. With a teacher that has the same heads it learns that one's hidden states and the logits of all
 its heads, on unlabelled sentences and pairs made of the tasks' texts and of the files. A teacher of another kind than
-what the student was made of, or of another size, teaches its logits alone (`--hidden_weight 0`). `run_glue.py` takes
-what this writes as model or teacher of any of the tasks.
+what the student was made of, or of another size, teaches its logits, and if you wish how its tokens relate to each
+other (`--hidden_weight 0 --relation_weight 0.3`). `run_glue.py` takes what this writes as model or teacher of any of
+the tasks.
 """
 
 import random
@@ -25,6 +26,8 @@ from glue_tasks import (
     Task,
     TaskArguments,
     attention_implementation,
+    check_teacher,
+    fitting_length,
     load_teacher,
     score,
     several_heads,
@@ -44,7 +47,6 @@ from transformers.hf_argparser import HfArg
 from modeling_snn_bert import SNNBertConfig
 from modeling_snn_bert.batches import Batch, Batches, Collate, DrawnBatches, Row
 from modeling_snn_bert.distillation import check_same_shape
-from modeling_snn_bert.fine_tuning import NO_DROPOUT
 from modeling_snn_bert.multitask import (
     MultitaskTrainer,
     heads_settings,
@@ -54,7 +56,7 @@ from modeling_snn_bert.multitask import (
 )
 from modeling_snn_bert.seeds import RESULTS_FILE
 from modeling_snn_bert.teacher_inputs import CollateForTeacher, collate_for_teacher
-from modeling_snn_bert.trainer import WEIGHTS, DistillationTrainingArguments
+from modeling_snn_bert.trainer import DistillationTrainingArguments
 from modeling_snn_bert.unlabelled_data import UnlabelledArguments
 
 FIVE_TASKS = ("cola", "sst2", "mrpc", "stsb", "rte")
@@ -91,23 +93,21 @@ class Arguments(DistillationTrainingArguments):
 def main() -> None:
     parser = HfArgumentParser([RunArguments, UnlabelledArguments, Arguments], description=__doc__)
     run_args, text_args, args = parser.parse_args_into_dataclasses()
-    teacher_path, length = text_args.teacher_name_or_path, run_args.max_seq_length
+    path, teacher_path = run_args.model_name_or_path, text_args.teacher_name_or_path
     if teacher_path is None:
         args.hidden_weight = 0.0
-        for name in WEIGHTS:
-            if getattr(args, name):
-                raise ValueError(f"--{name} needs --teacher_name_or_path")
     set_seed(args.seed)
     tasks = [TASKS[name] for name in run_args.tasks]
-    tokenizer = AutoTokenizer.from_pretrained(run_args.model_name_or_path)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    check_teacher(teacher_path, args, tokenizer)
+    length = fitting_length(run_args.max_seq_length, tokenizer, path, teacher_path)
     teacher = None
     if teacher_path is not None:
         config = AutoConfig.from_pretrained(teacher_path)
         for task in tasks:
             task.head.check(config, teacher_path)
-        advice = ": give --hidden_weight 0 (and no --attention_weight or --embedding_weight)"
-        teacher = load_teacher(teacher_path, args, tokenizer, otherwise=advice)
-    model = load_model(run_args.model_name_or_path, args, tasks, teacher)
+        teacher = load_teacher(teacher_path, args.attention_weight > 0)
+    model = load_model(path, args, tasks, teacher)
     data = [TaskArguments(task_name=name, data_dir=run_args.data_dir).load()[1] for name in run_args.tasks]
     collate = DataCollatorWithPadding(tokenizer)
     drawn_collate: Collate = collate
@@ -177,7 +177,7 @@ def load_model(path: str, args: Arguments, tasks: list[Task], teacher: PreTraine
     if has_heads and config.id2label != settings["id2label"]:
         raise ValueError(f"{path} has heads for {several_heads(config)}: give these --tasks in this order")
     # Dropout would only blur what a teacher says, and labels of several tasks hold each other in check.
-    settings |= NO_DROPOUT
+    settings |= {name: 0.0 for name, x in config.to_dict().items() if "dropout" in name and isinstance(x, float)}
     settings |= {"attn_implementation": attention_implementation(args.attention_weight > 0, args.device, dropout=0.0)}
     model = AutoModelForSequenceClassification.from_pretrained(
         path, dtype=torch.float32, ignore_mismatched_sizes=not has_heads, **settings

@@ -128,8 +128,8 @@ def relation_loss(
     """Squared error of the student's relations between tokens, in units of the variance of the teacher's.
 
     The states are cut into `relation_heads` parts. A relation is the cosine between a part of one token and that of
-    another one of the same row, both less the mean over all tokens: student and teacher need not be equally wide, nor
-    have states of one scale.
+    another one of the same row, both less the mean over the batch's tokens: student and teacher need not be equally
+    wide, nor have states of one scale.
 
     Sources: Wang et al., "MiniLMv2: Multi-Head Self-Attention Relation Distillation", 2021, for relations in parts;
     Tung and Mori, "Similarity-Preserving Knowledge Distillation", 2019, for the squared error of normalised products.
@@ -175,8 +175,10 @@ def relation_loss(
             "student and teacher states must be of the same tokens, got "
             f"{list(student_states.shape)} and {list(teacher_states.shape)}"
         )
-    student, teacher = relations(student_states), relations(teacher_states)
-    return mean((student - teacher).square()) / mean((teacher - mean(teacher)).square()).clamp(min=1e-6)
+    with torch.autocast(student_states.device.type, enabled=False):
+        student, teacher = relations(student_states), relations(teacher_states)
+    # A few tokens may be related all alike.
+    return mean((student - teacher).square()) / mean((teacher - mean(teacher)).square()).clamp(min=1e-2)
 
 
 def mean_embeddings(states: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ The logits are those of all heads in a row, so that the model is saved and loade
 """
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -86,6 +86,21 @@ def keep_head(model: PreTrainedModel, head: Head) -> None:
     model.num_labels = linear.out_features = len(head.labels)
     for setting, value in head.alone().items():
         setattr(model.config, setting, value)
+
+
+@torch.no_grad()
+def order_head(model: PreTrainedModel, id2label: Mapping[int, str], labels: Sequence[str]) -> None:
+    """Put the logits of a model of one task in the order of `labels`, in place, if it has these in another order.
+
+    Args:
+        model: a classifier of texts.
+        id2label: the labels of its logits. Other ones than `labels`, for example `LABEL_0`, leave it as it is.
+        labels: the labels in the wanted order.
+    """
+    names = [str(id2label[i]) for i in sorted(id2label)]
+    if sorted(names) == sorted(labels):
+        order, linear = [names.index(label) for label in labels], last_linear(model)
+        linear.weight[:], linear.bias[:] = linear.weight[order], linear.bias[order]
 
 
 @torch.no_grad()

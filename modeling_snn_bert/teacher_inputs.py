@@ -1,12 +1,14 @@
 """What a teacher with a tokenizer of its own reads of a student's batch.
 
-`CollateAligned` numbers the student's tokens as the teacher does, where both tokenizers cut texts alike;
+`CollateAligned` gives the student's tokens the teacher's ids, where both tokenizers cut texts alike;
 `CollateForTeacher` cuts the texts anew, for any other teacher. What is for the teacher has names that begin with
 `FOR_TEACHER`.
 """
 
+import re
+
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from .batches import Batch, Collate, Row
 from .text_blocks import Separators
@@ -14,9 +16,20 @@ from .text_blocks import Separators
 FOR_TEACHER = "teacher_"
 # Which of the teacher's tokens each of the student's is, `[batch, seq_len]`.
 PLACES = "places"
+# Models whose first token has the position behind that of padding.
+OFFSET_POSITIONS = ("mpnet", "roberta", "xlm-roberta", "camembert")
 SPECIAL_TOKENS = ("cls_token", "sep_token", "pad_token", "unk_token", "mask_token")
+SPECIAL = re.compile(r"[<\[].*[>\]]")
 # Capitals, accents, signs and a rare word, which tokenizers treat differently.
 SAMPLE = "The Tokenizers' pieces: déjà vu, 1,024 QUOKKAS (and e-mails)!"
+
+
+def longest_input(config: PreTrainedConfig) -> int | None:
+    """Tokens that a model has positions for, or `None` if it has none of its own."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and config.model_type in OFFSET_POSITIONS:
+        positions -= config.pad_token_id + 1
+    return positions
 
 
 def collate_for_teacher(
@@ -40,7 +53,8 @@ def collate_for_teacher(
         ValueError: if the tokenizers do not cut texts alike, but must.
     """
     same_inputs = set(tokenizer.model_input_names) == set(teacher_tokenizer.model_input_names)
-    if same_inputs and tokenizer.get_vocab() == teacher_tokenizer.get_vocab():
+    same_ids = tokenizer.get_vocab() == teacher_tokenizer.get_vocab()
+    if same_inputs and same_ids and cut_alike(tokenizer, teacher_tokenizer):
         return collate
     try:
         return CollateAligned(collate, tokenizer, teacher_tokenizer)
@@ -50,13 +64,18 @@ def collate_for_teacher(
         return CollateForTeacher(collate, teacher_tokenizer, max_seq_length)
 
 
+def cut_alike(tokenizer: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """Whether both give a text the same tokens, as far as a sample shows."""
+    return tokenizer.tokenize(SAMPLE) == other.tokenize(SAMPLE)
+
+
 class CollateAligned:
     """Makes a batch, and the teacher's of the same tokens.
 
     An MPNet has a BERT's tokens by other numbers, and one separator more between two texts.
 
     Args:
-        collate: makes the student's batch, padded on the right.
+        collate: makes the student's batch.
         tokenizer: the student's.
         teacher_tokenizer: the teacher's.
 
@@ -72,13 +91,18 @@ class CollateAligned:
         special = {getattr(tokenizer, name): getattr(teacher_tokenizer, name) for name in SPECIAL_TOKENS}
         numbers = {i: vocabulary.get(special.get(token, token)) for token, i in tokenizer.get_vocab().items()}
         lacking = sum(number is None for number in numbers.values())
-        if lacking or tokenizer.tokenize(SAMPLE) != teacher_tokenizer.tokenize(SAMPLE):
-            raise ValueError(
-                "the teacher's tokenizer must cut texts as the student's does; "
-                + (f"it lacks {lacking} of its tokens" if lacking else f"it cuts {SAMPLE!r} otherwise")
-            )
-        if other.between < own.between:
-            raise ValueError("the teacher's tokenizer must put as many separators between two texts as the student's")
+        # Words that the teacher alone has would be cut up for it; what looks like a special token is in no text.
+        more = vocabulary.keys() - tokenizer.get_vocab().keys()
+        unknown = sum(not SPECIAL.fullmatch(token) for token in more)
+        problems = {
+            f"{lacking} of the student's tokens are none of the teacher's": lacking,
+            f"{unknown} of the teacher's tokens are none of the student's": unknown,
+            f"they cut {SAMPLE!r} differently": not cut_alike(tokenizer, teacher_tokenizer),
+            "the teacher's puts fewer separators between two texts": other.between < own.between,
+        }
+        for problem, found in problems.items():
+            if found:
+                raise ValueError(f"the teacher's tokenizer must cut texts as the student's does, but {problem}")
         self.collate, self.sep_id, self.between = collate, own.sep_id, other.between - own.between
         self.teacher_sep_id, self.teacher_pad_id = other.sep_id, teacher_tokenizer.pad_token_id
         self.has_token_types = other.has_token_types
@@ -89,7 +113,7 @@ class CollateAligned:
         ids, mask = batch["input_ids"], batch["attention_mask"]
         ends = ids == self.sep_id
         is_pair = ends.sum(1, keepdim=True) > 1
-        # Behind the first separator; its own column is not.
+        # True behind the first separator, not at it.
         second = (ends.cumsum(1) - ends.long() > 0) & is_pair
         places = torch.arange(ids.shape[1]) + self.between * second
         length = int(places.max()) + 1

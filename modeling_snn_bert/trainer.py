@@ -69,7 +69,7 @@ class DistillationTrainingArguments(TrainingArguments):
 
     @property
     def compares_states(self) -> bool:
-        """Whether a loss compares states of student and teacher one by one: both must have one shape and vocabulary."""
+        """Whether a loss compares states one by one, of a student and a teacher of the same shape and vocabulary."""
         return bool(self.hidden_weight or self.attention_weight or self.embedding_weight)
 
 
@@ -90,9 +90,10 @@ class DistillationTrainer(Trainer):
     Args:
         model: the student.
         args: the arguments.
-        teacher: a classifier that reads the student's inputs, or what a batch has for it (`teacher_inputs`). It has
-            the student's shape if states or attention weights are taught; for the latter both are loaded with
-            `attn_implementation="eager"`. It goes to the student's device, and stays as it is.
+        teacher: a model that reads the student's inputs, or those inputs of a batch whose names begin with "teacher_"
+            (see `teacher_inputs`). It has the student's shape if states or attention weights are taught; for the
+            latter both are loaded with `attn_implementation="eager"`. It goes to the student's device, and stays as it
+            is.
         figures_of: evaluates in place of Trainer: the figures of the model, which is in evaluation mode, by name.
         kwargs: those of Trainer. `train_dataset` may be a `batches.Batches`, which is gone through in its order; the
             arguments need `max_steps` then.
@@ -200,7 +201,7 @@ class DistillationTrainer(Trainer):
 
     @property
     def relation_heads(self) -> int:
-        """Parts of the states whose relations are compared: as many as divide the heads of both models."""
+        """Parts of the states whose relations are compared: the most that divide the heads of both models."""
         assert self.teacher is not None
         return math.gcd(self.model.config.num_attention_heads, self.teacher.config.num_attention_heads)
 

@@ -18,12 +18,21 @@ from glue_tasks import (
     TaskArguments,
     attention_implementation,
     checked_rows,
+    fitting_length,
     guess_task,
     score,
 )
 from safetensors.torch import load_file
 from small_bert import bert_fixture, write_half_precision, write_mpnet
-from transformers import BertModel, MPNetModel
+from transformers import (
+    AutoTokenizer,
+    BertForSequenceClassification,
+    BertModel,
+    DistilBertConfig,
+    DistilBertModel,
+    MPNetForSequenceClassification,
+    MPNetModel,
+)
 
 from modeling_snn_bert.trainer import DistillationTrainer
 
@@ -336,6 +345,41 @@ def test_teacher(tmp_path, bert):
     assert read(tmp_path / "student")["mean"]["accuracy"] >= 0.9
 
 
+def test_labels_in_another_order(tmp_path, bert):
+    """A teacher, and a model, whose logits have the task's labels in another order, are what they are."""
+    glue = write_glue(tmp_path / "glue", "sst2")
+    common = [*BASE, "--data_dir", glue, "--num_train_epochs", 8, "--seeds", 0, "--energy_samples", 0]
+    run_script("run_glue", *common, "--model_name_or_path", bert, "--output_dir", tmp_path / "right")
+    assert read(tmp_path / "right")["mean"]["accuracy"] >= 0.9
+    model = BertForSequenceClassification.from_pretrained(tmp_path / "right" / "seed_0")
+    linear = model.classifier
+    linear.weight.data, linear.bias.data = linear.weight.data.flip(0), linear.bias.data.flip(0)
+    model.config.id2label = dict(enumerate(list(model.config.id2label.values())[::-1]))
+    model.save_pretrained(tmp_path / "turned")
+    AutoTokenizer.from_pretrained(bert).save_pretrained(tmp_path / "turned")
+    turned = ["--model_name_or_path", tmp_path / "turned", "--no_do_train", "--output_dir", tmp_path / "again"]
+    run_script("run_glue", *common, *turned)
+    assert read(tmp_path / "again")["mean"] == read(tmp_path / "right")["mean"]
+    student = ["--model_name_or_path", bert, "--convert", "--teacher_name_or_path", tmp_path / "turned"]
+    run_script("run_glue", *common, *student, "--logit_weight", 1.0, "--output_dir", tmp_path / "student")
+    assert read(tmp_path / "student")["mean"]["accuracy"] >= 0.9
+
+
+def test_inputs_are_cut_at_what_the_models_take(tmp_path, bert, tokenizer):
+    """A pair takes one token more of an MPNet that has as many positions."""
+    write_mpnet(tmp_path / "mpnet", tokenizer, MPNetForSequenceClassification)
+    assert fitting_length(32, tokenizer, str(bert), str(tmp_path / "mpnet")) == 32
+    assert fitting_length(128, tokenizer, str(bert)) == 64
+    assert fitting_length(128, tokenizer, str(bert), str(tmp_path / "mpnet")) == 63
+    glue = write_glue(tmp_path / "glue", "mrpc")
+    for file in (glue / "MRPC").iterdir():
+        file.write_text(file.read_text("utf-8").replace("river", 40 * "river "), encoding="utf-8")
+    common = ["--task_name", "mrpc", "--data_dir", glue, "--model_name_or_path", bert, "--max_steps", 2, "--seeds", 0]
+    common += ["--teacher_name_or_path", tmp_path / "mpnet", "--energy_samples", 0]
+    run_script("run_glue", *common, "--output_dir", tmp_path / "out")
+    assert read(tmp_path / "out")["runs"][0]["last_step"] == 2
+
+
 @pytest.mark.parametrize("task", ["sst2", "stsb"])
 def test_a_teacher_with_other_tokens(tmp_path, bert, tokenizer, task, capsys):
     """An MPNet is fine-tuned, and teaches its logits and the relations between its tokens."""
@@ -354,7 +398,8 @@ def test_a_teacher_with_other_tokens(tmp_path, bert, tokenizer, task, capsys):
     assert next(iter(results["mean"].values())) >= 0.8 and 0 < log[-1] < 0.9 * log[0]
     assert results["runs"][0]["energy"]["mean_firing_rate"] > 0
     message = refused(capsys, "run_glue", *common, "--hidden_weight", 1, "--output_dir", tmp_path / "states")
-    assert "the teacher must have the vocabulary of the model" in message
+    assert "--teacher_name_or_path must have the vocabulary of the model" in message
+    assert "give --hidden_weight 0" in message
 
 
 @pytest.fixture
@@ -485,7 +530,7 @@ def test_another_neuron(tmp_path, bert):
         pytest.param(["--config_overrides", "decay=much", "--convert"], "decay", id="override-type"),
         pytest.param(["--setting", "firing_rate_target=low", "--convert"], "firing_rate_target", id="override-number"),
         pytest.param(["--logit_weight", 2], "`logit_weight` must lie in", id="weight"),
-        pytest.param(["--hidden_weight", 1], "`hidden_weight` needs a teacher", id="no-teacher"),
+        pytest.param(["--hidden_weight", 1], "--hidden_weight needs --teacher_name_or_path", id="no-teacher"),
         pytest.param(["--unlabelled_file", __file__ + "x"], "there is no file", id="unlabelled-missing"),
         pytest.param(["--unlabelled_file", __file__], "--unlabelled_file must be one of .txt", id="unlabelled-kind"),
         pytest.param(["--unlabelled_file", "{text}"], "--unlabelled_file needs --teacher", id="unlabelled-no-teacher"),
@@ -519,6 +564,25 @@ def test_attention_weights_under_dropout_are_refused(tmp_path, bert, capsys):
     arguments += ["--config_overrides", "attention_probs_dropout_prob=0.1"]
     message = refused(capsys, "run_glue", *arguments)
     assert "a dropout of 0.1 would be applied: give --config_overrides attention_probs_dropout_prob=0" in message
+
+
+def test_attention_weights_of_other_models_are_refused(tmp_path, bert, tokenizer, capsys):
+    """Which dropout they have, and whether a teacher's weights compare with theirs, is not known."""
+    glue = write_glue(tmp_path / "glue", "sst2")
+    config = DistilBertConfig(vocab_size=len(tokenizer), dim=32, n_layers=1, n_heads=2, hidden_dim=32)
+    DistilBertModel(config).save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    arguments = [*BASE, "--data_dir", glue, "--output_dir", tmp_path / "out", "--attention_weight", 0.1]
+    arguments += ["--model_name_or_path", tmp_path / "other"]
+    message = refused(capsys, "run_glue", *arguments, "--teacher_name_or_path", bert)
+    assert "--attention_weight takes an SNN-BERT, a BERT or an MPNet" in message
+
+
+def test_a_teacher_without_a_head_is_refused(tmp_path, bert, capsys):
+    glue = write_glue(tmp_path / "glue", "sst2")
+    arguments = [*BASE, "--model_name_or_path", bert, "--data_dir", glue, "--output_dir", tmp_path / "out"]
+    message = refused(capsys, "run_glue", *arguments, "--teacher_name_or_path", bert)
+    assert "--teacher_name_or_path must be a classifier" in message and "lacks classifier.bias" in message
 
 
 def test_a_teacher_of_another_task_is_refused(tmp_path, bert, capsys):

@@ -15,6 +15,7 @@ from modeling_snn_bert.multitask import (
     keep_head,
     label_loss,
     logits_by_head,
+    order_head,
     renew_heads,
     rows_of_all,
     take_over,
@@ -151,6 +152,17 @@ def test_tasks_are_drawn_by_the_root_of_their_size():
     assert shares == pytest.approx([root / sum(roots) for root in roots], abs=0.04)
     assert all(row["size"] == 64 >> row["task"] and isinstance(row["labels"], float) for row in rows)
     assert {row["labels"] for row in rows if row["task"] == 2} == set(range(16))
+
+
+def test_a_head_is_put_in_the_order_of_the_labels():
+    """By the names of its logits; names that are none of the labels leave it as it is."""
+    model = make_bert(HEADS[2:]).eval()
+    weight, bias = model.classifier.weight.clone(), model.classifier.bias.clone()
+    for names in (["same", "other"], ["LABEL_0", "LABEL_1"], ["other", "third"]):
+        order_head(model, dict(enumerate(names)), ["same", "other"])
+        assert torch.equal(model.classifier.weight, weight) and torch.equal(model.classifier.bias, bias)
+    order_head(model, {0: "other", 1: "same"}, ["same", "other"])
+    assert torch.equal(model.classifier.weight, weight.flip(0)) and torch.equal(model.classifier.bias, bias.flip(0))
 
 
 def test_label_loss_is_the_mean_over_rows():

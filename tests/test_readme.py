@@ -22,7 +22,7 @@ def folder(tmp_path_factory):
     (folder / "work").mkdir()
     text = README.read_text("utf-8").replace("\\\n", "")
     commands = re.findall(r"^python (examples/distilled_checkpoint\.py) (.*)$", text, re.MULTILINE)
-    assert len(commands) == 2
+    assert len(commands) == 3
     for script, arguments in commands:
         command = [sys.executable, str(ROOT / script), *arguments.split()]
         subprocess.run(command, cwd=folder / "work", check=True, capture_output=True)
@@ -35,7 +35,7 @@ def test_snippets_run_and_print_what_is_shown(folder, hub_cache):
 
 
 def test_every_block_shows_what_it_prints():
-    assert len(python_blocks(README)) == 5 and all(shown_outputs(README))
+    assert len(python_blocks(README)) == 6 and all(shown_outputs(README))
 
 
 @pytest.mark.slow

@@ -6,12 +6,16 @@ import pytest
 import torch
 from small_bert import write_mpnet
 from transformers import (
+    AutoConfig,
     AutoTokenizer,
+    BertConfig,
     BertTokenizer,
     DataCollatorWithPadding,
     DistilBertTokenizer,
     MPNetForSequenceClassification,
     MPNetModel,
+    RobertaConfig,
+    T5Config,
 )
 
 from modeling_snn_bert.distillation import relation_loss
@@ -21,6 +25,7 @@ from modeling_snn_bert.teacher_inputs import (
     CollateAligned,
     CollateForTeacher,
     collate_for_teacher,
+    longest_input,
 )
 from modeling_snn_bert.trainer import DistillationTrainer, DistillationTrainingArguments
 from modeling_snn_bert.unlabelled_data import UnlabelledRows
@@ -107,18 +112,32 @@ class TestAligned:
         taught = of_teacher(batch)
         assert all(torch.equal(taught[name], x) for name, x in wanted.items())
 
-    def test_refuses_tokenizers_that_cut_otherwise(self, tokenizer, mpnet_tokenizer):
-        collate = DataCollatorWithPadding(tokenizer)
-        cased = BertTokenizer(vocab=tokenizer.get_vocab(), do_lower_case=False)
-        with pytest.raises(ValueError, match="must cut texts as the student's does; it cuts"):
-            CollateAligned(collate, tokenizer, cased)
-        fewer = BertTokenizer(vocab={token: i for i, token in enumerate(sorted(tokenizer.get_vocab())[:-3])})
-        with pytest.raises(ValueError, match="it lacks 3 of its tokens"):
-            CollateAligned(collate, tokenizer, fewer)
-        with pytest.raises(ValueError, match="as many separators"):
-            CollateAligned(
-                collate, mpnet_tokenizer, BertTokenizer(vocab={**mpnet_tokenizer.get_vocab(), **tokenizer.get_vocab()})
-            )
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            pytest.param(lambda vocabulary: {"do_lower_case": False}, "they cut .The Tokenizers", id="case"),
+            pytest.param(
+                lambda vocabulary: {"vocab": {x: i for i, x in enumerate(sorted(vocabulary)[:-3])}},
+                "3 of the student's tokens are none of the teacher's",
+                id="fewer",
+            ),
+            pytest.param(
+                lambda vocabulary: {"vocab": {**vocabulary, "covid": len(vocabulary)}},
+                "1 of the teacher's tokens are none of the student's",
+                id="more",
+            ),
+        ],
+    )
+    def test_refuses_tokenizers_that_cut_otherwise(self, tokenizer, change, message):
+        vocabulary = tokenizer.get_vocab()
+        other = BertTokenizer(**{"vocab": vocabulary, **change(vocabulary)})
+        with pytest.raises(ValueError, match=f"must cut texts as the student's does, but {message}"):
+            collate_for_teacher(DataCollatorWithPadding(tokenizer), tokenizer, other)
+
+    def test_refuses_fewer_separators(self, tokenizer, mpnet_tokenizer):
+        other = BertTokenizer(vocab={**mpnet_tokenizer.get_vocab(), **tokenizer.get_vocab()})
+        with pytest.raises(ValueError, match="the teacher's puts fewer separators"):
+            CollateAligned(DataCollatorWithPadding(mpnet_tokenizer), mpnet_tokenizer, other)
 
 
 class TestCollateForTeacher:
@@ -130,6 +149,14 @@ class TestCollateForTeacher:
         for row, ids, valid in zip(rows, taught["input_ids"], taught["attention_mask"], strict=True):
             assert ids[valid == 1].tolist() == mpnet_tokenizer(*texts_of(row))["input_ids"]
             assert row["input_ids"] == tokenizer(*texts_of(row))["input_ids"]
+
+
+def test_longest_input(mpnet):
+    """An MPNet's first token has the position 2, of 66."""
+    assert longest_input(AutoConfig.from_pretrained(mpnet)) == 64
+    assert longest_input(BertConfig(max_position_embeddings=64)) == 64
+    assert longest_input(RobertaConfig(max_position_embeddings=66)) == 64
+    assert longest_input(T5Config()) is None
 
 
 class TestChoice:
