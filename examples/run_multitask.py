@@ -113,7 +113,8 @@ def main() -> None:
     drawn_collate: Collate = collate
     if teacher_path is not None:
         own = AutoTokenizer.from_pretrained(teacher_path)
-        drawn_collate = collate_for_teacher(collate, tokenizer, own, length, aligned=args.relation_weight > 0)
+        aligned = args.compares_states or args.relation_weight > 0
+        drawn_collate = collate_for_teacher(collate, tokenizer, own, length, aligned=aligned)
 
     def tokenized(split: str) -> list[Dataset]:
         return [tokenize(part[split], task, tokenizer, length) for part, task in zip(data, tasks, strict=True)]

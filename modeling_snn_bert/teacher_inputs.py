@@ -47,7 +47,8 @@ def collate_for_teacher(
         tokenizer, teacher_tokenizer: the student's and the teacher's.
         max_seq_length: length to which texts are truncated if they have to be cut anew for the teacher. `None` if rows
             come without their `"texts"`.
-        aligned: whether each of the student's tokens has to be one of the teacher's, as relations between them need it.
+        aligned: whether each of the student's tokens has to be one of the teacher's, as losses on more than logits need
+            it.
 
     Raises:
         ValueError: if the tokenizers do not cut texts alike, but must.
