@@ -8,7 +8,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, set_seed
@@ -127,7 +127,8 @@ def train(
         rows = read_labelled(data, text_column, label_column, encoding)
         training, validation = split(rows, held_out, seed)
         describe(data, rows, len(training), len(validation))
-        kind = PreTrainedConfig.get_config_dict(model, revision=revision)[0].get("model_type")
+        config = PreTrainedConfig.get_config_dict(model, revision=revision)[0]
+        kind = config.get("model_type")
         if kind not in ("bert", SNNBertConfig.model_type):
             raise ValueError(f"--model must be a BERT or an SNN-BERT, the model_type of {model} is {kind!r}")
         set_seed(seed)
@@ -139,6 +140,7 @@ def train(
                 start = load_bert(model, "SequenceClassification", revision, **settings)
             else:
                 start = load_snn_bert(model, revision, **settings)
+            renew_other_head(start, config, model)
             tokenizer = AutoTokenizer.from_pretrained(model, revision=revision or "main", trust_remote_code=False)
             tokenizer.model_max_length = min(
                 max_length, start.config.max_position_embeddings, tokenizer.model_max_length
@@ -244,3 +246,26 @@ def load_snn_bert(model_name_or_path: str, revision: str | None, **settings) -> 
             "train a model with neuron_type 'bpsn' or 'lif'"
         )
     return model
+
+
+def renew_other_head(model: PreTrainedModel, saved: dict[str, Any], path: str) -> None:
+    """Give `model` a new head, in place, if the one of its checkpoint is of other labels, though of as many.
+
+    Args:
+        model: with the labels to be trained; where these are in another order than saved, its head is put into it.
+        saved: the configuration of the checkpoint, as its file has it.
+        path: of the checkpoint, for the message.
+    """
+    # Its module imports the Trainer, for which the other commands would wait.
+    from ..multitask import order_head, renew_heads
+
+    # A configuration of two labels without names has none in its file.
+    saved_names = saved.get("id2label") or {0: "LABEL_0", 1: "LABEL_1"}
+    names = {int(i): str(name) for i, name in saved_names.items()}
+    wanted = [str(name) for _, name in sorted(model.config.id2label.items())]
+    if sorted(names.values()) == sorted(wanted):
+        order_head(model, names, wanted)
+    elif type(model).__name__ in (saved.get("architectures") or ()) and len(names) == len(wanted):
+        renew_heads(model)
+        told = shortened(map(repr, names.values()))
+        typer.echo(f"the head of {path} is for other labels ({told}): a new one is random until trained", err=True)
