@@ -79,6 +79,9 @@ class SNNBertConfig(PreTrainedConfig):
             less energy and faster event-driven inference, and at some point less accuracy. `None` sets no target.
         firing_rate_weight (`float`, defaults to 1.0):
             Weight of that penalty in the training loss of every head, >= 0.
+        reads_pairs (`bool`, *optional*):
+            Whether a classifier was trained on pairs of texts (`True`) or on single ones (`False`); `None` does not
+            say. The models take both all the same: the command line asks for what is wanted.
         output_firing_rates, output_spikes (`bool`, defaults to `False`):
             Whether the models return firing rates, or the spikes themselves, by default.
 
@@ -127,6 +130,7 @@ class SNNBertConfig(PreTrainedConfig):
     integration: str = "auto"
     firing_rate_target: float | int | None = None
     firing_rate_weight: float | int = 1.0
+    reads_pairs: bool | None = None
     output_firing_rates: bool = False
     output_spikes: bool = False
 

@@ -326,7 +326,7 @@ def write_report(trained: Trained, folder: Path, model_folder: Path, title: str,
     Returns:
         The report as markdown.
     """
-    report = report_markdown(trained.results, trained.energy, title)
+    report = report_markdown(trained, title)
     write_json(folder / "report.json", trained.results)
     (folder / "report.md").write_text(report, encoding="utf-8")
     (folder / "report.html").write_text(html_page(report, {"Firing rates": pictures}), encoding="utf-8")
@@ -334,8 +334,10 @@ def write_report(trained: Trained, folder: Path, model_folder: Path, title: str,
     return report
 
 
-def report_markdown(results: Mapping[str, Any], energy: EnergyReport, title: str) -> str:
+def report_markdown(trained: Trained, title: str) -> str:
     """The report as markdown, see `write_report`."""
+    results, energy = trained.results, trained.energy
+    unit = "pair" if trained.model.config.reads_pairs else "sentence"
     scores, f1, parameters = results["accuracy"], results["macro_f1"], results["parameters"]
     seen = " (see firing_rates.png)" if "predictions" in results else ""
     spiking, bert = energy.cost.matrix_product_picojoules, energy.bert.matrix_product_picojoules
@@ -350,13 +352,13 @@ def report_markdown(results: Mapping[str, Any], energy: EnergyReport, title: str
         f"# {title}",
         "",
         *markdown_table(("model", "accuracy on validation", "macro F1", "parameters"), rows),
-        f"{results['training_sentences']:,} training and {results['validation_sentences']:,} validation sentences, "
+        f"{results['training_sentences']:,} training and {results['validation_sentences']:,} validation {unit}s, "
         f"{results['distillation_steps']} steps of distillation, {results['finetuning_steps']} of fine-tuning, "
         f"seed {results['seed']}, last step.",
         "",
-        "## Operations of a mean sentence",
+        f"## Operations of a mean {unit}",
         "",
-        f"Over {len(energy.statistics.lengths):,} validation sentences, as the firing rates below.",
+        f"Over {len(energy.statistics.lengths):,} validation {unit}s, as the firing rates below.",
         "",
         *operations_table(energy.cost),
         f"The matrix products take {spiking / 1e6:.2f} uJ, all additions; the same BERT's take {bert / 1e6:.2f} uJ, "

@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from .configuration_snn_bert import SNNBertConfig
 from .modeling_snn_bert import SNNBertForMultipleChoice, SNNBertForSequenceClassification, SNNBertPreTrainedModel
+from .text_files import Text
 
 # Keys of a tokenizer's batch that the models take.
 INPUT_NAMES = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
@@ -39,11 +40,14 @@ def load_model(model_name_or_path: str, revision: str | None = None) -> SNNBertP
 def tokenized_batches(
     model: SNNBertPreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
+    texts: Sequence[Text],
     batch_size: int,
     max_length: int | None = None,
 ) -> list[dict[str, torch.Tensor]]:
-    """Padded batches of `texts` in the shape that `model` takes, cut at `max_length` tokens or what the model can."""
+    """Padded batches of `texts` in the shape that `model` takes, cut at `max_length` tokens or what the model can.
+
+    Of a pair, the longer text is cut first.
+    """
     config = model.config
     length = min(max_length or config.max_position_embeddings, config.max_position_embeddings)
     padding: bool | str = True

@@ -116,6 +116,7 @@ def model_card(
         _speed_section(speeds),
         _architecture_section(config),
         _loading_section(head, model_id or UNPUBLISHED),
+        [PAIRS, ""] if config.reads_pairs else [],
         _limits_section(config, bool(energy)),
     ]
     text = "\n".join(line for section in sections for line in section)
@@ -155,7 +156,7 @@ def card_from_report(
         for model, value in report["accuracy"].items()
     ]
     training = {
-        "training sentences": report.get("training_sentences"),
+        "training pairs" if config.reads_pairs else "training sentences": report.get("training_sentences"),
         "steps of distillation": report.get("distillation_steps"),
         "steps of fine-tuning": report.get("finetuning_steps"),
         "seed": report.get("seed"),
@@ -292,3 +293,7 @@ model = {auto_class}.from_pretrained("{model_id}", **source)
 
 With the package `snn-bert` installed and imported (`import modeling_snn_bert`), its code is used and
 `trust_remote_code` is not needed."""
+
+PAIRS = """\
+It reads two texts in one input: `tokenizer(text, text_pair, return_tensors="pt")`, or
+`{"text": text, "text_pair": text_pair}` where a text-classification pipeline takes a text."""

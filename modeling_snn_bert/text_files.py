@@ -50,6 +50,8 @@ MARKS = {
 SURROGATE = re.compile("[\ud800-\udfff]")
 # A line that spreadsheets write, and read, to say what parts the cells.
 SEPARATOR = re.compile(r"sep=([,;\t|])\r?\n")
+# What a model reads as one input: a text, or two of them.
+Text = str | tuple[str, str]
 
 
 class Row(NamedTuple):
@@ -63,19 +65,21 @@ class Labelled(NamedTuple):
     """What `read_labelled` returns.
 
     Args:
-        texts: the texts, none of them blank.
+        texts: the texts, or the pairs of texts, none of them blank.
         labels: of each, the index of its label in `names`.
         names: the different labels as text, in order: of their values if all are numbers, else of the alphabet.
         text_column, label_column: where they stood.
         left_out: the places of the rows without a text or a label.
+        text_pair_column: where the second texts stood, `None` for single texts.
     """
 
-    texts: list[str]
+    texts: list[Text]
     labels: list[int]
     names: list[str]
     text_column: str
     label_column: str
     left_out: list[str]
+    text_pair_column: str | None = None
 
 
 def read_texts(path: Path, text_column: str | None, encoding: str = "utf-8") -> list[str]:
@@ -83,7 +87,14 @@ def read_texts(path: Path, text_column: str | None, encoding: str = "utf-8") -> 
     return [row.value for row in numbered_texts(path, text_column, encoding)]
 
 
-def numbered_texts(path: Path, text_column: str | None, encoding: str = "utf-8") -> list[Row]:
+def parts(text: Text) -> tuple[str, ...]:
+    """The one text, or the two."""
+    return (text,) if isinstance(text, str) else text
+
+
+def numbered_texts(
+    path: Path, text_column: str | None, encoding: str = "utf-8", text_pair_column: str | None = None
+) -> list[Row]:
     """The texts of a file with their places: .txt (a line each), .csv or .tsv with a header, .json or .jsonl.
 
     Args:
@@ -91,23 +102,30 @@ def numbered_texts(path: Path, text_column: str | None, encoding: str = "utf-8")
             does not quote, as GLUE's do not.
         text_column: the column or key of the texts; `None` looks for one of `TEXT_COLUMNS`.
         encoding: of the file, a name that Python knows.
+        text_pair_column: the column or key of the second texts, which makes each row's value a pair; it is not guessed.
 
     Raises:
         ValueError: if the file is of another kind, is not what its name says, or has no texts.
         OSError: if it cannot be read.
     """
     rows = read_rows(path, encoding)
-    if text_column is None and rows and isinstance(rows[0].value, dict):
-        text_column = find_column(path, list(rows[0].value), None, TEXT_COLUMNS, "text")
-    texts = [Row(row.place, _text(path, row, text_column)) for row in rows]
-    texts = [row for row in texts if row.value.strip()]
+    if rows and isinstance(rows[0].value, dict):
+        columns = _without_pair(path, list(rows[0].value), text_pair_column, text_column)
+        if text_column is None:
+            text_column = find_column(path, columns, None, TEXT_COLUMNS, "text")
+    texts = [Row(row.place, _texts(path, row, text_column, text_pair_column)) for row in rows]
+    texts = [row for row in texts if _is_whole(row.value)]
     if not texts:
         raise ValueError(f"{path} holds no texts")
     return texts
 
 
 def read_labelled(
-    path: Path, text_column: str | None = None, label_column: str | None = None, encoding: str = "utf-8"
+    path: Path,
+    text_column: str | None = None,
+    label_column: str | None = None,
+    encoding: str = "utf-8",
+    text_pair_column: str | None = None,
 ) -> Labelled:
     """The texts of a file and their labels; arguments as for `numbered_texts`.
 
@@ -127,7 +145,7 @@ def read_labelled(
     for row in rows:
         if not isinstance(row.value, dict):
             raise ValueError(f"{path}, {row.place}: must be an object with a text and a label, got {row.value!r}")
-    columns = list(rows[0].value)
+    columns = _without_pair(path, list(rows[0].value), text_pair_column, text_column, label_column)
     if text_column is None and label_column is None and len(columns) == 2:
         # The one that is not the labels is the texts, and the other way round.
         texts, labels = ([name for name in columns if name.lower() in known] for known in (TEXT_COLUMNS, LABEL_COLUMNS))
@@ -139,18 +157,25 @@ def read_labelled(
     label_column = find_column(path, columns, label_column, LABEL_COLUMNS, "label")
     if text_column == label_column:
         raise ValueError(f"{path}: texts and labels must be in two columns, both are to be in {text_column!r}")
-    kept: list[tuple[str, str, str]] = []
+    kept: list[tuple[str, Text, str]] = []
     left_out = []
     for row in rows:
-        text, label = _text(path, row, text_column), _label(path, row, label_column)
-        if text.strip() and label:
+        text, label = _texts(path, row, text_column, text_pair_column), _label(path, row, label_column)
+        if _is_whole(text) and label:
             kept.append((row.place, text, label))
         else:
             left_out.append(row.place)
     names = _label_names(path, label_column, kept)
     index = {name: i for i, name in enumerate(names)}
-    texts, labels = [text for _, text, _ in kept], [index[label] for *_, label in kept]
-    return Labelled(texts, labels, names, text_column, label_column, left_out)
+    return Labelled(
+        [text for _, text, _ in kept],
+        [index[label] for *_, label in kept],
+        names,
+        text_column,
+        label_column,
+        left_out,
+        text_pair_column,
+    )
 
 
 def find_column(path: Path, columns: Sequence[str], wanted: str | None, known: Sequence[str], what: str) -> str:
@@ -306,11 +331,39 @@ def _too_long(path: Path, place: str) -> str:
     )
 
 
-def _text(path: Path, row: Row, column: str | None) -> str:
-    """The text of a row, which may be blank."""
+def _without_pair(path: Path, columns: list[str], text_pair_column: str | None, *others: str | None) -> list[str]:
+    """The columns in which texts and labels may be; `others` are those that are named for them."""
+    if text_pair_column is None:
+        return columns
+    check_columns(path, columns, text_pair_column, advice=": name one of them by --text_pair_column")
+    if text_pair_column in others:
+        raise ValueError(
+            f"{path}: --text_pair_column must name a column of its own, {text_pair_column!r} is that of the texts or "
+            "labels"
+        )
+    return [name for name in columns if name != text_pair_column]
+
+
+def _is_whole(text: Text) -> bool:
+    return all(part.strip() for part in parts(text))
+
+
+def _texts(path: Path, row: Row, column: str | None, pair_column: str | None) -> Text:
+    """The text of a row, or its two texts; they may be blank."""
+    if pair_column is None:
+        return _text(path, row, column)
+    if not isinstance(row.value, dict):
+        raise ValueError(
+            f"{path}, {row.place}: must have two columns for --text_pair_column, got one text: give a .csv, .tsv, "
+            ".json or .jsonl file, or leave the option out"
+        )
+    return _text(path, row, column), _text(path, row, pair_column, "--text_pair_column")
+
+
+def _text(path: Path, row: Row, column: str | None, option: str = "--text_column") -> str:
     value = row.value
     if isinstance(value, dict):
-        check_columns(f"{path}, {row.place}:", value, column, advice=": name one by --text_column")
+        check_columns(f"{path}, {row.place}:", value, column, advice=f": name one by {option}")
         value = value[column]
     if not isinstance(value, str):
         raise ValueError(f"{path}, {row.place}: must hold a text, got {value!r}")
@@ -338,7 +391,7 @@ def _label(path: Path, row: Row, column: str) -> str:
     return text.split(".")[0] if NUMBER.fullmatch(text) and not text.partition(".")[2].strip("0") else text
 
 
-def _label_names(path: Path, column: str, rows: Sequence[tuple[str, str, str]]) -> list[str]:
+def _label_names(path: Path, column: str, rows: Sequence[tuple[str, Text, str]]) -> list[str]:
     """The different labels of `rows`, each with its place, text and label, in order."""
     if len(rows) < MIN_ROWS:
         raise ValueError(f"{path} has {len(rows)} rows with a text and a label: give at least {MIN_ROWS}, better 1,000")

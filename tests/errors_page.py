@@ -52,6 +52,10 @@ def rows():
         "Files of texts and labels: `snn-bert train`": [
             (f"{words(name)}: `{filename}`", ValueError, message) for name, (filename, _, message) in files.BAD.items()
         ],
+        "Files of pairs of texts and labels: `snn-bert train --text_pair_column`": [
+            (f"{words(name)}: `{filename}`", ValueError, message)
+            for name, (filename, *_, message) in files.BAD_PAIRS.items()
+        ],
         "Requests to `snn-bert serve`": [
             (words(name), f"status {status}", message) for name, (*_, status, message) in serve.BAD_REQUESTS.items()
         ],

@@ -49,6 +49,50 @@ def test_files(checkpoint, texts, expected, model, tmp_path, assert_spikes_flow,
         assert [path.name for path in out.parent.iterdir() if path != out] == (["out.csv"] * (suffix == ".jsonl"))
 
 
+@pytest.fixture
+def pairs(texts, tmp_path):
+    """A file of pairs, one of which lacks a text, and the pairs that are whole."""
+    pairs = [*zip(texts, reversed(texts), strict=True)]
+    with (tmp_path / "pairs.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("a", "b"), ("alone", ""), *pairs])
+    return tmp_path / "pairs.csv", pairs
+
+
+def test_pairs(checkpoint, model, tokenizer, pairs, tmp_path, assert_spikes_flow):
+    path, pairs = pairs
+    with torch.no_grad():
+        batches = [tokenizer(*pair, return_tensors="pt") for pair in pairs]
+        expected = [model(**batch).logits.softmax(-1)[0].tolist() for batch in batches]
+    assert all(batch["token_type_ids"].max() == 1 for batch in batches)
+    assert_spikes_flow(model, **batches[0])
+    columns = ["--text_column", "a", "--text_pair_column", "b"]
+    for suffix in (".csv", ".jsonl"):
+        out = tmp_path / f"out{suffix}"
+        run_command("predict", checkpoint, path, *columns, "--output_file", out, "--batch_size", 4)
+        with out.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file)) if suffix == ".csv" else [json.loads(line) for line in file]
+        assert [(row["text"], row["text_pair"]) for row in rows] == pairs and rows[0]["place"] == "line 3"
+        for row, scores in zip(rows, expected, strict=True):
+            assert float(row["score"]) == pytest.approx(max(scores), abs=1e-5)
+            assert row["label"] == model.config.id2label[scores.index(max(scores))]
+    lines = run_command("predict", checkpoint, path, *columns).stdout.splitlines()
+    assert [line.split("  ")[-1] for line in lines] == [" | ".join(map(shown, pair)) for pair in pairs]
+
+
+@pytest.mark.parametrize(
+    ("reads_pairs", "arguments", "message"),
+    [
+        (True, [], "was trained on pairs of texts: give --text_pair_column, got None"),
+        (False, ["--text_pair_column", "b"], "was trained on single texts: leave out --text_pair_column, got 'b'"),
+    ],
+)
+def test_a_model_knows_what_it_reads(model, checkpoint, pairs, reads_pairs, arguments, message):
+    model.config.reads_pairs = reads_pairs
+    model.config.save_pretrained(checkpoint)
+    result = run_command("predict", checkpoint, pairs[0], "--text_column", "a", *arguments, exit_code=1)
+    assert message in " ".join(result.stderr.split()) and not result.stdout
+
+
 def test_terminal(checkpoint, texts, expected, tmp_path):
     (tmp_path / "texts.csv").write_text("n,Review\n" + "".join(f'1,"{text}"\n' for text in texts))
     lines = run_command("predict", checkpoint, tmp_path / "texts.csv").stdout.splitlines()
@@ -95,6 +139,11 @@ BAD_PREDICTIONS = {
         2,
         ["{model}", "{texts}", "--weight_dtype", "int4"],
         "must be one of float32, bfloat16",
+    ),
+    "pairs_of_lines": (
+        1,
+        ["{model}", "{texts}", "--text_pair_column", "b"],
+        "line 1: must have two columns for --text_pair_column, got one text: give a .csv",
     ),
     "empty_file": (1, ["{model}", "{empty}"], "is empty: it holds no texts"),
     "columns_of_unknown_names": (1, ["{model}", "{columns}"], "name the column by --text_column"),

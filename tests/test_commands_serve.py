@@ -21,7 +21,16 @@ from command_line import run_command
 
 from modeling_snn_bert import SNNBertForSequenceClassification
 from modeling_snn_bert.commands.classifier import Prediction, TextClassifier
-from modeling_snn_bert.commands.serve import Batcher, Full, Limits, listen, make_app, server_settings
+from modeling_snn_bert.commands.serve import (
+    BadRequest,
+    Batcher,
+    Full,
+    Limits,
+    listen,
+    make_app,
+    parse_request,
+    server_settings,
+)
 from modeling_snn_bert.event_driven import is_event_driven
 
 SECONDS = 60
@@ -62,7 +71,7 @@ class Running:
 class Slow:
     """Labels a text by itself, once `go` is set; it notes its batches, and fails on the text "fail"."""
 
-    labels = ("a", "b")
+    labels, reads_pairs = ("a", "b"), None
 
     def __init__(self):
         self.go, self.started, self.batches = threading.Event(), threading.Event(), []
@@ -119,6 +128,38 @@ def test_answers(server, model, tokenizer, texts, assert_spikes_flow):
     health = server.health()
     assert health["status"] == "ok" and health["model"] == "a model" and health["labels"] == list(rows[0]["scores"])
     assert (health["waiting"], health["texts"]) == (0, 7) and health["limits"]["texts"] == 8
+
+
+def test_pairs(server, model, tokenizer, texts):
+    """A model that does not say what it reads takes both, in one batch too."""
+    pair = {"text": texts[0], "text_pair": texts[1]}
+    with torch.no_grad():
+        batches = [tokenizer(*each, return_tensors="pt") for each in ((texts[0], texts[1]), (texts[2],))]
+        expected = torch.cat([model(**batch).logits.softmax(-1) for batch in batches])
+    for request in ({"texts": [pair, texts[2]]}, pair):
+        response = httpx.post(f"{server.url}/predict", json={**request, "all_scores": True})
+        found = torch.tensor([list(row["scores"].values()) for row in response.json()["predictions"]])
+        torch.testing.assert_close(found, expected[: len(found)])
+    assert server.health()["reads_pairs"] is None
+
+
+@pytest.mark.parametrize(
+    ("reads_pairs", "good", "bad", "message"),
+    [
+        (True, {"text": "a", "text_pair": "b"}, {"text": "a"}, "`text` must be one of a pair, "),
+        (True, {"texts": [{"text": "a", "text_pair": "b"}]}, {"texts": ["a"]}, "`texts[0]` must be one of a pair, "),
+        (False, {"text": "a"}, {"text": "a", "text_pair": "b"}, "`text` must stand alone, without `text_pair`"),
+        (False, {"texts": ["a"]}, {"texts": [{"text": "a", "text_pair": "b"}]}, "`texts[0].text` must stand alone"),
+    ],
+)
+def test_a_model_knows_what_it_reads(reads_pairs, good, bad, message):
+    def parsed(request):
+        return parse_request("application/json", json.dumps(request).encode(), LIMITS, reads_pairs)[0]
+
+    assert parsed(good) == ([("a", "b")] if reads_pairs else ["a"])
+    with pytest.raises(BadRequest, match=re.escape(message)) as caught:
+        parsed(bad)
+    assert caught.value.status == 422
 
 
 def test_texts_that_are_odd(server):
@@ -178,6 +219,9 @@ BAD_REQUESTS = {
     "a_number": (b'{"texts": ["a", 3]}', {}, 422, "`texts[1]` must be a text that is not blank, got 3"),
     "a_blank": (b'{"text": " \\n"}', {}, 422, '`text` must be a text that is not blank, got " \\n"'),
     "null": (b'{"text": null}', {}, 422, "`text` must be a text that is not blank, got null"),
+    "a_second_text_alone": (b'{"text_pair": "a"}', {}, 422, "`text_pair` is the second text beside `text`"),
+    "a_blank_in_a_pair": (b'{"text": "a", "text_pair": ""}', {}, 422, "`text_pair` must be a text that is not blank"),
+    "half_a_pair": (b'{"texts": [{"text": "a"}]}', {}, 422, '`texts[0]` must be a text that is not blank, got {"text"'),
     "half_a_surrogate": (b'{"text": "\\ud83d"}', {}, 422, "`text` holds half of a surrogate pair"),
     "a_text_too_long": (b'{"text": "' + b"a" * 1001 + b'"}', {}, 413, "at most 1,000 characters, got 1,001"),
     "too_many_texts": (json.dumps({"texts": ["a"] * 9}).encode(), {}, 413, "`texts` must hold at most 8 texts, got 9"),

@@ -112,6 +112,50 @@ def test_from_an_snn_bert(snn_bert, data, tmp_path):
     assert list(model.config.id2label.values()) == ["dull", "fun", "joy"]
 
 
+@pytest.fixture
+def pairs(tmp_path):
+    """A file of 40 pairs, and one without a second text."""
+    seconds, labels = ("it ran", "the sun"), ("yes", "no")
+    rows = [(f"the {'abcdefghij'[i // 4]} {('fox', 'dog')[i % 2]}", seconds[i % 2], labels[i % 2]) for i in range(40)]
+    with (tmp_path / "pairs.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("premise", "hypothesis", "label"), *rows, ("alone", " ", "yes")])
+    return tmp_path / "pairs.csv"
+
+
+def test_pairs(bert, pairs, tmp_path, monkeypatch):
+    """What is trained on is both texts; the model, its card and its reports say so; and predict takes it from there."""
+    seen = []
+
+    def spy(accelerator, start, training, validation, *args):
+        seen.extend([*training, *validation])
+        return train_classifier(accelerator, start, training, validation, *args)
+
+    train_classifier = train_module.train_classifier
+    monkeypatch.setattr(train_module, "train_classifier", spy)
+    out, columns = tmp_path / "out", ["--text_column", "premise", "--text_pair_column", "hypothesis"]
+    result = run_command("train", "--data", pairs, *columns, "--model", bert, "--output", out, *SHORT)
+    assert "40 pairs of texts in the columns 'premise' and 'hypothesis', 2 labels in 'label'" in result.stdout
+    assert "1 rows without a text or a label are left out: line 42" in result.stderr
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    wanted = tokenizer("the a fox", "it ran")
+    assert 1 in wanted["token_type_ids"]
+    assert sum({name: row[name] for name in wanted} == dict(wanted) for row in seen) == 2
+    report = json.loads((out / "report.json").read_text())
+    assert report["columns"] == {"text": "premise", "text_pair": "hypothesis", "label": "label"}
+    assert "32 training and 8 validation pairs" in (out / "report.md").read_text()
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert "training pairs" in card and "It reads two texts in one input" in card
+    model = SNNBertForSequenceClassification.from_pretrained(out)
+    assert model.config.reads_pairs is True
+    assert len(run_command("predict", out, pairs, *columns).stdout.splitlines()) == 40
+    # The next task may be one of single texts, with other labels, though as many.
+    single = ["--data", pairs, "--text_column", "premise", "--label_column", "hypothesis"]
+    result = run_command("train", *single, "--model", out, "--output", tmp_path / "single", *SHORT)
+    assert SNNBertForSequenceClassification.from_pretrained(tmp_path / "single").config.reads_pairs is False
+    assert f"the head of {out} is for other labels ('no', 'yes')" in result.stderr
+    assert "training sentences" in (tmp_path / "single" / "README.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("saved", "is_kept"),
     [(["dull", "joy", "so"], True), (["so", "dull", "joy"], True), (["a:dull", "a:joy", "b:so"], False)],
@@ -217,6 +261,21 @@ BAD_TRAINING = {
     "encoding_of_bytes": (2, ["--encoding", "base64"], "must be an encoding such as utf-8 or cp1252, got 'base64'"),
     "encoding_wrong": (1, ["--encoding", "utf-16"], "reviews.csv"),
     "column_unknown": (1, ["--text_column", "text"], "has no column 'text', only ['review', 'sentiment']: name one of"),
+    "pair_column_unknown": (
+        1,
+        ["--text_pair_column", "text"],
+        "has no column 'text', only ['review', 'sentiment']: name one of them by --text_pair_column",
+    ),
+    "pair_column_of_labels": (
+        1,
+        ["--text_pair_column", "sentiment", "--label_column", "sentiment"],
+        "--text_pair_column must name a column of its own, 'sentiment' is that of",
+    ),
+    "too_short_for_pairs": (
+        2,
+        ["--text_pair_column", "review", "--max_length", "4"],
+        "must be >= 5 for pairs of texts, got 4",
+    ),
     "no_such_model": (1, ["--model", "./nowhere"], "nowhere"),
     "no_such_folder": (
         1,
@@ -272,6 +331,17 @@ class TestSplit:
         training, held = split(rows, 0.3, 0)
         sides = [{rows.texts[i].lower() for i in side} for side in (training, held)]
         assert not sides[0] & sides[1] and len(held) == 24
+
+    def test_equal_pairs_are_on_one_side(self):
+        """Both texts count: of each pair there are two, and pairs that share a text only are apart."""
+        pairs = [(f"{'The' if i % 2 else 'the'}  fox", f"T{i // 2} {'' if i % 2 else ' '}ran") for i in range(80)]
+        rows = self.rows(pairs, ["a", "b"] * 40)._replace(labels=[i // 2 % 2 for i in range(80)])
+        training, held = split(rows, 0.25, 0)
+        assert len(held) == 20 and all(i ^ 1 in held for i in held) and sorted(training + held) == list(range(80))
+        # Where a pair is cut into two texts matters.
+        rows = self.rows([("a b", "c"), ("a", "b c")] * 6, ["a", "b"] * 6)
+        with pytest.raises(ValueError, match="all rows with the label 'a' hold the same text"):
+            split(rows, 0.2, 0)
 
     def test_many_rows(self):
         rows = self.rows([f"t{i}" for i in range(20_000)], ["a", "b"] * 10_000)

@@ -22,7 +22,7 @@ VALID = {
     "surrogate": {"surrogate": "triangle", "surrogate_alpha": 4, "v_threshold": -1, "reset": 0},
     "bert": {"hidden_size": 48, "classifier_dropout": 0.2, "pad_token_id": None, "tie_word_embeddings": False},
     "labels": {"id2label": {0: "no", 1: "maybe", 2: "yes"}, "problem_type": "single_label_classification"},
-    "outputs": {"output_firing_rates": True, "output_spikes": True, "output_hidden_states": True},
+    "outputs": {"reads_pairs": True, "output_firing_rates": True, "output_spikes": True, "output_hidden_states": True},
     "integration": {"integration": "chunked"},
     "sparsity": {"firing_rate_target": 0.1, "firing_rate_weight": 0},
 }
@@ -113,6 +113,7 @@ WRONG_TYPES = {
     "integration": 1,
     "firing_rate_target": "0.1",
     "firing_rate_weight": None,
+    "reads_pairs": "yes",
     "output_firing_rates": "yes",
     "output_spikes": None,
 }

@@ -228,6 +228,79 @@ def test_columns_that_are_not_there(tmp_path):
         read_labelled(path, "text", "text")
 
 
+PAIRS = [(text, f"{text} or not") for text in PLAIN]
+PAIR_HEADER = ("premise", "hypothesis", "label")
+
+
+def pair_table(header=PAIR_HEADER):
+    rows = [header, *((*pair, label) for pair, label in zip(PAIRS, LABELS, strict=True))]
+    file = io.StringIO(newline="")
+    csv.writer(file).writerows(rows)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("header", "options"),
+    [
+        (PAIR_HEADER, {}),
+        (PAIR_HEADER, {"text_column": "premise", "label_column": "label"}),
+        (("sentence", "text", "kind"), {"label_column": "kind"}),
+    ],
+)
+def test_pairs(tmp_path, header, options):
+    """The second column is never taken for the first one, and the first one is found without it."""
+    path = write(tmp_path, "x.csv", (pair_table(header) + ",alone,good\r\nalone, ,bad\r\n").encode())
+    rows = read_labelled(path, **options, text_pair_column=header[1])
+    assert rows.texts == PAIRS and rows.labels == [1, 0] * 6 and rows.left_out == ["line 14", "line 15"]
+    assert (rows.text_column, rows.text_pair_column, rows.label_column) == header
+    column = options.get("text_column", header[0])
+    assert [row.value for row in numbered_texts(path, column, text_pair_column=header[1])] == PAIRS
+
+
+def test_pairs_of_json(tmp_path):
+    content = "\n".join(json.dumps({"text": first, "other": second}) for first, second in PAIRS)
+    path = write(tmp_path, "x.jsonl", content.encode())
+    assert [row.value for row in numbered_texts(path, None, text_pair_column="other")] == PAIRS
+
+
+# The file's name, its content, the columns of texts, of labels and of second texts, and what the error says.
+BAD_PAIRS = {
+    "no_such_column": (
+        "x.csv", pair_table(), (None, None, "b"),
+        "has no column 'b', only ['premise', 'hypothesis', 'label']: name one of them by --text_pair_column",
+    ),
+    "the_column_of_texts_again": (
+        "x.csv", pair_table(), ("premise", None, "premise"), "--text_pair_column must name a column of its own, 'premi",
+    ),
+    "the_column_of_labels_again": (
+        "x.csv", pair_table(), (None, "label", "label"), "--text_pair_column must name a column of its own, 'label' is",
+    ),
+    "a_key_missing": (
+        "x.jsonl", '{"text": "a", "b": "c", "label": 1}\n{"text": "a", "label": 1}\n', (None, None, "b"),
+        "line 2: has no column 'b', only ['text', 'label']: name one by --text_pair_column",
+    ),
+    "a_number": (
+        "x.jsonl", '{"text": "a", "b": 3, "label": 1}\n', (None, None, "b"), "line 1: must hold a text, got 3",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_PAIRS)
+def test_bad_pairs(tmp_path, name):
+    filename, content, (text, label, second), message = BAD_PAIRS[name]
+    path = write(tmp_path, filename, content.encode())
+    with pytest.raises(ValueError) as caught:
+        read_labelled(path, text, label, text_pair_column=second)
+    assert message in str(caught.value) and str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "place"), [("x.txt", "line 1"), ("x.json", "row 1")])
+def test_pairs_of_files_without_columns(tmp_path, name, place):
+    path = write(tmp_path, name, b'["a", "b"]')
+    with pytest.raises(ValueError, match=f"{place}: must have two columns for --text_pair_column, got one text: give"):
+        numbered_texts(path, None, text_pair_column="b")
+
+
 def test_rows_that_are_left_out(tmp_path):
     content = table() + " ,good\r\n,\r\nsomething,\r\n"
     rows = read_labelled(write(tmp_path, "x.csv", content.encode()))

@@ -11,6 +11,7 @@ from ..event_driven import event_driven
 from ..event_kernels import WEIGHT_TYPES
 from ..loading import tokenized_batches
 from ..modeling_snn_bert import SNNBertForSequenceClassification
+from ..text_files import Text
 
 
 def _weight_type(value: str) -> str:
@@ -36,7 +37,9 @@ class Prediction(NamedTuple):
 
 
 class TextClassifier:
-    """A classifier of texts on the CPU. One call at a time.
+    """A classifier of texts, or of pairs of them, on the CPU. One call at a time.
+
+    Its `reads_pairs` says which of the two it was trained on, `None` where the model does not say.
 
     Args:
         model: in evaluation mode; it is made event-driven, in place.
@@ -55,11 +58,12 @@ class TextClassifier:
         self.model = event_driven(model, weight_dtype)
         self.tokenizer = tokenizer
         self.max_length = max_length or tokenizer.model_max_length
+        self.reads_pairs: bool | None = model.config.reads_pairs
         self.labels = [str(model.config.id2label[i]) for i in range(model.config.num_labels)]
 
     @torch.no_grad()
-    def __call__(self, texts: Sequence[str]) -> list[Prediction]:
-        """The predictions of at least one text, which run as one batch."""
+    def __call__(self, texts: Sequence[Text]) -> list[Prediction]:
+        """The predictions of at least one text or pair, which run as one batch."""
         (batch,) = tokenized_batches(self.model, self.tokenizer, texts, len(texts), self.max_length)
         predictions = []
         for scores in self.model(**batch).logits.float().softmax(-1).tolist():

@@ -61,6 +61,10 @@ TextColumn = Annotated[str, typer.Option("--text_column", help="Name of the colu
 FoundTextColumn = Annotated[
     str | None, typer.Option("--text_column", help="The column of texts (default: found by its name).")
 ]
+TextPairColumn = Annotated[
+    str | None,
+    typer.Option("--text_pair_column", help="The column of second texts, for pairs of texts (default: single texts)."),
+]
 Encoding = Annotated[
     str, typer.Option("--encoding", callback=text_encoding, help="How the file spells characters, such as cp1252.")
 ]

@@ -1,6 +1,7 @@
 """`snn-bert serve`: a classifier behind a port, JSON over HTTP.
 
     POST /predict   {"texts": ["a joy from start to end"]}, answered by {"predictions": [{"label": ..., "score": ...}]}
+    POST /predict   {"texts": [{"text": "it rains", "text_pair": "it is wet"}]}, of a model that reads pairs
     GET /health     what is served, and how many texts wait
 
 Texts of all requests go through one queue. While a batch runs the next ones gather, so that concurrent requests share a
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..text_files import is_unicode
+from ..text_files import Text, is_unicode
 from .classifier import Prediction, TextClassifier, WeightDtype
 from .common import BatchSize, MaxLength, Model, Revision, at_least_one, load_classifier, reported
 
@@ -35,6 +36,8 @@ DRAINED = 8
 BODY_SECONDS, STOP_SECONDS = 20.0, 10
 # Of a body that was not read to its end the rest may still come: its connection is of no more use.
 CLOSED = {"Connection": "close"}
+# Keys of an object that is a pair of texts.
+PAIR = ("text", "text_pair")
 # A client that has left gets no answer; this status is what others use to name the case in logs.
 CLIENT_LEFT = 499
 
@@ -157,10 +160,10 @@ class Batcher:
     """
 
     def __init__(
-        self, classify: Callable[[Sequence[str]], Sequence[Prediction]], batch_size: int, max_waiting: int
+        self, classify: Callable[[Sequence[Text]], Sequence[Prediction]], batch_size: int, max_waiting: int
     ) -> None:
         self.classify, self.batch_size, self.max_waiting = classify, batch_size, max_waiting
-        self.queue: collections.deque[tuple[str, asyncio.Future[Prediction]]] = collections.deque()
+        self.queue: collections.deque[tuple[Text, asyncio.Future[Prediction]]] = collections.deque()
         self.arrived = asyncio.Event()
         self.texts = self.batches = 0
 
@@ -168,7 +171,7 @@ class Batcher:
         """Texts that wait for their batch and whose requests have not been given up."""
         return sum(not future.done() for _, future in self.queue)
 
-    def submit(self, texts: Sequence[str]) -> list["asyncio.Future[Prediction]"]:
+    def submit(self, texts: Sequence[Text]) -> list["asyncio.Future[Prediction]"]:
         """A future for the prediction of each text; one that is cancelled is not run.
 
         Raises:
@@ -213,15 +216,15 @@ class Batcher:
                     else:
                         future.set_result(result)
 
-    def _next_batch(self) -> list[tuple[str, "asyncio.Future[Prediction]"]]:
-        batch: list[tuple[str, asyncio.Future[Prediction]]] = []
+    def _next_batch(self) -> list[tuple[Text, "asyncio.Future[Prediction]"]]:
+        batch: list[tuple[Text, asyncio.Future[Prediction]]] = []
         while self.queue and len(batch) < self.batch_size:
             item = self.queue.popleft()
             if not item[1].done():
                 batch.append(item)
         return batch
 
-    def _outcomes(self, texts: Sequence[str]) -> Sequence[Prediction | Exception]:
+    def _outcomes(self, texts: Sequence[Text]) -> Sequence[Prediction | Exception]:
         """A prediction or an error of each text. One that fails does not take the others of its batch along."""
         try:
             return self.classify(texts)
@@ -265,14 +268,15 @@ def make_app(classifier: TextClassifier, name: str, batch_size: int = 32, limits
                 await worker
 
     async def health(request: Request) -> Response:
-        facts = {"labels": classifier.labels, "waiting": batcher.waiting()}
+        facts = {"labels": classifier.labels, "reads_pairs": classifier.reads_pairs, "waiting": batcher.waiting()}
         counts = {"texts": batcher.texts, "batches": batcher.batches}
         return JSONResponse({"status": "ok", "model": name, **facts, **counts, "limits": dataclasses.asdict(limits)})
 
     async def predict(request: Request) -> Response:
         try:
             body = await asyncio.wait_for(_body(request, limits.body_bytes), BODY_SECONDS)
-            texts, all_scores = parse_request(request.headers.get("content-type", ""), body, limits)
+            content_type = request.headers.get("content-type", "")
+            texts, all_scores = parse_request(content_type, body, limits, classifier.reads_pairs)
             futures = batcher.submit(texts)
         except ClientDisconnect:
             return Response(status_code=CLIENT_LEFT)
@@ -334,11 +338,13 @@ class BadRequest(ValueError):
         self.status = status
 
 
-def parse_request(content_type: str, body: bytes, limits: Limits) -> tuple[list[str], bool]:
-    """The texts of a request, and whether it asks for the scores of all labels.
+def parse_request(
+    content_type: str, body: bytes, limits: Limits, reads_pairs: bool | None = None
+) -> tuple[list[Text], bool]:
+    """The texts of a request, or its pairs, and whether it asks for the scores of all labels.
 
     Raises:
-        BadRequest: if it is not what is wanted, or beyond `limits`.
+        BadRequest: if it is not what is wanted, beyond `limits`, or not of the kind of `reads_pairs` (`None`: either).
     """
     if len(body) > limits.body_bytes:
         raise BadRequest(413, f"the body must hold at most {limits.body_bytes:,} bytes")
@@ -354,28 +360,54 @@ def parse_request(content_type: str, body: bytes, limits: Limits) -> tuple[list[
         raise BadRequest(400, "the body must be JSON that is not nested so deeply") from error
     if not isinstance(request, dict):
         raise BadRequest(422, 'the body must be an object such as {"texts": ["a text"]}')
-    unknown = sorted(set(request) - {"text", "texts", "all_scores"})
+    unknown = sorted(set(request) - {"text", "text_pair", "texts", "all_scores"})
     if unknown:
-        raise BadRequest(422, f"`texts` (or `text`) and `all_scores` are known, got {_clipped(unknown[0])}")
+        known = "`texts` (or `text`, and for pairs `text_pair`) and `all_scores`"
+        raise BadRequest(422, f"{known} are known, got {_clipped(unknown[0])}")
+    if "text_pair" in request and "text" not in request:
+        raise BadRequest(422, "`text_pair` is the second text beside `text`; in `texts` it stands in each object")
     if ("text" in request) == ("texts" in request):
         raise BadRequest(422, "give either `texts`, a list, or `text`")
     all_scores = request.get("all_scores", False)
     if not isinstance(all_scores, bool):
         raise BadRequest(422, f"`all_scores` must be true or false, got {_clipped(all_scores)}")
-    texts = [request["text"]] if "text" in request else request["texts"]
+    return [_checked(fields, limits, reads_pairs) for fields in _inputs(request, limits)], all_scores
+
+
+def _inputs(request: dict[str, Any], limits: Limits) -> list[dict[str, Any]]:
+    """The values that are to be the text, or the two texts, of each input, by their places in the request."""
+    if "text" in request:
+        return [{key: request[key] for key in PAIR if key in request}]
+    texts = request["texts"]
     if not isinstance(texts, list) or not texts:
         raise BadRequest(422, f"`texts` must be a list of at least one text, got {_clipped(texts)}")
     if len(texts) > limits.texts:
         raise BadRequest(413, f"`texts` must hold at most {limits.texts} texts, got {len(texts):,}")
-    for i, text in enumerate(texts):
-        name = "`text`" if "text" in request else f"`texts[{i}]`"
+    return [
+        {f"texts[{i}].{key}": item[key] for key in PAIR}
+        if isinstance(item, dict) and item.keys() == set(PAIR)
+        else {f"texts[{i}]": item}
+        for i, item in enumerate(texts)
+    ]
+
+
+def _checked(fields: dict[str, Any], limits: Limits, reads_pairs: bool | None) -> Text:
+    """The text or the pair that `fields` hold, see `_inputs`."""
+    first_name, is_pair = next(iter(fields)), len(fields) == 2
+    if reads_pairs is not None and is_pair != reads_pairs:
+        wanted = "stand alone, without `text_pair`: the model reads single texts"
+        if reads_pairs:
+            wanted = 'be one of a pair, {"text": "a text", "text_pair": "another"}: the model reads pairs'
+        raise BadRequest(422, f"`{first_name}` must {wanted}")
+    for name, text in fields.items():
         if not isinstance(text, str) or not text.strip():
-            raise BadRequest(422, f"{name} must be a text that is not blank, got {_clipped(text)}")
+            raise BadRequest(422, f"`{name}` must be a text that is not blank, got {_clipped(text)}")
         if len(text) > limits.characters:
-            raise BadRequest(413, f"{name} must hold at most {limits.characters:,} characters, got {len(text):,}")
+            raise BadRequest(413, f"`{name}` must hold at most {limits.characters:,} characters, got {len(text):,}")
         if not is_unicode(text):
-            raise BadRequest(422, f"{name} holds half of a surrogate pair, which is no character")
-    return texts, all_scores
+            raise BadRequest(422, f"`{name}` holds half of a surrogate pair, which is no character")
+    texts = list(fields.values())
+    return (texts[0], texts[1]) if is_pair else texts[0]
 
 
 def _clipped(value: Any) -> str:

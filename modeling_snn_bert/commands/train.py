@@ -26,13 +26,14 @@ from ..fine_tuning import (
     write_report,
 )
 from ..modeling_snn_bert import SNNBertForSequenceClassification
-from ..text_files import Labelled, read_labelled, shortened
+from ..text_files import Labelled, parts, read_labelled, shortened
 from .common import (
     READABLE,
     Encoding,
     FiringRate,
     FoundTextColumn,
     Revision,
+    TextPairColumn,
     at_least_one,
     check_output_folder,
     fraction,
@@ -45,6 +46,8 @@ from .common import (
 DEFAULT_STEPS, DEFAULT_EPOCHS = 300, 10
 # More rows than these would make the evaluation longer and hardly more exact.
 MAX_HELD_OUT = 2000
+# A token of each text, and three special ones.
+MIN_PAIR_LENGTH = 5
 
 
 def _positive(value: float | None) -> float | None:
@@ -66,6 +69,7 @@ def train(
         Path, typer.Option("--output", help="The folder to write, whole or not at all.", show_default=False)
     ],
     text_column: FoundTextColumn = None,
+    text_pair_column: TextPairColumn = None,
     label_column: Annotated[
         str | None, typer.Option("--label_column", help="The column of labels (default: found by its name).")
     ] = None,
@@ -109,7 +113,7 @@ def train(
     revision: Revision = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint in the folder.")] = False,
 ) -> None:
-    """Train a spiking text classifier on your own texts and labels.
+    """Train a spiking text classifier on your own texts, or pairs of texts, and labels.
 
     A BERT is fine-tuned, converted, and teaches its copy; an SNN-BERT is fine-tuned. The folder holds the model, its
     code, a model card and a report (report.html, report.md, report.json), and can go to the Hub as it is. Runs on a
@@ -117,6 +121,9 @@ def train(
     """
     if steps is not None and epochs is not None:
         raise typer.BadParameter("give either --steps or --epochs", param_hint="--epochs")
+    if text_pair_column is not None and max_length < MIN_PAIR_LENGTH:
+        needed = f"must be >= {MIN_PAIR_LENGTH} for pairs of texts, got {max_length}"
+        raise typer.BadParameter(needed, param_hint="--max_length")
     check_output_folder(output, overwrite, "--output")
     with reported():
         try:
@@ -124,7 +131,7 @@ def train(
         except ImportError as error:
             raise ImportError('training needs accelerate: pip install "snn-bert[train]"') from error
         started = time.perf_counter()
-        rows = read_labelled(data, text_column, label_column, encoding)
+        rows = read_labelled(data, text_column, label_column, encoding, text_pair_column)
         training, validation = split(rows, held_out, seed)
         describe(data, rows, len(training), len(validation))
         config = PreTrainedConfig.get_config_dict(model, revision=revision)[0]
@@ -158,6 +165,7 @@ def train(
             recipe = Recipe(batch_size, firing_rate, distillation_steps, learning_rate, bert_learning_rate, seed=seed)
             learned, held = ([tokenized[i] for i in part] for part in (training, validation))
             trained = train_classifier(Accelerator(), start, learned, held, tokenizer, recipe, steps)
+            trained.model.config.reads_pairs = text_pair_column is not None
             trained.model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             trained.results["seconds"]["all"] = time.perf_counter() - started
@@ -166,7 +174,11 @@ def train(
                     "command": shlex.join(["snn-bert", *sys.argv[1:]]),
                     "base_model": None if Path(model).exists() else model,
                     "dataset": {"name": data.name, "split": "held out"},
-                    "columns": {"text": rows.text_column, "label": rows.label_column},
+                    "columns": {
+                        "text": rows.text_column,
+                        "text_pair": rows.text_pair_column,
+                        "label": rows.label_column,
+                    },
                     "labels": {name: rows.labels.count(i) for i, name in enumerate(rows.names)},
                     "rows_left_out": rows.left_out,
                     "max_length": tokenizer.model_max_length,
@@ -198,7 +210,9 @@ def split(rows: Labelled, share: float, seed: int) -> tuple[list[int], list[int]
     of_label: dict[int, dict[str, list[int]]] = {}
     first: dict[str, int] = {}
     for i, (text, label) in enumerate(zip(rows.texts, rows.labels, strict=True)):
-        key = hashlib.sha256(" ".join(text.lower().split()).encode()).hexdigest()
+        # A text without its runs of spaces has no line break, so that one parts a pair.
+        alike = "\n".join(" ".join(part.lower().split()) for part in parts(text))
+        key = hashlib.sha256(alike.encode()).hexdigest()
         of_label.setdefault(first.setdefault(key, label), {}).setdefault(key, []).append(i)
     share = min(share, MAX_HELD_OUT / len(rows.texts))
     held: list[int] = []
@@ -226,8 +240,11 @@ def describe(path: Path, rows: Labelled, training: int, validation: int) -> None
     """Print what was found in the file, and what was left out."""
     counts = Counter(rows.labels)
     labels = shortened(f"{name!r} {counts[i]:,}" for i, name in enumerate(rows.names))
+    what = f"texts in the column {rows.text_column!r}"
+    if rows.text_pair_column is not None:
+        what = f"pairs of texts in the columns {rows.text_column!r} and {rows.text_pair_column!r}"
     typer.echo(
-        f"{path.name}: {len(rows.texts):,} texts in the column {rows.text_column!r}, {len(rows.names)} labels in "
+        f"{path.name}: {len(rows.texts):,} {what}, {len(rows.names)} labels in "
         f"{rows.label_column!r} ({labels}); {training:,} to learn from, {validation:,} held out"
     )
     if rows.left_out:
