@@ -502,6 +502,8 @@ class ClassifierArguments(ConversionArguments):
         ).to(device)
         if self.convert:
             model = convert_bert(model, calibration_batches(train, collate), self.firing_rate, **settings).train()
+        if isinstance(model.config, SNNBertConfig):
+            model.config.reads_pairs = task.head.reads_pairs
         return model
 
 

@@ -270,15 +270,16 @@ def renew_other_head(model: PreTrainedModel, saved: dict[str, Any], path: str) -
 
     Args:
         model: with the labels to be trained; where these are in another order than saved, its head is put into it.
-        saved: the configuration of the checkpoint, as its file has it.
+        saved: the configuration of the checkpoint, as its file has it. Labels without names keep the head.
         path: of the checkpoint, for the message.
     """
     # Its module imports the Trainer, for which the other commands would wait.
     from ..multitask import order_head, renew_heads
 
-    # A configuration of two labels without names has none in its file.
-    saved_names = saved.get("id2label") or {0: "LABEL_0", 1: "LABEL_1"}
-    names = {int(i): str(name) for i, name in saved_names.items()}
+    names = {int(i): str(name) for i, name in (saved.get("id2label") or {}).items()}
+    # Labels without names may be the same ones.
+    if all(name == f"LABEL_{i}" for i, name in names.items()):
+        return
     wanted = [str(name) for _, name in sorted(model.config.id2label.items())]
     if sorted(names.values()) == sorted(wanted):
         order_head(model, names, wanted)
