@@ -90,7 +90,7 @@ class DistillationTrainer(Trainer):
     Args:
         model: the student.
         args: the arguments.
-        teacher: a model that reads the student's inputs, or those inputs of a batch whose names begin with "teacher_"
+        teacher: a model that reads the student's inputs, or those inputs of a batch whose names begin with `teacher_`
             (see `teacher_inputs`). It has the student's shape if states or attention weights are taught; for the
             latter both are loaded with `attn_implementation="eager"`. It goes to the student's device, and stays as it
             is.
