@@ -95,14 +95,15 @@ def unpack(
     weights = {name: x.float() for name, x in packed.items() if not name.endswith(SCALE)}
     for name in (name for name in packed if name.endswith(SCALE)):
         weights[name.removesuffix(SCALE)] *= packed[name][:, None]
-    has_heads = any(name.startswith(CLASSIFIER) for name in weights)
+    weights = {**_rest(bert), **weights}
     config = SNNBertConfig.from_pretrained(folder)
+    has_heads = any(name.startswith(CLASSIFIER) for name in weights)
     model = SNNBertForSequenceClassification(config) if has_heads else SNNBertModel(config)
-    heads = {name: weights.pop(name) for name in list(weights) if name.startswith(CLASSIFIER)}
+    if has_heads:
+        base = f"{model.base_model_prefix}."
+        weights = {name if name.startswith(CLASSIFIER) else base + name: x for name, x in weights.items()}
     try:
-        model.base_model.load_state_dict({**_rest(bert), **weights})
-        if has_heads:
-            model.classifier.load_state_dict({name.removeprefix(CLASSIFIER): x for name, x in heads.items()})
+        model.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(f"{file}, its configuration and the BERT do not fit together: {error}") from error
     return model.eval(), AutoTokenizer.from_pretrained(bert.name_or_path)

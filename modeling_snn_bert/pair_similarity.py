@@ -86,12 +86,13 @@ class PairTrainer(DistillationTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         mask = inputs["attention_mask"]
-        outputs = model(input_ids=inputs["input_ids"], attention_mask=mask)
+        texts = {"input_ids": inputs["input_ids"], "attention_mask": mask}
+        outputs = model(**texts)
         states = outputs.last_hidden_state
         loss = self.add_part("score_loss", (self.similarity(states, mask) - inputs["labels"]).square().mean())
         if self.teacher is not None:
             with torch.no_grad():
-                wanted = self.teacher(input_ids=inputs["input_ids"], attention_mask=mask).last_hidden_state
+                wanted = self.ask_teacher(texts).last_hidden_state
             if self.similarity is cosine:
                 part = embedding_loss(states, wanted, mask)
             else:

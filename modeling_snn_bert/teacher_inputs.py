@@ -113,17 +113,16 @@ class CollateAligned:
         batch = dict(self.collate(rows))
         ids, mask = batch["input_ids"], batch["attention_mask"]
         ends = ids == self.sep_id
-        is_pair = ends.sum(1, keepdim=True) > 1
-        # True behind the first separator, not at it.
-        second = (ends.cumsum(1) - ends.long() > 0) & is_pair
-        places = torch.arange(ids.shape[1]) + self.between * second
-        length = int(places.max()) + 1
-        taught = ids.new_full((len(ids), length), self.teacher_pad_id).scatter(1, places, self.number_of[ids])
-        valid = mask.new_zeros(len(ids), length).scatter(1, places, mask)
-        for gap in range(1, self.between + 1):
-            where = ends.long().argmax(1, keepdim=True)[is_pair[:, 0]] + gap
-            taught[is_pair[:, 0]] = taught[is_pair[:, 0]].scatter(1, where, self.teacher_sep_id)
-            valid[is_pair[:, 0]] = valid[is_pair[:, 0]].scatter(1, where, 1)
+        is_pair, first_end = ends.sum(1, keepdim=True) > 1, ends.long().argmax(1, keepdim=True)
+        columns = torch.arange(ids.shape[1])
+        second = is_pair & (columns > first_end)
+        places = columns + self.between * second
+        columns = torch.arange(int(places.max()) + 1)
+        # The separators that the teacher alone has.
+        more = is_pair & (columns > first_end) & (columns <= first_end + self.between)
+        taught = ids.new_full(more.shape, self.teacher_pad_id).scatter(1, places, self.number_of[ids])
+        taught = taught.masked_fill(more, self.teacher_sep_id)
+        valid = mask.new_zeros(more.shape).scatter(1, places, mask).masked_fill(more, 1)
         own = {"input_ids": taught, "attention_mask": valid, PLACES: places}
         if self.has_token_types:
             own["token_type_ids"] = torch.zeros_like(taught).scatter(1, places, second.long()) * valid
