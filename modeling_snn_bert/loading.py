@@ -7,7 +7,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from .configuration_snn_bert import SNNBertConfig
 from .modeling_snn_bert import SNNBertForMultipleChoice, SNNBertForSequenceClassification, SNNBertPreTrainedModel
-from .text_files import Text
+from .text_files import Text, parts
 
 # Keys of a tokenizer's batch that the models take.
 INPUT_NAMES = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
@@ -47,9 +47,19 @@ def tokenized_batches(
     """Padded batches of `texts` in the shape that `model` takes, cut at `max_length` tokens or what the model can.
 
     Of a pair, the longer text is cut first.
+
+    Raises:
+        ValueError: if `max_length` is less than the special tokens and one of each text.
     """
     config = model.config
-    length = min(max_length or config.max_position_embeddings, config.max_position_embeddings)
+    length = config.max_position_embeddings
+    if max_length is not None:
+        texts_each = max((len(parts(text)) for text in texts), default=1)
+        least = tokenizer.num_special_tokens_to_add(pair=texts_each == 2) + texts_each
+        if max_length < least:
+            kind = "pairs of texts" if texts_each == 2 else "texts"
+            raise ValueError(f"`max_length` must be >= {least} for {kind}, got {max_length}")
+        length = min(max_length, length)
     padding: bool | str = True
     if config.psn_length is not None:
         # That neuron takes sequences of one length only.

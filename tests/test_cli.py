@@ -258,7 +258,7 @@ BAD_COMMANDS = {
     "data_file_is_a_folder": (2, ["energy", "{model}", "--data_file", "{model}"], "directory"),
     "max_samples_0": (2, ["energy", "{model}", "--data_file", "{texts}", "--max_samples", "0"], "must be >= 1, got 0"),
     "batch_size_word": (2, ["energy", "{model}", "--data_file", "{texts}", "--batch_size", "x"], "valid integer"),
-    "max_length_0": (2, ["energy", "{model}", "--data_file", "{texts}", "--max_length", "0"], "must be >= 1, got 0"),
+    "max_length_0": (2, ["energy", "{model}", "--data_file", "{texts}", "--max_length", "0"], "must be >= 3, got 0"),
     "data_file_of_another_kind": (1, ["energy", "{model}", "--data_file", "{pdf}"], "must be a .txt, .csv, .tsv"),
     "data_file_not_utf8": (1, ["energy", "{model}", "--data_file", "{binary}"], "utf-8"),
     "no_such_column": (

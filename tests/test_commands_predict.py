@@ -107,6 +107,12 @@ def test_batches_and_order_change_nothing(model, tokenizer, texts, expected):
         torch.testing.assert_close(torch.tensor([p.scores for p in found]), torch.tensor(expected * 3))
 
 
+@pytest.mark.parametrize("max_length", [0, 1, 2])
+def test_a_length_without_room_for_a_text_is_refused(model, tokenizer, texts, max_length):
+    with pytest.raises(ValueError, match=f"`max_length` must be >= 3 for texts, got {max_length}"):
+        TextClassifier(model, tokenizer, max_length=max_length)(texts)
+
+
 def test_texts_that_are_odd(checkpoint, tmp_path):
     texts = ["\x07\x1b[2J", "😀👩\u200d👩", "漢字", "\u200b", "a" * 100_000, "word " * 20_000, "\u2028"]
     path = tmp_path / "odd.jsonl"
@@ -139,6 +145,16 @@ BAD_PREDICTIONS = {
         2,
         ["{model}", "{texts}", "--weight_dtype", "int4"],
         "must be one of float32, bfloat16",
+    ),
+    "max_length_2": (
+        2,
+        ["{model}", "{texts}", "--max_length", "2"],
+        "Invalid value for '--max_length': must be >= 3, got 2",
+    ),
+    "max_length_4_for_pairs": (
+        1,
+        ["{model}", "{columns}", "--text_column", "a", "--text_pair_column", "b", "--max_length", "4"],
+        "`max_length` must be >= 5 for pairs of texts, got 4",
     ),
     "pairs_of_lines": (
         1,

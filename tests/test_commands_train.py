@@ -276,6 +276,7 @@ BAD_TRAINING = {
         ["--text_pair_column", "sentiment", "--label_column", "sentiment"],
         "--text_pair_column must name a column of its own, 'sentiment' is that of",
     ),
+    "max_length_2": (2, ["--max_length", "2"], "must be >= 3, got 2"),
     "too_short_for_pairs": (
         2,
         ["--text_pair_column", "review", "--max_length", "4"],

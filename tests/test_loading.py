@@ -45,6 +45,11 @@ def test_batches(make_with_batches, tokenizer, texts):
     assert rows == tokenizer(texts)["input_ids"]
     (short,) = tokenized_batches(model, tokenizer, texts, 6, max_length=5)
     assert short["input_ids"].shape == (6, 5)
+    pairs = [(text, text) for text in texts]
+    for cut, length, message in ((texts, 2, ">= 3 for texts, got 2"), (pairs, 4, ">= 5 for pairs of texts, got 4")):
+        with pytest.raises(ValueError, match=f"`max_length` must be {message}"):
+            tokenized_batches(model, tokenizer, cut, 6, max_length=length)
+        assert tokenized_batches(model, tokenizer, cut, 6, max_length=length + 1)[0]["input_ids"].shape[1] == length + 1
     # No longer than the model takes, and of one length for a neuron that takes no other.
     (cut,) = tokenized_batches(model, tokenizer, [" ".join(texts * 9)], 1, max_length=1000)
     assert cut["input_ids"].shape == (1, model.config.max_position_embeddings)

@@ -45,7 +45,7 @@ class TextClassifier:
         model: in evaluation mode; it is made event-driven, in place.
         tokenizer: of the model.
         weight_dtype: as for `event_driven`.
-        max_length: texts are cut at so many tokens; `None` takes the tokenizer's length, or the model's if less.
+        max_length: as for `tokenized_batches`; `None` takes the tokenizer's length, or the model's if less.
     """
 
     def __init__(
@@ -57,13 +57,17 @@ class TextClassifier:
     ) -> None:
         self.model = event_driven(model, weight_dtype)
         self.tokenizer = tokenizer
-        self.max_length = max_length or tokenizer.model_max_length
+        self.max_length = tokenizer.model_max_length if max_length is None else max_length
         self.reads_pairs: bool | None = model.config.reads_pairs
         self.labels = [str(model.config.id2label[i]) for i in range(model.config.num_labels)]
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[Text]) -> list[Prediction]:
-        """The predictions of at least one text or pair, which run as one batch."""
+        """The predictions of at least one text or pair, which run as one batch.
+
+        Raises:
+            ValueError: as `tokenized_batches`.
+        """
         (batch,) = tokenized_batches(self.model, self.tokenizer, texts, len(texts), self.max_length)
         predictions = []
         for scores in self.model(**batch).logits.float().softmax(-1).tolist():

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -22,10 +22,20 @@ Loaded = TypeVar("Loaded", bound=PreTrainedModel)
 FAILURES = (ImportError, OSError, RuntimeError, TypeError, ValueError, SafetensorError, StrictDataclassError)
 
 
-def at_least_one(value: int | None) -> int | None:
-    if value is not None and value < 1:
-        raise typer.BadParameter(f"must be >= 1, got {value}")
-    return value
+def at_least(least: int) -> Callable[[int | None], int | None]:
+    """A callback of an option that refuses lower numbers."""
+
+    def check(value: int | None) -> int | None:
+        if value is not None and value < least:
+            raise typer.BadParameter(f"must be >= {least}, got {value}")
+        return value
+
+    return check
+
+
+at_least_one = at_least(1)
+# Tokens of a text at least: one of it, and two special ones.
+long_enough = at_least(3)
 
 
 def fraction(value: float) -> float:
@@ -71,7 +81,7 @@ Encoding = Annotated[
 MaxLength = Annotated[
     int | None,
     typer.Option(
-        "--max_length", callback=at_least_one, help="Cut texts at so many tokens (default: what the model takes)."
+        "--max_length", callback=long_enough, help="Cut texts at so many tokens (default: what the model takes)."
     ),
 ]
 BatchSize = Annotated[int, typer.Option("--batch_size", callback=at_least_one, help="Texts that run at once.")]

@@ -102,8 +102,8 @@ def serve(
         classifier = TextClassifier(*load_classifier(model, revision), weight_dtype, max_length)
         app = make_app(classifier, model, batch_size, limits)
         listener = listen(host, port)
-        # Lays out the weights, so that no request waits for it.
-        classifier(["a"])
+        # Lays out the weights, so that no request waits for it, and refuses a length that no pair fits in.
+        classifier(["a" if classifier.reads_pairs is False else ("a", "a")])
         config = uvicorn.Config(app, **server_settings(limits))
         host, port = listener.getsockname()[:2]
         where = f"[{host}]" if ":" in host else host

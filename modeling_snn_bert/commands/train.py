@@ -39,6 +39,7 @@ from .common import (
     fraction,
     load_bert,
     load_weights,
+    long_enough,
     reported,
 )
 
@@ -95,7 +96,10 @@ def train(
         int, typer.Option("--batch_size", callback=at_least_one, help="Texts of a step.")
     ] = Recipe.batch_size,
     max_length: Annotated[
-        int, typer.Option("--max_length", min=3, help="Cut texts at so many tokens, in the served model too.")
+        int,
+        typer.Option(
+            "--max_length", callback=long_enough, help="Cut texts at so many tokens, in the served model too."
+        ),
     ] = 128,
     learning_rate: Annotated[
         float | None,
