@@ -13,7 +13,7 @@ seed, which SentenceTransformer loads, and results.json: figures before training
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -62,6 +62,12 @@ class Arguments(DistillationTrainingArguments):
 
     num_train_epochs: float = HfArg(default=2.0, help="or give --max_steps")
     embedding_weight: float = HfArg(default=1.0, help="weight of the loss on the teacher's embeddings")
+    # PairTrainer has no other loss of a teacher, so that there are no flags of these.
+    logit_weight: float = field(default=0.0, init=False)
+    temperature: float = field(default=1.0, init=False)
+    hidden_weight: float = field(default=0.0, init=False)
+    attention_weight: float = field(default=0.0, init=False)
+    relation_weight: float = field(default=0.0, init=False)
 
 
 def main() -> None:

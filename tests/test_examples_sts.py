@@ -126,6 +126,10 @@ def test_labels_are_told_apart_by_a_threshold(tmp_path, bert, labels, similarity
         pytest.param(["--max_score", 2.5], "scores must lie in [0, 2.5] (--max_score), train has 5.0", id="score"),
         pytest.param(["--max_score", 0], "--max_score must be positive", id="max-score"),
         pytest.param(["--embedding_weight", -1], "`embedding_weight` must be >= 0", id="weight"),
+        *(
+            pytest.param([f"--{name}", 0.5], f"not used by the HfArgumentParser: ['--{name}', '0.5']", id=name)
+            for name in ("logit_weight", "temperature", "hidden_weight", "attention_weight", "relation_weight")
+        ),
         pytest.param(["--energy_samples", -1], "--energy_samples must be >= 0", id="energy"),
         pytest.param(["--seeds", 1, 1], "must differ", id="seeds"),
     ],
