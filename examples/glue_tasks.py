@@ -354,14 +354,16 @@ def tokenize(rows: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max_
     return rows.map(encode, batched=True, remove_columns=rows.column_names, load_from_cache_file=False)
 
 
-def fitting_length(wanted: int, tokenizer: PreTrainedTokenizerBase, path: str, teacher_path: str | None = None) -> int:
+def fitting_length(
+    wanted: int, tokenizer: PreTrainedTokenizerBase, path: str, teacher_tokenizer: PreTrainedTokenizerBase | None = None
+) -> int:
     """The tokens at which inputs are cut: as many as `wanted`, or as student and teacher take, with a warning."""
     limits = {path: longest_input(AutoConfig.from_pretrained(path))}
-    if teacher_path is not None:
-        own = Separators(AutoTokenizer.from_pretrained(teacher_path))
+    if teacher_tokenizer is not None:
+        teacher_path = teacher_tokenizer.name_or_path
         limit = longest_input(AutoConfig.from_pretrained(teacher_path))
         # A pair may have more separators for the teacher.
-        more = max(0, own.between - Separators(tokenizer).between)
+        more = max(0, Separators(teacher_tokenizer).between - Separators(tokenizer).between)
         limits[teacher_path] = None if limit is None else limit - more
     for name, limit in limits.items():
         if limit is not None and limit < wanted:
@@ -370,16 +372,19 @@ def fitting_length(wanted: int, tokenizer: PreTrainedTokenizerBase, path: str, t
     return wanted
 
 
-def check_vocabulary(teacher_path: str, tokenizer: PreTrainedTokenizerBase, otherwise: str = "") -> None:
+def check_vocabulary(teacher: PreTrainedTokenizerBase, tokenizer: PreTrainedTokenizerBase, otherwise: str = "") -> None:
     """Raise a `ValueError` if the teacher's tokenizer gives other token ids than `tokenizer`."""
-    if AutoTokenizer.from_pretrained(teacher_path).get_vocab() != tokenizer.get_vocab():
+    if teacher.get_vocab() != tokenizer.get_vocab():
+        path = teacher.name_or_path
         raise ValueError(
-            f"--teacher_name_or_path must have the vocabulary of the model, {teacher_path} has another one{otherwise}"
+            f"--teacher_name_or_path must have the vocabulary of the model, {path} has another one{otherwise}"
         )
 
 
-def check_teacher(path: str | None, args: DistillationTrainingArguments, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check what can be known of a teacher before any work.
+def load_teacher_tokenizer(
+    path: str | None, args: DistillationTrainingArguments, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a teacher, if there is one; what can be known of it before any work is checked.
 
     Args:
         path: folder or Hub id, or `None`.
@@ -394,15 +399,18 @@ def check_teacher(path: str | None, args: DistillationTrainingArguments, tokeniz
         for name in WEIGHTS:
             if getattr(args, name):
                 raise ValueError(f"--{name} needs --teacher_name_or_path")
-    elif args.compares_states:
-        advice = ": give --hidden_weight 0 (and no --attention_weight or --embedding_weight)"
-        model_type = AutoConfig.from_pretrained(path).model_type
-        # A student compares its hidden states with those of what it may be made of.
-        if model_type not in FAMILIES:
-            raise ValueError(
-                f"--teacher_name_or_path must be a BERT or an MPNet, {path} is of the type {model_type!r}{advice}"
-            )
-        check_vocabulary(path, tokenizer, advice)
+        return None
+    advice = ": give --hidden_weight 0 (and no --attention_weight or --embedding_weight)"
+    model_type = AutoConfig.from_pretrained(path).model_type
+    # A student compares its hidden states with those of what it may be made of.
+    if args.compares_states and model_type not in FAMILIES:
+        raise ValueError(
+            f"--teacher_name_or_path must be a BERT or an MPNet, {path} is of the type {model_type!r}{advice}"
+        )
+    teacher_tokenizer = AutoTokenizer.from_pretrained(path)
+    if args.compares_states:
+        check_vocabulary(teacher_tokenizer, tokenizer, advice)
+    return teacher_tokenizer
 
 
 def load_teacher(path: str, attention_weights: bool) -> PreTrainedModel:

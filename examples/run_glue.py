@@ -20,9 +20,9 @@ from glue_tasks import (
     RunsArguments,
     Task,
     TaskArguments,
-    check_teacher,
     fitting_length,
     load_teacher,
+    load_teacher_tokenizer,
     measure_energy,
     score,
     several_heads,
@@ -69,16 +69,16 @@ def main() -> None:
     path, teacher_path = model_args.model_name_or_path, text_args.teacher_name_or_path
     tokenizer = AutoTokenizer.from_pretrained(path)
     model_args.check(args.attention_weight > 0)
-    check_teacher(teacher_path, args, tokenizer)
+    teacher_tokenizer = load_teacher_tokenizer(teacher_path, args, tokenizer)
     task, rows = task_args.load()
-    length = fitting_length(task_args.max_seq_length, tokenizer, path, teacher_path)
+    length = fitting_length(task_args.max_seq_length, tokenizer, path, teacher_tokenizer)
     collate = DataCollatorWithPadding(tokenizer)
     if batch_args.pad_to_max_length:
         collate = DataCollatorWithPadding(tokenizer, "max_length", length)
     taught: Collate = collate
-    if teacher_path is not None:
+    if teacher_tokenizer is not None:
         check_head(AutoConfig.from_pretrained(teacher_path), task)
-        taught = collate_for_teacher(collate, tokenizer, AutoTokenizer.from_pretrained(teacher_path))
+        taught = collate_for_teacher(collate, tokenizer, teacher_tokenizer)
     with args.main_process_first(desc="tokenize"):
         data = DatasetDict({split: tokenize(part, task, tokenizer, length) for split, part in rows.items()})
         drawn = None

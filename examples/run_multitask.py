@@ -26,9 +26,9 @@ from glue_tasks import (
     Task,
     TaskArguments,
     attention_implementation,
-    check_teacher,
     fitting_length,
     load_teacher,
+    load_teacher_tokenizer,
     score,
     several_heads,
     tokenize,
@@ -99,8 +99,8 @@ def main() -> None:
     set_seed(args.seed)
     tasks = [TASKS[name] for name in run_args.tasks]
     tokenizer = AutoTokenizer.from_pretrained(path)
-    check_teacher(teacher_path, args, tokenizer)
-    length = fitting_length(run_args.max_seq_length, tokenizer, path, teacher_path)
+    teacher_tokenizer = load_teacher_tokenizer(teacher_path, args, tokenizer)
+    length = fitting_length(run_args.max_seq_length, tokenizer, path, teacher_tokenizer)
     teacher = None
     if teacher_path is not None:
         config = AutoConfig.from_pretrained(teacher_path)
@@ -111,10 +111,9 @@ def main() -> None:
     data = [TaskArguments(task_name=name, data_dir=run_args.data_dir).load()[1] for name in run_args.tasks]
     collate = DataCollatorWithPadding(tokenizer)
     drawn_collate: Collate = collate
-    if teacher_path is not None:
-        own = AutoTokenizer.from_pretrained(teacher_path)
+    if teacher_tokenizer is not None:
         aligned = args.compares_states or args.relation_weight > 0
-        drawn_collate = collate_for_teacher(collate, tokenizer, own, length, aligned=aligned)
+        drawn_collate = collate_for_teacher(collate, tokenizer, teacher_tokenizer, length, aligned=aligned)
 
     def tokenized(split: str) -> list[Dataset]:
         return [tokenize(part[split], task, tokenizer, length) for part, task in zip(data, tasks, strict=True)]

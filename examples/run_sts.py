@@ -152,7 +152,7 @@ def load_sentence_teacher(args: RunArguments, tokenizer: PreTrainedTokenizerBase
     """
     if args.teacher_name_or_path is None:
         return None
-    check_vocabulary(args.teacher_name_or_path, tokenizer)
+    check_vocabulary(AutoTokenizer.from_pretrained(args.teacher_name_or_path), tokenizer)
     widths = [AutoConfig.from_pretrained(x).hidden_size for x in (args.teacher_name_or_path, args.model_name_or_path)]
     if widths[0] != widths[1]:
         raise ValueError(f"the teacher's hidden_size must be the model's, {widths[1]}; it is {widths[0]}")

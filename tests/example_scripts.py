@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoTokenizer
 from transformers.trainer_callback import CallbackHandler
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -32,6 +33,17 @@ def refused(capsys, name, *arguments):
         return str(error.value)
     assert error.value.code not in (0, None)
     return capsys.readouterr().err if isinstance(error.value.code, int) else str(error.value.code)
+
+
+@contextlib.contextmanager
+def tokenizers_loaded():
+    """The paths of the tokenizers that the block loads, each as often as it does."""
+    paths, load = [], AutoTokenizer.from_pretrained
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            AutoTokenizer, "from_pretrained", lambda path, **kwargs: paths.append(path) or load(path, **kwargs)
+        )
+        yield paths
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
-from example_scripts import EXAMPLES, interrupted_after, refused, run_script
+from example_scripts import EXAMPLES, interrupted_after, refused, run_script, tokenizers_loaded
 from glue_files import write_glue
 from glue_tasks import (
     METRICS_FROM,
@@ -368,9 +368,10 @@ def test_labels_in_another_order(tmp_path, bert):
 def test_inputs_are_cut_at_what_the_models_take(tmp_path, bert, tokenizer):
     """A pair takes one token more of an MPNet that has as many positions."""
     write_mpnet(tmp_path / "mpnet", tokenizer, MPNetForSequenceClassification)
-    assert fitting_length(32, tokenizer, str(bert), str(tmp_path / "mpnet")) == 32
+    teacher_tokenizer = AutoTokenizer.from_pretrained(tmp_path / "mpnet")
+    assert fitting_length(32, tokenizer, str(bert), teacher_tokenizer) == 32
     assert fitting_length(128, tokenizer, str(bert)) == 64
-    assert fitting_length(128, tokenizer, str(bert), str(tmp_path / "mpnet")) == 63
+    assert fitting_length(128, tokenizer, str(bert), teacher_tokenizer) == 63
     glue = write_glue(tmp_path / "glue", "mrpc")
     for file in (glue / "MRPC").iterdir():
         file.write_text(file.read_text("utf-8").replace("river", 40 * "river "), encoding="utf-8")
@@ -581,8 +582,10 @@ def test_attention_weights_of_other_models_are_refused(tmp_path, bert, tokenizer
 def test_a_teacher_without_a_head_is_refused(tmp_path, bert, capsys):
     glue = write_glue(tmp_path / "glue", "sst2")
     arguments = [*BASE, "--model_name_or_path", bert, "--data_dir", glue, "--output_dir", tmp_path / "out"]
-    message = refused(capsys, "run_glue", *arguments, "--teacher_name_or_path", bert)
+    with tokenizers_loaded() as paths:
+        message = refused(capsys, "run_glue", *arguments, "--teacher_name_or_path", bert)
     assert "--teacher_name_or_path must be a classifier" in message and "lacks classifier.bias" in message
+    assert paths == [str(bert)] * 2  # the student's and the teacher's, once each
 
 
 def test_a_teacher_of_another_task_is_refused(tmp_path, bert, capsys):

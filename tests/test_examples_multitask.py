@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from example_scripts import interrupted_after, refused, run_script
+from example_scripts import interrupted_after, refused, run_script, tokenizers_loaded
 from glue_files import write_glue
 from glue_tasks import TASKS, load_for_task, several_heads
 from safetensors.torch import load_file
@@ -268,6 +268,14 @@ def test_refuses(tmp_path, capsys, bert, snn_bert, mpnet, teacher, glue, text_fi
     output = ["--output_dir", tmp_path / "out"]
     assert message in refused(capsys, SCRIPT, *common(glue), "--model_name_or_path", bert, *output, *arguments)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_teachers_tokenizer_is_loaded_once(tmp_path, bert, teacher, glue):
+    arguments = ["--model_name_or_path", bert, "--teacher_name_or_path", teacher, "--max_steps", 1]
+    with tokenizers_loaded() as paths:
+        run_script(SCRIPT, *common(glue), *arguments, "--output_dir", tmp_path / "out")
+    assert paths == [str(bert), str(teacher)]
+    assert read(tmp_path / "out")["steps"] == 1
 
 
 def test_half_precision_is_trained_in_full(tmp_path, bert, tokenizer, glue):
