@@ -35,7 +35,7 @@ from modeling_snn_bert import SNNBertConfig
 from modeling_snn_bert.batches import Batch, batches_in_order
 from modeling_snn_bert.conversion import FAMILIES, convert_bert
 from modeling_snn_bert.energy import energy_report
-from modeling_snn_bert.multitask import Head, keep_head, order_head, renew_heads
+from modeling_snn_bert.multitask import Head, keep_head, renew_heads, renew_other_head
 from modeling_snn_bert.settings import ConversionArguments
 from modeling_snn_bert.teacher_inputs import longest_input
 from modeling_snn_bert.text_blocks import Separators
@@ -496,7 +496,7 @@ class ClassifierArguments(ConversionArguments):
     ) -> PreTrainedModel:
         """The classifier of `task`, calibrated on `train` in batches of `collate` if it is converted; `check` it first.
 
-        The head is new unless the checkpoint has one, alone or among those of other tasks; seed the random numbers
+        The head is new unless the checkpoint has one of `task`, alone or among others; seed the random numbers
         first. `attention_weights` says that they will be asked for.
         """
         settings, path = self.settings(), self.model_name_or_path
@@ -561,25 +561,23 @@ def load_for_task(path: str, task: Task, **options: Any) -> PreTrainedModel:
     """The classifier in `path` as one of `task`.
 
     Of a model of several tasks it keeps the head of `task`, and gets a new one if there is none. A model of one task
-    keeps its head, in the order of the labels of `task` if it has these.
+    keeps its head for the same labels, in the order of `task`, or for as many without names; else it gets a new one.
 
     Args:
         path: folder or Hub id.
         task: the task.
         options: further arguments of `from_pretrained`.
-
-    Raises:
-        RuntimeError: if the head of a model of one task has another number of labels.
     """
-    config = AutoConfig.from_pretrained(path)
-    others = several_heads(config)
+    others = several_heads(AutoConfig.from_pretrained(path))
     if task.name not in others:
-        options |= {"ignore_mismatched_sizes": bool(others), **task.head.alone()}
+        options |= {"ignore_mismatched_sizes": True, **task.head.alone()}
     model = AutoModelForSequenceClassification.from_pretrained(path, **options)
-    if not others:
-        order_head(model, config.id2label, task.head.labels)
-    elif task.name in others:
+    if task.name in others:
         keep_head(model, task.head)
-    else:
+    elif others:
         renew_heads(model)
+    else:
+        new_head = renew_other_head(model, PreTrainedConfig.get_config_dict(path)[0], path)
+        if new_head is not None:
+            logger.warning(new_head)
     return model

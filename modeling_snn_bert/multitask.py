@@ -19,6 +19,7 @@ from .distillation import logit_losses
 from .fine_tuning import label_names
 from .mpnet import weights_of
 from .sparsity import add_penalty
+from .text_files import shortened
 from .trainer import DistillationTrainer
 
 
@@ -89,18 +90,50 @@ def keep_head(model: PreTrainedModel, head: Head) -> None:
 
 
 @torch.no_grad()
-def order_head(model: PreTrainedModel, id2label: Mapping[int, str], labels: Sequence[str]) -> None:
+def order_head(model: PreTrainedModel, id2label: Mapping[int, str], labels: Sequence[str]) -> bool:
     """Put the logits of a model of one task in the order of `labels`, in place, if it has these in another order.
 
     Args:
         model: a classifier of texts.
-        id2label: the labels of its logits. Other ones than `labels`, for example `LABEL_0`, leave it as it is.
+        id2label: the labels of its logits. Other ones than `labels`, for example `LABEL_0`, leave it as it is. Their
+            case does not count where it does not tell `labels` apart.
         labels: the labels in the wanted order.
+
+    Returns:
+        Whether it has them.
     """
     names = [str(id2label[i]) for i in sorted(id2label)]
-    if sorted(names) == sorted(labels):
-        order, linear = [names.index(label) for label in labels], last_linear(model)
-        linear.weight[:], linear.bias[:] = linear.weight[order], linear.bias[order]
+    if len(set(map(str.casefold, labels))) == len(labels):
+        names, labels = ([label.casefold() for label in part] for part in (names, labels))
+    if sorted(names) != sorted(labels):
+        return False
+    order, linear = [names.index(label) for label in labels], last_linear(model)
+    linear.weight[:], linear.bias[:] = linear.weight[order], linear.bias[order]
+    return True
+
+
+def renew_other_head(model: PreTrainedModel, saved: Mapping[str, Any], path: str) -> str | None:
+    """Give `model` a new head, in place, if the one of its checkpoint is of other labels, though of as many.
+
+    Args:
+        model: with the labels to be trained; where these are in another order than saved, its head is put into it.
+        saved: the configuration of the checkpoint, as its file has it. Labels without names keep the head.
+        path: of the checkpoint, for the message.
+
+    Returns:
+        What the user is to be told of a new head, or `None`.
+    """
+    names = {int(i): str(name) for i, name in (saved.get("id2label") or {}).items()}
+    # Labels without names may be the same ones.
+    if all(name == f"LABEL_{i}" for i, name in names.items()):
+        return None
+    wanted = [str(name) for _, name in sorted(model.config.id2label.items())]
+    has_head = type(model).__name__ in (saved.get("architectures") or ()) and len(names) == len(wanted)
+    if order_head(model, names, wanted) or not has_head:
+        return None
+    renew_heads(model)
+    told = shortened(map(repr, names.values()))
+    return f"the head of {path} is for other labels ({told}): a new one is random until trained"
 
 
 @torch.no_grad()

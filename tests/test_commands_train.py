@@ -12,13 +12,13 @@ import torch
 from command_line import run_command
 from huggingface_hub import ModelCard
 from small_bert import bert_fixture
-from transformers import AutoTokenizer, BertForSequenceClassification, BertModel, PreTrainedConfig
+from transformers import AutoTokenizer, BertForSequenceClassification, BertModel
 
 from modeling_snn_bert import SNNBertForSequenceClassification, SNNBertModel
 from modeling_snn_bert.commands import train as train_module
-from modeling_snn_bert.commands.train import load_snn_bert, renew_other_head, split
+from modeling_snn_bert.commands.train import split
 from modeling_snn_bert.conversion import convert_bert
-from modeling_snn_bert.fine_tuning import classifier_settings, macro_f1
+from modeling_snn_bert.fine_tuning import macro_f1
 from modeling_snn_bert.text_files import Labelled
 
 bert = bert_fixture(BertModel)
@@ -154,32 +154,6 @@ def test_pairs(bert, pairs, tmp_path, monkeypatch):
     assert SNNBertForSequenceClassification.from_pretrained(tmp_path / "single").config.reads_pairs is False
     assert f"the head of {out} is for other labels ('no', 'yes')" in result.stderr
     assert "training sentences" in (tmp_path / "single" / "README.md").read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize(
-    ("saved", "is_kept"),
-    [
-        (["dull", "joy", "so"], True),
-        (["so", "dull", "joy"], True),
-        (["LABEL_0", "LABEL_1", "LABEL_2"], True),
-        (["a:dull", "a:joy", "b:so"], False),
-    ],
-)
-def test_a_head_is_kept_for_its_own_labels_only(make_config, tmp_path, saved, is_kept):
-    """In whatever order they were saved, or without names; a head of others is renewed, and the encoder is not."""
-    before = SNNBertForSequenceClassification(make_config(id2label=dict(enumerate(saved))))
-    before.save_pretrained(tmp_path)
-    config = PreTrainedConfig.get_config_dict(tmp_path)[0]
-    labels = ["dull", "joy", "so"]
-    model = load_snn_bert(str(tmp_path), None, **classifier_settings(labels))
-    renew_other_head(model, config, str(tmp_path))
-    weights, old = model.state_dict(), before.state_dict()
-    heads = [weights.pop(name) for name in ("classifier.weight", "classifier.bias")]
-    old_heads = [old.pop(name) for name in ("classifier.weight", "classifier.bias")]
-    assert all(torch.equal(weights[name], old[name]) for name in old)
-    order = [saved.index(label) for label in labels] if set(saved) == set(labels) else [0, 1, 2]
-    assert torch.equal(heads[0], old_heads[0][order]) == is_kept and torch.isfinite(heads[0]).all()
-    assert list(model.config.id2label.values()) == labels
 
 
 def test_the_seed_decides(bert, data, tmp_path):

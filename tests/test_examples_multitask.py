@@ -105,11 +105,24 @@ def test_a_task_that_is_not_among_them_gets_a_new_head(tmp_path):
     assert loaded.classifier.weight.shape == (3, 32)
     query = "bert.encoder.layer.0.attention.self.query.weight"
     assert torch.equal(loaded.state_dict()[query], model.state_dict()[query])
-    # The head of one task must fit.
-    keep_head(model, TASKS["sst2"].head)
-    model.save_pretrained(tmp_path / "one")
-    with pytest.raises(RuntimeError, match=r"mismatch"):
-        load_for_task(str(tmp_path / "one"), TASKS["mnli"])
+
+
+@pytest.mark.parametrize(
+    ("name", "is_kept"), [("rte", True), ("qnli", True), ("wnli", True), ("mrpc", False), ("mnli", False)]
+)
+def test_the_head_of_one_task_is_kept_for_its_labels_only(tmp_path, caplog, name, is_kept):
+    """Not by their number: RTE's two labels are QNLI's too, and WNLI's in another order, and not those of MRPC."""
+    model = write_bert(tmp_path / "several", SOME_TASKS)
+    keep_head(model, TASKS["rte"].head)
+    model.save_pretrained(tmp_path / "rte")
+    loaded = load_for_task(str(tmp_path / "rte"), TASKS[name])
+    weight = model.classifier.weight.flip(0) if name == "wnli" else model.classifier.weight
+    assert torch.equal(loaded.classifier.weight, weight) == is_kept
+    assert loaded.config.id2label == dict(enumerate(TASKS[name].labels))
+    query = "bert.encoder.layer.0.attention.self.query.weight"
+    assert torch.equal(loaded.state_dict()[query], model.state_dict()[query])
+    told = "rte is for other labels ('entailment', 'not_entailment'): a new one is random until trained"
+    assert (told in caplog.text) == (name == "mrpc")
 
 
 def test_labels_teach_every_task(teacher):

@@ -4,9 +4,11 @@ import random
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedConfig
 
+from modeling_snn_bert import SNNBertForSequenceClassification
 from modeling_snn_bert.distillation import logit_loss
+from modeling_snn_bert.fine_tuning import label_names
 from modeling_snn_bert.multitask import (
     Head,
     MultitaskTrainer,
@@ -17,6 +19,7 @@ from modeling_snn_bert.multitask import (
     logits_by_head,
     order_head,
     renew_heads,
+    renew_other_head,
     rows_of_all,
     take_over,
 )
@@ -163,6 +166,41 @@ def test_a_head_is_put_in_the_order_of_the_labels():
         assert torch.equal(model.classifier.weight, weight) and torch.equal(model.classifier.bias, bias)
     order_head(model, {0: "other", 1: "same"}, ["same", "other"])
     assert torch.equal(model.classifier.weight, weight.flip(0)) and torch.equal(model.classifier.bias, bias.flip(0))
+    # In whatever case, unless labels differ in nothing else.
+    assert order_head(model, {0: "OTHER", 1: "Same"}, ["same", "other"])
+    assert torch.equal(model.classifier.weight, weight)
+    assert order_head(model, {0: "a", 1: "A"}, ["A", "a"])
+    assert torch.equal(model.classifier.weight, weight.flip(0))
+
+
+@pytest.mark.parametrize(
+    ("saved", "is_kept"),
+    [
+        (["dull", "joy", "so"], True),
+        (["SO", "Dull", "joy"], True),
+        (["LABEL_0", "LABEL_1", "LABEL_2"], True),
+        (["a:dull", "a:joy", "b:so"], False),
+    ],
+)
+def test_a_head_is_kept_for_its_own_labels_only(make_config, tmp_path, saved, is_kept):
+    """In whatever order and case they were saved, or without names; one of others is renewed, the encoder is not."""
+    before = SNNBertForSequenceClassification(make_config(id2label=dict(enumerate(saved))))
+    before.save_pretrained(tmp_path)
+    labels = ["dull", "joy", "so"]
+    model = SNNBertForSequenceClassification.from_pretrained(tmp_path, **label_names(labels))
+    told = renew_other_head(model, PreTrainedConfig.get_config_dict(tmp_path)[0], "a path")
+    assert told == (
+        None
+        if is_kept
+        else f"the head of a path is for other labels ({str(saved)[1:-1]}): a new one is random until trained"
+    )
+    weights, old = model.state_dict(), before.state_dict()
+    heads = [weights.pop(name) for name in ("classifier.weight", "classifier.bias")]
+    old_heads = [old.pop(name) for name in ("classifier.weight", "classifier.bias")]
+    assert all(torch.equal(weights[name], old[name]) for name in old)
+    order = [1, 2, 0] if saved[0] == "SO" else [0, 1, 2]
+    assert torch.equal(heads[0], old_heads[0][order]) == is_kept and torch.isfinite(heads[0]).all()
+    assert list(model.config.id2label.values()) == labels
 
 
 def test_label_loss_is_the_mean_over_rows():

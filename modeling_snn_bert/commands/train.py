@@ -8,7 +8,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, set_seed
@@ -151,7 +151,12 @@ def train(
                 start = load_bert(model, "SequenceClassification", revision, **settings)
             else:
                 start = load_snn_bert(model, revision, **settings)
-            renew_other_head(start, config, model)
+            # Its module imports the Trainer, for which the other commands would wait.
+            from ..multitask import renew_other_head
+
+            new_head = renew_other_head(start, config, model)
+            if new_head is not None:
+                typer.echo(new_head, err=True)
             tokenizer = AutoTokenizer.from_pretrained(model, revision=revision or "main", trust_remote_code=False)
             tokenizer.model_max_length = min(
                 max_length, start.config.max_position_embeddings, tokenizer.model_max_length
@@ -267,27 +272,3 @@ def load_snn_bert(model_name_or_path: str, revision: str | None, **settings) -> 
             "train a model with neuron_type 'bpsn' or 'lif'"
         )
     return model
-
-
-def renew_other_head(model: PreTrainedModel, saved: dict[str, Any], path: str) -> None:
-    """Give `model` a new head, in place, if the one of its checkpoint is of other labels, though of as many.
-
-    Args:
-        model: with the labels to be trained; where these are in another order than saved, its head is put into it.
-        saved: the configuration of the checkpoint, as its file has it. Labels without names keep the head.
-        path: of the checkpoint, for the message.
-    """
-    # Its module imports the Trainer, for which the other commands would wait.
-    from ..multitask import order_head, renew_heads
-
-    names = {int(i): str(name) for i, name in (saved.get("id2label") or {}).items()}
-    # Labels without names may be the same ones.
-    if all(name == f"LABEL_{i}" for i, name in names.items()):
-        return
-    wanted = [str(name) for _, name in sorted(model.config.id2label.items())]
-    if sorted(names.values()) == sorted(wanted):
-        order_head(model, names, wanted)
-    elif type(model).__name__ in (saved.get("architectures") or ()) and len(names) == len(wanted):
-        renew_heads(model)
-        told = shortened(map(repr, names.values()))
-        typer.echo(f"the head of {path} is for other labels ({told}): a new one is random until trained", err=True)
