@@ -40,7 +40,7 @@ from transformers import (
 from transformers.hf_argparser import HfArg
 
 from modeling_snn_bert.batches import Batches, BatchOf, Collate, DrawnBatches, RowBatches, alternating
-from modeling_snn_bert.multitask import keep_head, order_head
+from modeling_snn_bert.multitask import has_named_labels, keep_head, order_head, order_of_labels
 from modeling_snn_bert.seeds import run_seeds
 from modeling_snn_bert.teacher_inputs import collate_for_teacher
 from modeling_snn_bert.trainer import DistillationTrainer, DistillationTrainingArguments
@@ -139,13 +139,16 @@ def main() -> None:
 
 
 def check_head(config: PreTrainedConfig, task: Task) -> None:
-    """Raise a `ValueError` if a teacher has no head of `task`."""
-    wanted, found = len(task.head.labels), config.num_labels
+    """Raise a `ValueError` if a teacher has no head of `task`. Labels without names may be the task's."""
+    wanted, found = task.head.labels, [str(config.id2label[i]) for i in sorted(config.id2label)]
     if several_heads(config):
         task.head.check(config, "--teacher_name_or_path")
-    elif found != wanted:
+    elif len(found) != len(wanted) or (
+        has_named_labels(config.id2label) and order_of_labels(config.id2label, wanted) is None
+    ):
         raise ValueError(
-            f"--teacher_name_or_path must have been fine-tuned on {task.name}, with {wanted} labels; it has {found}"
+            f"--teacher_name_or_path must have been fine-tuned on {task.name}, with the labels {list(wanted)}; "
+            f"its labels are {found}"
         )
 
 

@@ -89,25 +89,37 @@ def keep_head(model: PreTrainedModel, head: Head) -> None:
         setattr(model.config, setting, value)
 
 
+def has_named_labels(id2label: Mapping[int, str]) -> bool:
+    """Whether the labels have names, and not those that transformers gives: `LABEL_0`, `LABEL_1`, ..."""
+    return any(str(name) != f"LABEL_{i}" for i, name in id2label.items())
+
+
+def order_of_labels(id2label: Mapping[int, str], labels: Sequence[str]) -> list[int] | None:
+    """Which of a model's logits each of `labels` is, or `None` if the model has other labels.
+
+    Case does not count where it does not tell `labels` apart.
+    """
+    names = [str(id2label[i]) for i in sorted(id2label)]
+    if len(set(map(str.casefold, labels))) == len(labels):
+        names, labels = ([label.casefold() for label in part] for part in (names, labels))
+    return [names.index(label) for label in labels] if sorted(names) == sorted(labels) else None
+
+
 @torch.no_grad()
 def order_head(model: PreTrainedModel, id2label: Mapping[int, str], labels: Sequence[str]) -> bool:
     """Put the logits of a model of one task in the order of `labels`, in place, if it has these in another order.
 
     Args:
         model: a classifier of texts.
-        id2label: the labels of its logits. Other ones than `labels`, for example `LABEL_0`, leave it as it is. Their
-            case does not count where it does not tell `labels` apart.
-        labels: the labels in the wanted order.
+        id2label: the labels of its logits. Other ones than `labels`, for example `LABEL_0`, leave it as it is.
+        labels: the labels in the wanted order, see `order_of_labels`.
 
     Returns:
         Whether it has them.
     """
-    names = [str(id2label[i]) for i in sorted(id2label)]
-    if len(set(map(str.casefold, labels))) == len(labels):
-        names, labels = ([label.casefold() for label in part] for part in (names, labels))
-    if sorted(names) != sorted(labels):
+    order, linear = order_of_labels(id2label, labels), last_linear(model)
+    if order is None:
         return False
-    order, linear = [names.index(label) for label in labels], last_linear(model)
     linear.weight[:], linear.bias[:] = linear.weight[order], linear.bias[order]
     return True
 
@@ -125,7 +137,7 @@ def renew_other_head(model: PreTrainedModel, saved: Mapping[str, Any], path: str
     """
     names = {int(i): str(name) for i, name in (saved.get("id2label") or {}).items()}
     # Labels without names may be the same ones.
-    if all(name == f"LABEL_{i}" for i, name in names.items()):
+    if not has_named_labels(names):
         return None
     wanted = [str(name) for _, name in sorted(model.config.id2label.items())]
     has_head = type(model).__name__ in (saved.get("architectures") or ()) and len(names) == len(wanted)

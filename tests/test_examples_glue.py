@@ -588,11 +588,29 @@ def test_a_teacher_without_a_head_is_refused(tmp_path, bert, capsys):
     assert paths == [str(bert)] * 2  # the student's and the teacher's, once each
 
 
-def test_a_teacher_of_another_task_is_refused(tmp_path, bert, capsys):
-    glue = write_glue(tmp_path / "glue", "stsb")
+@pytest.mark.parametrize(
+    ("task", "labels", "message"),
+    [
+        pytest.param("stsb", [], "the labels ['score']; its labels are ['LABEL_0', 'LABEL_1']", id="number"),
+        pytest.param(
+            "rte",
+            ["not_equivalent", "equivalent"],
+            "on rte, with the labels ['entailment', 'not_entailment']; its",
+            id="names",
+        ),
+        # What comes next is seen in place of a teacher that teaches: it has no head.
+        pytest.param("rte", ["Not_entailment", "ENTAILMENT"], "must be a classifier", id="case-and-order"),
+        pytest.param("rte", ["LABEL_0", "LABEL_1"], "must be a classifier", id="unnamed"),
+    ],
+)
+def test_a_teacher_of_another_task_is_refused(tmp_path, bert, tokenizer, capsys, task, labels, message):
+    model = BertModel.from_pretrained(bert, **({"id2label": dict(enumerate(labels))} if labels else {}))
+    model.save_pretrained(tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    glue = write_glue(tmp_path / "glue", task)
     arguments = ["--model_name_or_path", bert, "--data_dir", glue, "--output_dir", tmp_path / "out"]
-    message = refused(capsys, "run_glue", *arguments, "--task_name", "stsb", "--teacher_name_or_path", bert)
-    assert "must have been fine-tuned on stsb, with 1 labels; it has 2" in message
+    arguments += ["--teacher_name_or_path", tmp_path / "teacher"]
+    assert message in refused(capsys, "run_glue", *arguments, "--task_name", task)
 
 
 def test_the_plain_loop(tmp_path, bert):
