@@ -10,7 +10,7 @@ the other scripts start from there.
 """
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 import torch
@@ -22,10 +22,10 @@ from transformers.hf_argparser import HfArg
 from modeling_snn_bert import SNNBertModel
 from modeling_snn_bert.batches import Batches
 from modeling_snn_bert.commands.common import load_bert
-from modeling_snn_bert.conversion import convert_bert
+from modeling_snn_bert.conversion import convert_bert, initialize_from_bert
 from modeling_snn_bert.distillation import check_same_shape, embedding_loss, hidden_state_loss
 from modeling_snn_bert.seeds import checkpoint_of
-from modeling_snn_bert.settings import ConversionArguments
+from modeling_snn_bert.settings import ConversionArguments, refuse_given
 from modeling_snn_bert.teacher_inputs import longest_input
 from modeling_snn_bert.text_blocks import TextArguments, TextBlocks
 from modeling_snn_bert.trainer import DistillationTrainer, DistillationTrainingArguments
@@ -51,6 +51,9 @@ class Arguments(DistillationTrainingArguments):
     learning_rate: float = HfArg(default=5e-4, help="of all but the neurons")
     max_steps: int = HfArg(default=1000, help="steps of the run")
     hidden_weight: float = HfArg(default=1.0, help="weight of the loss on hidden states")
+    # There are no logits, so that there are no flags of their loss.
+    logit_weight: float = field(default=0.0, init=False)
+    temperature: float = field(default=1.0, init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,26 +66,33 @@ class Arguments(DistillationTrainingArguments):
 def main() -> None:
     parser = HfArgumentParser([StudentArguments, TextArguments, Arguments], description=__doc__)
     student_args, text_args, args = parser.parse_args_into_dataclasses()
+    student_path, settings = student_args.student_name_or_path, student_args.settings()
+    if student_path:
+        of_conversion = ["firing_rate", "threshold_per", "calibration_tokens"]
+        refuse_given(parser, of_conversion, "is of a new student: leave it out, or --student_name_or_path")
     set_seed(args.seed)
     teacher_path = student_args.model_name_or_path or str(minilm_folder())
     tokenizer = AutoTokenizer.from_pretrained(teacher_path)
     teacher = load_encoder_teacher(teacher_path, text_args.max_seq_length, args.attention_weight > 0).to(args.device)
+    attention = "eager" if args.attention_weight else "sdpa"
+    if student_path:
+        settings |= {"attn_implementation": attention, "dtype": torch.float32}
+        student = SNNBertModel.from_pretrained(student_path, **settings).to(args.device)
+    else:
+        # An uncalibrated copy refuses bad settings before the work.
+        student = initialize_from_bert(teacher, **settings)
+    check_same_shape(student.config, teacher.config)
+    checkpoint = checkpoint_of(args.output_dir, args.resume_from_checkpoint)
     with args.main_process_first(desc="tokenize the text"):
         blocks = text_args.blocks(tokenizer, args.seed)
-    checkpoint = checkpoint_of(args.output_dir, args.resume_from_checkpoint)
-    # A checkpoint brings the weights, so that a little text will do.
-    calibration = blocks.calibration(1 if checkpoint else text_args.calibration_tokens)
     started = time.perf_counter()
-    attention, settings = "eager" if args.attention_weight else "sdpa", student_args.settings()
-    if student_args.student_name_or_path:
-        settings |= {"attn_implementation": attention, "dtype": torch.float32}
-        student = SNNBertModel.from_pretrained(student_args.student_name_or_path, **settings).to(args.device)
-    else:
+    if not student_path:
+        # A checkpoint brings the weights, so that a little text will do.
+        calibration = blocks.calibration(1 if checkpoint else text_args.calibration_tokens)
         rate, threshold_per = student_args.firing_rate, student_args.threshold_per
         student = convert_bert(teacher, calibration, rate, threshold_per=threshold_per, **settings)
         student.set_attn_implementation(attention)
     calibration_seconds = time.perf_counter() - started
-    check_same_shape(student.config, teacher.config)
     # Dropout off in both: the student is to hit the teacher's states, and noise in either only blurs them. The student
     # is in training mode all the same: gradient checkpointing works in that mode only.
     for module in student.modules():

@@ -9,7 +9,7 @@ TrainingArguments. Writes a Hub-ready folder with tokenizer, and mlm_results.jso
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import torch
 from transformers import (
@@ -26,8 +26,8 @@ from transformers.hf_argparser import HfArg
 
 from modeling_snn_bert import SNNBertConfig, SNNBertForMaskedLM
 from modeling_snn_bert.batches import Batch, Batches
-from modeling_snn_bert.conversion import convert_bert
-from modeling_snn_bert.settings import ConversionArguments
+from modeling_snn_bert.conversion import convert_bert, initialize_from_bert
+from modeling_snn_bert.settings import ConversionArguments, refuse_given
 from modeling_snn_bert.text_blocks import TextArguments, TextBlocks
 from modeling_snn_bert.trainer import DistillationTrainer, DistillationTrainingArguments
 
@@ -62,20 +62,32 @@ class Arguments(DistillationTrainingArguments):
 
     learning_rate: float = HfArg(default=5e-4, help="of all but the neurons")
     max_steps: int = HfArg(default=1000, help="steps of the run")
+    # There is no teacher, so that there are no flags of its losses.
+    logit_weight: float = field(default=0.0, init=False)
+    temperature: float = field(default=1.0, init=False)
+    hidden_weight: float = field(default=0.0, init=False)
+    attention_weight: float = field(default=0.0, init=False)
+    embedding_weight: float = field(default=0.0, init=False)
+    relation_weight: float = field(default=0.0, init=False)
 
 
 def main() -> None:
     parser = HfArgumentParser([ModelArguments, TextArguments, Arguments], description=__doc__)
     model_args, text_args, args = parser.parse_args_into_dataclasses()
+    if not model_args.convert:
+        refuse_given(parser, ["firing_rate", "calibration_tokens"], "needs --convert")
     set_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(model_args.tokenizer_name or model_args.model_name_or_path)
     if tokenizer.mask_token_id is None:
         raise ValueError("the tokenizer must have a mask token")
     config = load_config(model_args, text_args.max_seq_length, tokenizer)
+    if model_args.convert:
+        bert = BertForMaskedLM.from_pretrained(model_args.model_name_or_path, dtype=torch.float32).to(args.device)
+        # An uncalibrated copy refuses bad settings before the work.
+        initialize_from_bert(bert, **model_args.settings())
     with args.main_process_first(desc="tokenize the text"):
         blocks = text_args.blocks(tokenizer, args.seed)
     if model_args.convert:
-        bert = BertForMaskedLM.from_pretrained(model_args.model_name_or_path, dtype=torch.float32).to(args.device)
         calibration = blocks.calibration(text_args.calibration_tokens)
         model = convert_bert(bert, calibration, model_args.firing_rate, **model_args.settings())
     elif model_args.model_name_or_path:

@@ -1,8 +1,9 @@
-"""Settings of `SNNBertConfig` as users write them on a command line: `spike_type=ternary,decay=0.1`."""
+"""Settings of `SNNBertConfig` as users write them on a command line (`spike_type=ternary,decay=0.1`), and flags."""
 
 import dataclasses
 import json
 import re
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -61,3 +62,15 @@ class ConversionArguments:
             return parse_settings(self.config_overrides)
         except ValueError as error:
             raise ValueError(f"--config_overrides: {error}") from error
+
+
+def refuse_given(parser: ArgumentParser, names: Sequence[str], why: str) -> None:
+    """Raise a `ValueError`, `--name why`, if the command line has one of these flags, which would do nothing.
+
+    That a flag has its default says nothing of whether it was given.
+    """
+    unset = object()
+    given, _ = parser.parse_known_args(namespace=Namespace(**dict.fromkeys(names, unset)))
+    for name in names:
+        if getattr(given, name) is not unset:
+            raise ValueError(f"--{name} {why}")

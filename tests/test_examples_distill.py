@@ -121,7 +121,7 @@ def test_distillation_resumes_exactly(tmp_path, bert, text_file):
 
 
 def test_distillation_goes_on_from_a_student(tmp_path, bert, text_file):
-    arguments = ["--model_name_or_path", bert, "--train_file", text_file, *COMMON, "--calibration_tokens", 256]
+    arguments = ["--model_name_or_path", bert, "--train_file", text_file, *COMMON]
     run_script("distill_bert", *arguments, "--max_steps", 10, "--output_dir", tmp_path / "first")
     start = ["--student_name_or_path", tmp_path / "first", "--max_steps", 1, "--learning_rate", 1e-9]
     run_script("distill_bert", *arguments, *start, "--output_dir", tmp_path / "second")
@@ -147,7 +147,7 @@ def test_distillation_of_the_mean_embedding(tmp_path, bert, text_file):
 
 def test_distillation_towards_a_firing_rate(tmp_path, bert, text_file):
     """A target in the configuration, of a student to go on from as well, is part of the loss and stays in it."""
-    arguments = ["--model_name_or_path", bert, "--train_file", text_file, *COMMON, "--calibration_tokens", 256]
+    arguments = ["--model_name_or_path", bert, "--train_file", text_file, *COMMON]
     arguments += ["--learning_rate", 1e-3, "--logging_steps", 1]
     run_script("distill_bert", *arguments, "--max_steps", 10, "--output_dir", tmp_path / "first")
     quiet = ["--student_name_or_path", tmp_path / "first", "--config_overrides", "firing_rate_target=0.1"]
@@ -220,6 +220,22 @@ def test_masked_lm_from_a_bert(tmp_path, bert, text_file):
     assert SNNBertForMaskedLM.from_pretrained(tmp_path / "out").config.hidden_size == 32
 
 
+LOGIT_FLAGS = ["--logit_weight", "--temperature"]
+STATE_FLAGS = ["--hidden_weight", "--attention_weight", "--embedding_weight", "--relation_weight"]
+# Flags that a script does not have, and those that do nothing beside others, at their defaults too.
+UNKNOWN = {"distill_bert": LOGIT_FLAGS, "run_mlm": LOGIT_FLAGS + STATE_FLAGS}
+CONVERSION_FLAGS = {"--firing_rate": 0.2, "--calibration_tokens": 10_000}
+IDLE = [
+    ("run_mlm", [], CONVERSION_FLAGS, "needs --convert"),
+    (
+        "distill_bert",
+        ["--student_name_or_path", "OTHER"],
+        {**CONVERSION_FLAGS, "--threshold_per": "channel"},
+        "is of a new student",
+    ),
+]
+
+
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
@@ -238,10 +254,35 @@ def test_masked_lm_from_a_bert(tmp_path, bert, text_file):
         ),
         pytest.param("run_mlm", ["--train_file", "FILE"], "must be of the type 'snn_bert'", id="bert"),
         pytest.param("run_mlm", ["--train_file", "FILE", "--mlm_probability", 0], "--mlm_probability", id="mask"),
+        *(
+            pytest.param(
+                script, ["--train_file", "FILE", flag, 1], f"HfArgumentParser: ['{flag}', '1']", id=script + flag
+            )
+            for script, flags in UNKNOWN.items()
+            for flag in flags
+        ),
+        *(
+            pytest.param(
+                script, ["--train_file", "FILE", *mode, flag, value], f"{flag} {why}", id=f"{script}{flag}-idle"
+            )
+            for script, mode, flags, why in IDLE
+            for flag, value in flags.items()
+        ),
+        *(
+            pytest.param(script, ["--train_file", "FILE", *COMMON, *mode], message, id=f"{script}-{message}")
+            for script, mode, message in (
+                ("distill_bert", ["--student_name_or_path", "OTHER"], "vocab_size"),
+                ("distill_bert", ["--setting", "spike_type=odd"], "spike_type"),
+                ("run_mlm", ["--convert", "--setting", "spike_type=odd"], "spike_type"),
+            )
+        ),
     ],
 )
-def test_refused(tmp_path, bert, text_file, capsys, script, arguments, message):
-    arguments = [text_file if argument == "FILE" else argument for argument in arguments]
+def test_refused(tmp_path, cache, bert, text_file, make_config, capsys, script, arguments, message):
+    """Before any work: no text is tokenised."""
+    SNNBertModel(make_config()).save_pretrained(tmp_path / "other")
+    names = {"FILE": text_file, "OTHER": tmp_path / "other"}
+    arguments = [names.get(argument, argument) for argument in arguments]
     output = tmp_path / "out"
     assert message in refused(capsys, script, "--model_name_or_path", bert, "--output_dir", output, *arguments)
-    assert not (output / "model.safetensors").exists()
+    assert not (output / "model.safetensors").exists() and not cache.exists()

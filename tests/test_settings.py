@@ -1,9 +1,11 @@
 """Settings of the configuration as words of a command line."""
 
+import argparse
+
 import pytest
 
 from modeling_snn_bert import SNNBertConfig
-from modeling_snn_bert.settings import parse_settings
+from modeling_snn_bert.settings import parse_settings, refuse_given
 
 
 def test_settings_have_the_types_of_the_configuration():
@@ -35,3 +37,15 @@ def test_a_value_may_hold_commas():
 def test_bad_settings(text, message):
     with pytest.raises(ValueError, match=message):
         parse_settings(text)
+
+
+@pytest.mark.parametrize("words", [["--rate", "0.2"], ["--rate=0.2"], ["--speed", "0.2"], ["--whole"]])
+def test_a_given_flag_is_told_from_its_default(monkeypatch, words):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rate", "--speed", type=float, default=0.2)
+    parser.add_argument("--whole", action="store_true")
+    monkeypatch.setattr("sys.argv", ["script", *words])
+    with pytest.raises(ValueError, match=f"--{'whole' if words == ['--whole'] else 'rate'} needs another"):
+        refuse_given(parser, ["rate", "whole"], "needs another")
+    monkeypatch.setattr("sys.argv", ["script"])
+    refuse_given(parser, ["rate", "whole"], "needs another")
