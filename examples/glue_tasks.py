@@ -40,7 +40,7 @@ from modeling_snn_bert.settings import ConversionArguments
 from modeling_snn_bert.teacher_inputs import longest_input
 from modeling_snn_bert.text_blocks import Separators
 from modeling_snn_bert.text_files import check_columns, read_rows
-from modeling_snn_bert.trainer import WEIGHTS, DistillationTrainingArguments
+from modeling_snn_bert.trainer import DistillationTrainingArguments
 
 logger = logging.get_logger(__name__)
 METRICS_FROM = f"scikit-learn {sklearn.__version__}, scipy {scipy.__version__}"
@@ -392,13 +392,10 @@ def load_teacher_tokenizer(
         tokenizer: the student's.
 
     Raises:
-        ValueError: if there is no teacher and it is to teach; or if its states are to be compared with the student's,
-            token by token, and it is neither a BERT nor an MPNet, or its tokenizer gives other token ids.
+        ValueError: if its states are to be compared with the student's, token by token, and it is neither a BERT nor an
+            MPNet, or its tokenizer gives other token ids.
     """
     if path is None:
-        for name in WEIGHTS:
-            if getattr(args, name):
-                raise ValueError(f"--{name} needs --teacher_name_or_path")
         return None
     advice = ": give --hidden_weight 0 (and no --attention_weight or --embedding_weight)"
     model_type = AutoConfig.from_pretrained(path).model_type

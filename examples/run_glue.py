@@ -42,8 +42,9 @@ from transformers.hf_argparser import HfArg
 from modeling_snn_bert.batches import Batches, BatchOf, Collate, DrawnBatches, RowBatches, alternating
 from modeling_snn_bert.multitask import has_named_labels, keep_head, order_head, order_of_labels
 from modeling_snn_bert.seeds import run_seeds
+from modeling_snn_bert.settings import refuse_given
 from modeling_snn_bert.teacher_inputs import collate_for_teacher
-from modeling_snn_bert.trainer import DistillationTrainer, DistillationTrainingArguments
+from modeling_snn_bert.trainer import OF_TEACHER, DistillationTrainer, DistillationTrainingArguments
 from modeling_snn_bert.unlabelled_data import UnlabelledArguments
 
 
@@ -67,6 +68,12 @@ def main() -> None:
     if model_args.settings().get("neuron_type") == "psn" and not batch_args.pad_to_max_length:
         raise ValueError("neuron_type=psn takes one length only: give --pad_to_max_length and psn_length=<that length>")
     path, teacher_path = model_args.model_name_or_path, text_args.teacher_name_or_path
+    if teacher_path is None:
+        refuse_given(parser, OF_TEACHER, "needs --teacher_name_or_path")
+    if not text_args.unlabelled_file:
+        refuse_given(parser, ["unlabelled_sentences", "unlabelled_batches"], "needs --unlabelled_file")
+    if not model_args.convert:
+        refuse_given(parser, ["firing_rate"], "needs --convert")
     tokenizer = AutoTokenizer.from_pretrained(path)
     model_args.check(args.attention_weight > 0)
     teacher_tokenizer = load_teacher_tokenizer(teacher_path, args, tokenizer)

@@ -23,6 +23,7 @@ from transformers.hf_argparser import HfArg
 from modeling_snn_bert.atomic_writes import write_json
 from modeling_snn_bert.batches import RowBatches
 from modeling_snn_bert.distillation import parameter_groups
+from modeling_snn_bert.settings import refuse_given
 
 
 @dataclass
@@ -52,6 +53,8 @@ class LoopArguments:
 def main() -> None:
     parser = HfArgumentParser([ClassifierArguments, TaskArguments, LoopArguments], description=__doc__)
     model_args, task_args, args = parser.parse_args_into_dataclasses()
+    if not model_args.convert:
+        refuse_given(parser, ["firing_rate"], "needs --convert")
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision, gradient_accumulation_steps=args.gradient_accumulation_steps
     )

@@ -16,7 +16,7 @@ the tasks.
 
 import random
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from statistics import fmean
 
 import torch
@@ -55,8 +55,9 @@ from modeling_snn_bert.multitask import (
     take_over,
 )
 from modeling_snn_bert.seeds import RESULTS_FILE
+from modeling_snn_bert.settings import refuse_given
 from modeling_snn_bert.teacher_inputs import CollateForTeacher, collate_for_teacher
-from modeling_snn_bert.trainer import DistillationTrainingArguments
+from modeling_snn_bert.trainer import OF_TEACHER, DistillationTrainingArguments
 from modeling_snn_bert.unlabelled_data import UnlabelledArguments
 
 FIVE_TASKS = ("cola", "sst2", "mrpc", "stsb", "rte")
@@ -88,6 +89,8 @@ class Arguments(DistillationTrainingArguments):
 
     max_steps: int = HfArg(default=3000, help="steps of the run")
     hidden_weight: float = HfArg(default=1.0, help="weight of the loss on hidden states")
+    # Labels and logits are never mixed, so that there is no flag of their shares.
+    logit_weight: float = field(default=0.0, init=False)
 
 
 def main() -> None:
@@ -95,6 +98,7 @@ def main() -> None:
     run_args, text_args, args = parser.parse_args_into_dataclasses()
     path, teacher_path = run_args.model_name_or_path, text_args.teacher_name_or_path
     if teacher_path is None:
+        refuse_given(parser, [*OF_TEACHER, "unlabelled_sentences", "single_share"], "needs --teacher_name_or_path")
         args.hidden_weight = 0.0
     set_seed(args.seed)
     tasks = [TASKS[name] for name in run_args.tasks]

@@ -29,6 +29,8 @@ from .teacher_inputs import FOR_TEACHER, PLACES
 
 # Losses on more than logits, each with its weight among the arguments.
 WEIGHTS = ("hidden_weight", "attention_weight", "embedding_weight", "relation_weight")
+# All arguments that do nothing without a teacher.
+OF_TEACHER = ("logit_weight", "temperature", *WEIGHTS)
 
 
 @dataclass

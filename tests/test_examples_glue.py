@@ -531,7 +531,17 @@ def test_another_neuron(tmp_path, bert):
         pytest.param(["--config_overrides", "decay=much", "--convert"], "decay", id="override-type"),
         pytest.param(["--setting", "firing_rate_target=low", "--convert"], "firing_rate_target", id="override-number"),
         pytest.param(["--logit_weight", 2], "`logit_weight` must lie in", id="weight"),
-        pytest.param(["--hidden_weight", 1], "--hidden_weight needs --teacher_name_or_path", id="no-teacher"),
+        *(
+            pytest.param([f"--{name}", value], f"--{name} needs --{what}", id=f"{name}-idle")
+            for name, value, what in (
+                ("logit_weight", 0.5, "teacher_name_or_path"),
+                ("temperature", 2.0, "teacher_name_or_path"),
+                ("hidden_weight", 1, "teacher_name_or_path"),
+                ("unlabelled_batches", 4, "unlabelled_file"),
+                ("unlabelled_sentences", 60_000, "unlabelled_file"),
+                ("firing_rate", 0.2, "convert"),
+            )
+        ),
         pytest.param(["--unlabelled_file", __file__ + "x"], "there is no file", id="unlabelled-missing"),
         pytest.param(["--unlabelled_file", __file__], "--unlabelled_file must be one of .txt", id="unlabelled-kind"),
         pytest.param(["--unlabelled_file", "{text}"], "--unlabelled_file needs --teacher", id="unlabelled-no-teacher"),
@@ -636,6 +646,11 @@ def test_the_plain_loop(tmp_path, bert):
     again, whole = (json.loads((tmp_path / x / "all_results.json").read_text()) for x in ("again", "whole"))
     assert again["metrics"] == whole["metrics"] and again["steps"] == 0
     assert_same_weights(tmp_path / "whole", tmp_path / "again")
+
+
+def test_the_plain_loop_refuses_a_firing_rate_without_a_conversion(tmp_path, bert, capsys):
+    arguments = [*BASE, "--model_name_or_path", bert, "--output_dir", tmp_path / "out", "--firing_rate", 0.2]
+    assert "--firing_rate needs --convert" in refused(capsys, "run_glue_no_trainer", *arguments)
 
 
 @pytest.mark.parametrize(

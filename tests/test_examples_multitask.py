@@ -255,7 +255,17 @@ def test_resumes_exactly_also_to_another_end(tmp_path, snn_bert, teacher, glue, 
         pytest.param(
             ["--unlabelled_file", "{text}"], "--unlabelled_file needs --teacher_name_or_path", id="no-teacher"
         ),
-        pytest.param(["--attention_weight", 1], "--attention_weight needs --teacher_name_or_path", id="attention"),
+        *(
+            pytest.param([f"--{name}", value], f"--{name} needs --teacher_name_or_path", id=f"{name}-idle")
+            for name, value in (
+                ("temperature", 2.0),
+                ("hidden_weight", 1.0),
+                ("attention_weight", 1),
+                ("unlabelled_sentences", 60_000),
+                ("single_share", 0.35),
+            )
+        ),
+        pytest.param(["--logit_weight", 0.5], "HfArgumentParser: ['--logit_weight', '0.5']", id="logits"),
         pytest.param(["--max_steps", 0], "--max_steps must be >= 1", id="steps"),
         pytest.param(["--unlabelled_sentences", 0], "--unlabelled_sentences must be >= 1", id="sentences"),
         pytest.param(["--teacher_name_or_path", "{bert}"], "must have a head for sst2", id="heads"),
