@@ -34,6 +34,7 @@ from modeling_snn_bert.batches import Batch, Batches, Row, RowBatches
 from modeling_snn_bert.fine_tuning import NO_DROPOUT
 from modeling_snn_bert.pair_similarity import SIMILARITIES, PairTrainer, best_threshold
 from modeling_snn_bert.seeds import run_seeds
+from modeling_snn_bert.settings import refuse_given
 from modeling_snn_bert.trainer import DistillationTrainingArguments
 
 ALIKE = ("equivalent", "duplicate", "entailment")
@@ -61,7 +62,7 @@ class Arguments(DistillationTrainingArguments):
     """DistillationTrainingArguments for a sentence encoder, which learns a teacher's embeddings if there is one."""
 
     num_train_epochs: float = HfArg(default=2.0, help="or give --max_steps")
-    embedding_weight: float = HfArg(default=1.0, help="weight of the loss on the teacher's embeddings")
+    embedding_weight: float = HfArg(default=1.0, help="weight of the loss on the teacher's embeddings, if there is one")
     # PairTrainer has no other loss of a teacher, so that there are no flags of these.
     logit_weight: float = field(default=0.0, init=False)
     temperature: float = field(default=1.0, init=False)
@@ -71,13 +72,20 @@ class Arguments(DistillationTrainingArguments):
 
 
 def main() -> None:
-    run_args, task_args, args = HfArgumentParser(
-        [RunArguments, TaskArguments, Arguments], description=__doc__
-    ).parse_args_into_dataclasses()
+    parser = HfArgumentParser([RunArguments, TaskArguments, Arguments], description=__doc__)
+    run_args, task_args, args = parser.parse_args_into_dataclasses()
+    path, teacher_path = run_args.model_name_or_path, run_args.teacher_name_or_path
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if teacher_path is None:
+        refuse_given(parser, ["embedding_weight"], "needs --teacher_name_or_path")
+        args.embedding_weight = 0.0
+    else:
+        check_teacher(teacher_path, path, tokenizer)
     if not (task_args.task_name or task_args.train_file or task_args.dataset_name):
         task_args.task_name = "stsb"
     task, rows = load_pairs(task_args, run_args.max_score)
-    tokenizer = AutoTokenizer.from_pretrained(run_args.model_name_or_path)
+    if not task.is_regression:
+        refuse_given(parser, ["max_score"], "is for pairs with scores, these have labels")
     with args.main_process_first(desc="tokenize"):
         data = tokenize(rows, task, tokenizer, task_args.max_seq_length, run_args.max_score)
 
@@ -89,10 +97,8 @@ def main() -> None:
 
     def train_one(args: Arguments) -> dict[str, Any]:
         """Train with one seed; what the results say of it."""
-        teacher = load_sentence_teacher(run_args, tokenizer)
-        if teacher is None:
-            args.embedding_weight = 0.0
-        model = AutoModel.from_pretrained(run_args.model_name_or_path, dtype=torch.float32, **NO_DROPOUT)
+        teacher = None if teacher_path is None else AutoModel.from_pretrained(teacher_path, dtype=torch.float32)
+        model = AutoModel.from_pretrained(path, dtype=torch.float32, **NO_DROPOUT)
         batches = RowBatches(
             data["train"], collate, args.per_device_train_batch_size, args.seed, args.process_index, args.world_size
         )
@@ -144,19 +150,12 @@ def load_pairs(args: TaskArguments, max_score: float) -> tuple[Task, DatasetDict
     return task, data
 
 
-def load_sentence_teacher(args: RunArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | None:
-    """The teacher, if there is one.
-
-    Raises:
-        ValueError: if its tokenizer gives other token ids than the model's, or its embeddings have another width.
-    """
-    if args.teacher_name_or_path is None:
-        return None
-    check_vocabulary(AutoTokenizer.from_pretrained(args.teacher_name_or_path), tokenizer)
-    widths = [AutoConfig.from_pretrained(x).hidden_size for x in (args.teacher_name_or_path, args.model_name_or_path)]
+def check_teacher(teacher_path: str, path: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise a `ValueError` if a teacher has other token ids than the model, or embeddings of another width."""
+    check_vocabulary(AutoTokenizer.from_pretrained(teacher_path), tokenizer)
+    widths = [AutoConfig.from_pretrained(x).hidden_size for x in (teacher_path, path)]
     if widths[0] != widths[1]:
         raise ValueError(f"the teacher's hidden_size must be the model's, {widths[1]}; it is {widths[0]}")
-    return AutoModel.from_pretrained(args.teacher_name_or_path, dtype=torch.float32)
 
 
 def tokenize(

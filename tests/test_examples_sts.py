@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from example_scripts import refused, run_script
+from example_scripts import refused, run_script, tokenizers_loaded
 from sentence_transformers import SentenceTransformer
 from small_bert import bert_fixture, write_half_precision
 from transformers import BertConfig, BertModel
@@ -97,8 +97,10 @@ def test_a_bert_that_it_has_written_teaches(tmp_path, bert, snn_bert, pairs):
     steps = [*pairs, "--max_steps", 2, "--logging_steps", 1]
     run_script("run_sts", *steps, "--model_name_or_path", bert, "--output_dir", tmp_path / "teacher")
     taught = ["--model_name_or_path", snn_bert, "--teacher_name_or_path", tmp_path / "teacher" / "seed_0"]
-    run_script("run_sts", *steps, *taught, "--output_dir", tmp_path / "student")
-    (run,) = json.loads((tmp_path / "student" / "results.json").read_text())["runs"]
+    with tokenizers_loaded() as paths:
+        run_script("run_sts", *steps, *taught, "--seeds", 0, 1, "--output_dir", tmp_path / "student")
+    assert paths == [str(snn_bert), str(tmp_path / "teacher" / "seed_0")]
+    run, _ = json.loads((tmp_path / "student" / "results.json").read_text())["runs"]
     losses = [entry["embedding_loss"] for entry in run["log"] if "embedding_loss" in entry]
     assert len(losses) == 2 and min(losses) > 0
     assert run["energy"]["mean_firing_rate"] > 0
@@ -106,7 +108,7 @@ def test_a_bert_that_it_has_written_teaches(tmp_path, bert, snn_bert, pairs):
 
 @pytest.mark.parametrize("labels", [(0, 1), ("not_entailment", "entailment"), ("other", "same")])
 @pytest.mark.parametrize("similarity", ["cosine", "second_in_first"])
-def test_labels_are_told_apart_by_a_threshold(tmp_path, bert, labels, similarity):
+def test_labels_are_told_apart_by_a_threshold(tmp_path, bert, capsys, labels, similarity):
     for name, count in (("train", 40), ("dev", 20)):
         pairs = [(i, WORDS[i % 6], WORDS[(i + i % 2) % 6]) for i in range(count)]
         rows = [{"sentence1": one, "sentence2": two, "label": labels[1 - i % 2]} for i, one, two in pairs]
@@ -118,6 +120,8 @@ def test_labels_are_told_apart_by_a_threshold(tmp_path, bert, labels, similarity
     (run,) = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
     assert run["metrics"]["accuracy"] == 1 and run["metrics"]["threshold"] < 1
     assert run["before_training"] is None and run["last_step"] == 0
+    message = refused(capsys, "run_sts", *arguments, "--max_score", 5.0, "--output_dir", tmp_path / "scored")
+    assert "--max_score is for pairs with scores, these have labels" in message
 
 
 @pytest.mark.parametrize(
@@ -130,6 +134,7 @@ def test_labels_are_told_apart_by_a_threshold(tmp_path, bert, labels, similarity
             pytest.param([f"--{name}", 0.5], f"not used by the HfArgumentParser: ['--{name}', '0.5']", id=name)
             for name in ("logit_weight", "temperature", "hidden_weight", "attention_weight", "relation_weight")
         ),
+        pytest.param(["--embedding_weight", 1.0], "--embedding_weight needs --teacher_name_or_path", id="no-teacher"),
         pytest.param(["--energy_samples", -1], "--energy_samples must be >= 0", id="energy"),
         pytest.param(["--seeds", 1, 1], "must differ", id="seeds"),
     ],
@@ -140,11 +145,11 @@ def test_refuses(tmp_path, bert, pairs, capsys, arguments, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_teacher_of_another_width_is_refused(tmp_path, bert, pairs, tokenizer, capsys):
+def test_a_teacher_of_another_width_is_refused_before_the_data_are_read(tmp_path, bert, tokenizer, capsys):
     BertModel(BertConfig(vocab_size=len(tokenizer), hidden_size=48, num_hidden_layers=1)).save_pretrained(
         tmp_path / "b"
     )
     tokenizer.save_pretrained(tmp_path / "b")
-    arguments = [*pairs, "--model_name_or_path", bert, "--teacher_name_or_path", tmp_path / "b"]
+    arguments = ["--data_dir", "nowhere", "--model_name_or_path", bert, "--teacher_name_or_path", tmp_path / "b"]
     message = refused(capsys, "run_sts", *arguments, "--output_dir", tmp_path / "out")
     assert "the teacher's hidden_size must be the model's, 32; it is 48" in message
