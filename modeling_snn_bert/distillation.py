@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from .conversion import is_neuron_parameter
+from .packed_spikes import SpikingLinear
 from .sparsity import add_penalty
 
 
@@ -278,7 +279,12 @@ def label_and_logit_loss(
 
 
 def parameter_groups(
-    model: nn.Module, learning_rate: float, *, neuron_learning_rate: float | None = None, weight_decay: float = 0.0
+    model: nn.Module,
+    learning_rate: float,
+    *,
+    neuron_learning_rate: float | None = None,
+    weight_decay: float = 0.0,
+    muon_learning_rate: float | None = None,
 ) -> list[dict]:
     """Parameter groups for a torch optimiser: weights with weight decay; biases and norms without; neurons apart.
 
@@ -290,23 +296,37 @@ def parameter_groups(
         learning_rate: for everything but the neurons, > 0.
         neuron_learning_rate: for the neurons; defaults to 10 times `learning_rate`.
         weight_decay: for the weights of Linears and embeddings, >= 0.
+        muon_learning_rate: for the weights that take spikes, which are then a group for the Muon of `MuonAdamW`: the
+            share of their size by which a step moves them. `None` leaves them among the other weights.
 
     Raises:
         ValueError: if a number is outside its range.
     """
     if neuron_learning_rate is None:
         neuron_learning_rate = 10 * learning_rate
-    if not (learning_rate > 0 and neuron_learning_rate > 0):
-        raise ValueError(f"learning rates must be positive, got {learning_rate} and {neuron_learning_rate}")
+    rates = (learning_rate, neuron_learning_rate, *([] if muon_learning_rate is None else [muon_learning_rate]))
+    if not all(rate > 0 for rate in rates):
+        raise ValueError(f"learning rates must be positive, got {' and '.join(map(str, rates))}")
     if not weight_decay >= 0:
         raise ValueError(f"`weight_decay` must be >= 0, got {weight_decay}")
     groups: list[dict] = [
         {"params": [], "lr": learning_rate, "weight_decay": weight_decay},
         {"params": [], "lr": learning_rate, "weight_decay": 0.0},
         {"params": [], "lr": neuron_learning_rate, "weight_decay": 0.0},
+        {"params": [], "lr": muon_learning_rate, "weight_decay": weight_decay, "muon": True},
     ]
-    weights, others, neurons = (group["params"] for group in groups)
+    weights, others, neurons, matrices = (group["params"] for group in groups)
+    of_spikes = set()
+    if muon_learning_rate is not None:
+        linears = (name for name, module in model.named_modules() if isinstance(module, SpikingLinear))
+        of_spikes = {f"{name}.weight" for name in linears}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            (neurons if is_neuron_parameter(name) else weights if parameter.dim() > 1 else others).append(parameter)
+        if not parameter.requires_grad:
+            continue
+        if is_neuron_parameter(name):
+            neurons.append(parameter)
+        elif name in of_spikes:
+            matrices.append(parameter)
+        else:
+            (weights if parameter.dim() > 1 else others).append(parameter)
     return [group for group in groups if group["params"]]

@@ -33,6 +33,7 @@ from .energy.tables import markdown_table, operations_table
 from .html_report import html_page
 from .model_card import card_from_report
 from .modeling_snn_bert import SNNBertForSequenceClassification, SNNBertModel, SNNBertPreTrainedModel
+from .muon import multiplies_bfloat16_fast
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -196,9 +197,7 @@ def bert_autocast(accelerator: "Accelerator") -> contextlib.AbstractContextManag
     """
     if accelerator.device.type != "cpu" or "ACCELERATE_MIXED_PRECISION" in os.environ:
         return accelerator.autocast()
-    # An older torch does not say what the CPU has; training stays in float32.
-    features: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-    if features.get("avx512_bf16") or features.get("amx_bf16"):
+    if multiplies_bfloat16_fast(accelerator.device):
         return torch.autocast("cpu", torch.bfloat16)
     return accelerator.autocast()
 

@@ -23,6 +23,7 @@ from .distillation import (
     parameter_groups,
     relation_loss,
 )
+from .muon import MuonAdamW
 from .seeds import checkpoint_of, environment
 from .sparsity import add_penalty
 from .teacher_inputs import FOR_TEACHER, PLACES
@@ -31,6 +32,9 @@ from .teacher_inputs import FOR_TEACHER, PLACES
 WEIGHTS = ("hidden_weight", "attention_weight", "embedding_weight", "relation_weight")
 # All arguments that do nothing without a teacher.
 OF_TEACHER = ("logit_weight", "temperature", *WEIGHTS)
+
+# What moves the parameters that are no matrices beside Muon.
+ADAMW = ("adamw_torch", "adamw_torch_fused")
 
 
 @dataclass
@@ -44,6 +48,9 @@ class DistillationTrainingArguments(TrainingArguments):
     do_eval: bool = HfArg(default=True, help="evaluate at the end")
     learning_rate: float = HfArg(default=1e-4, help="of all but the neurons")
     neuron_learning_rate: float | None = HfArg(default=None, help="of neurons (default: 10 times --learning_rate)")
+    muon_learning_rate: float | None = HfArg(
+        default=None, help="share of their size by which Muon moves the weights that take spikes (default: AdamW does)"
+    )
     weight_decay: float = HfArg(default=0.01, help="of the weights of Linears and embeddings")
     per_device_train_batch_size: int = HfArg(default=32, help="rows of a batch")
     per_device_eval_batch_size: int = HfArg(default=32, help="rows of a batch in evaluation")
@@ -68,6 +75,13 @@ class DistillationTrainingArguments(TrainingArguments):
             raise ValueError(f"`logit_weight` must lie in [0, 1], got {self.logit_weight}")
         if not self.temperature > 0:
             raise ValueError(f"`temperature` must be positive, got {self.temperature}")
+        if self.muon_learning_rate is not None:
+            if not self.muon_learning_rate > 0:
+                raise ValueError(f"`muon_learning_rate` must be positive, got {self.muon_learning_rate}")
+            if self.optim not in ADAMW:
+                raise ValueError(
+                    f"beside `muon_learning_rate` `optim` must be one of {', '.join(ADAMW)}, got {self.optim}"
+                )
 
     @property
     def compares_states(self) -> bool:
@@ -154,8 +168,11 @@ class DistillationTrainer(Trainer):
                 self.args.learning_rate,
                 neuron_learning_rate=self.args.neuron_learning_rate,
                 weight_decay=self.args.weight_decay,
+                muon_learning_rate=self.args.muon_learning_rate,
             )
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            if self.args.muon_learning_rate is not None:
+                optimizer_class = MuonAdamW
             self.optimizer = optimizer_class(groups, **{k: v for k, v in options.items() if k != "lr"})
         return self.optimizer
 

@@ -97,6 +97,13 @@ def test_every_parameter_is_in_one_group():
     ends = ("v_threshold", "_logit", "reset_strength", "query_gain", "query_offset")
     wanted = {id(p) for name, p in model.named_parameters() if name.endswith(ends)}
     assert {id(p) for p in neurons["params"]} == wanted
+    *rest, matrices = parameter_groups(model, 1e-4, weight_decay=0.01, muon_learning_rate=1e-2)
+    found = {id(p) for p in matrices["params"]}
+    linears = [m for m in model.encoder.modules() if isinstance(m, torch.nn.Linear)]
+    assert found == {id(linear.weight) for linear in linears} and len(linears) == 6
+    assert (matrices["muon"], matrices["lr"], matrices["weight_decay"]) == (True, 1e-2, 0.01)
+    left = [p for group in rest for p in group["params"]]
+    assert {id(p) for p in left} == {id(p) for p in model.parameters()} - found
 
 
 @pytest.mark.parametrize(
@@ -112,6 +119,9 @@ def test_every_parameter_is_in_one_group():
         ),
         pytest.param(lambda: logit_loss(torch.ones(2, 3), torch.ones(2, 3), 0), "temperature", id="temperature"),
         pytest.param(lambda: parameter_groups(torch.nn.Linear(2, 2), 0.0), "learning rates", id="learning-rate"),
+        pytest.param(
+            lambda: parameter_groups(torch.nn.Linear(2, 2), 1e-3, muon_learning_rate=0.0), "learning rates", id="muon"
+        ),
         pytest.param(
             lambda: parameter_groups(torch.nn.Linear(2, 2), 1e-3, weight_decay=-1), "weight_decay", id="decay"
         ),

@@ -15,6 +15,7 @@ from modeling_snn_bert.distillation import (
     logit_loss,
     parameter_groups,
 )
+from modeling_snn_bert.muon import MuonAdamW
 from modeling_snn_bert.trainer import DistillationTrainer, DistillationTrainingArguments
 
 bert = bert_fixture(BertModel)
@@ -189,6 +190,26 @@ def test_frozen_embeddings_do_not_move(make_trainer, batch):
     assert all(same[name] for name in same if ".embeddings." in name) and not all(same.values())
 
 
+def test_muon_moves_the_weights_that_take_spikes(make_trainer, batch):
+    """By as much as its rate says; the rest as without it."""
+    moved = []
+    for settings in ({}, {"muon_learning_rate": 1e-2}):
+        trainer = make_trainer([batch], learning_rate=1e-3, weight_decay=0.0, **settings)
+        before = {name: x.detach().clone() for name, x in trainer.model.named_parameters()}
+        trainer.train()
+        assert isinstance(trainer.optimizer.optimizer, MuonAdamW) == bool(settings)
+        moved.append({name: (x.detach() - before[name]) for name, x in trainer.model.named_parameters()})
+    adamw, muon = moved
+    matrices = {name for name in muon if ".layer." in name and muon[name].dim() == 2}
+    assert len(matrices) == 6 * trainer.model.config.num_hidden_layers
+    for name in muon:
+        if name in matrices:
+            # The entries are of the size of the weights, times what a gradient of a few tokens leaves of its rank.
+            assert 1e-3 < muon[name].norm() / before[name].norm() < 2e-2, name
+        else:
+            torch.testing.assert_close(muon[name], adamw[name], msg=name)
+
+
 def test_a_run_that_is_not_to_train(make_trainer, batch):
     trainer = make_trainer([batch], do_train=False)
     assert trainer.train_as_told() == 0 and trainer.state.global_step == 0
@@ -208,6 +229,8 @@ def test_a_loss_that_is_not_finite_ends_the_run(make_trainer, batch):
         pytest.param({"teacher": False, "hidden_weight": 1.0}, "`hidden_weight` needs a teacher", id="teacher"),
         pytest.param({"attention_weight": -1.0}, "`attention_weight` must be >= 0", id="weight"),
         pytest.param({"logit_weight": 1.5}, "`logit_weight` must lie in", id="logits"),
+        pytest.param({"muon_learning_rate": 0.0}, "`muon_learning_rate` must be positive", id="muon"),
+        pytest.param({"muon_learning_rate": 1e-3, "optim": "adafactor"}, "must be one of adamw_torch", id="optim"),
         pytest.param({"temperature": 0.0}, "`temperature` must be positive", id="temperature"),
     ],
 )
