@@ -37,6 +37,13 @@ def load_model(model_name_or_path: str, revision: str | None = None) -> SNNBertP
     return classes[name].from_pretrained(model_name_or_path, revision=revision or "main")
 
 
+def too_short(max_length: int, tokenizer: PreTrainedTokenizerBase, pairs: bool) -> str | None:
+    """What is wrong with a `max_length` of less than the special tokens and one of each text, if it is."""
+    least = tokenizer.num_special_tokens_to_add(pair=pairs) + 1 + pairs
+    what = "pairs of texts" if pairs else "texts"
+    return f"must be >= {least} for {what}, got {max_length}" if max_length < least else None
+
+
 def tokenized_batches(
     model: SNNBertPreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -49,16 +56,14 @@ def tokenized_batches(
     Of a pair, the longer text is cut first.
 
     Raises:
-        ValueError: if `max_length` is less than the special tokens and one of each text.
+        ValueError: if `max_length` is `too_short`.
     """
     config = model.config
     length = config.max_position_embeddings
     if max_length is not None:
-        texts_each = max((len(parts(text)) for text in texts), default=1)
-        least = tokenizer.num_special_tokens_to_add(pair=texts_each == 2) + texts_each
-        if max_length < least:
-            kind = "pairs of texts" if texts_each == 2 else "texts"
-            raise ValueError(f"`max_length` must be >= {least} for {kind}, got {max_length}")
+        wrong = too_short(max_length, tokenizer, pairs=any(len(parts(text)) == 2 for text in texts))
+        if wrong:
+            raise ValueError(f"`max_length` {wrong}")
         length = min(max_length, length)
     padding: bool | str = True
     if config.psn_length is not None:

@@ -152,9 +152,9 @@ BAD_PREDICTIONS = {
         "Invalid value for '--max_length': must be >= 3, got 2",
     ),
     "max_length_4_for_pairs": (
-        1,
+        2,
         ["{model}", "{columns}", "--text_column", "a", "--text_pair_column", "b", "--max_length", "4"],
-        "`max_length` must be >= 5 for pairs of texts, got 4",
+        "Invalid value for --max_length: must be >= 5 for pairs of texts, got 4",
     ),
     "pairs_of_lines": (
         1,

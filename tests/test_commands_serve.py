@@ -422,7 +422,7 @@ BAD_SERVING = {
     "fewer_waiting_than_a_request": (2, ["{model}", "--max_waiting", "9"], "must be >= --max_texts, 64, got 9"),
     "batch_size_0": (2, ["{model}", "--batch_size", "0"], "must be >= 1, got 0"),
     "max_length_1": (2, ["{model}", "--max_length", "1"], "Invalid value for '--max_length': must be >= 3, got 1"),
-    "max_length_4": (1, ["{model}", "--max_length", "4"], "`max_length` must be >= 5 for pairs of texts, got 4"),
+    "max_length_4": (2, ["{model}", "--max_length", "4"], "Invalid value for --max_length: must be >= 5 for pairs"),
 }
 
 

@@ -11,13 +11,13 @@ import test_text_files
 import torch
 from command_line import run_command
 from huggingface_hub import ModelCard
-from small_bert import bert_fixture
-from transformers import AutoTokenizer, BertForSequenceClassification, BertModel
+from small_bert import bert_fixture, write_mpnet
+from transformers import AutoTokenizer, BertForSequenceClassification, BertModel, MPNetModel
 
 from modeling_snn_bert import SNNBertForSequenceClassification, SNNBertModel
 from modeling_snn_bert.commands import train as train_module
 from modeling_snn_bert.commands.train import split
-from modeling_snn_bert.conversion import convert_bert
+from modeling_snn_bert.conversion import convert_bert, initialize_from_bert
 from modeling_snn_bert.fine_tuning import macro_f1
 from modeling_snn_bert.text_files import Labelled
 
@@ -253,8 +253,13 @@ BAD_TRAINING = {
     "max_length_2": (2, ["--max_length", "2"], "must be >= 3, got 2"),
     "too_short_for_pairs": (
         2,
-        ["--text_pair_column", "review", "--max_length", "4"],
+        ["--data", "{pairs}", "--text_pair_column", "text_pair", "--max_length", "4"],
         "must be >= 5 for pairs of texts, got 4",
+    ),
+    "too_short_for_pairs_of_an_mpnet_tokenizer": (
+        2,
+        ["--model", "{mpnet}", "--data", "{pairs}", "--text_pair_column", "text_pair", "--max_length", "5"],
+        "must be >= 6 for pairs of texts, got 5",
     ),
     "no_such_model": (1, ["--model", "./nowhere"], "nowhere"),
     "no_such_folder": (
@@ -275,7 +280,14 @@ def test_bad_training(bert, data, tmp_path, tokenizer, make_config, monkeypatch,
     monkeypatch.chdir(tmp_path)
     DistilBertConfig().save_pretrained(tmp_path / "distil")
     SNNBertModel(make_config(neuron_type="psn", psn_length=16)).save_pretrained(tmp_path / "psn")
-    places = {"distil": tmp_path / "distil", "psn": tmp_path / "psn", "tmp_path": tmp_path}
+    tokenizer.save_pretrained(tmp_path / "psn")
+    # An SNN-BERT that was made of an MPNet has its tokenizer.
+    write_mpnet(tmp_path / "mpnet", tokenizer, MPNetModel)
+    initialize_from_bert(MPNetModel.from_pretrained(tmp_path / "mpnet")).save_pretrained(tmp_path / "mpnet")
+    rows = ["text,text_pair,label", *(f"a {i},b,{'cd'[i % 2]}" for i in range(12))]
+    (tmp_path / "pairs.csv").write_text("\n".join(rows))
+    places = {name: tmp_path / name for name in ("distil", "psn", "mpnet")}
+    places |= {"pairs": tmp_path / "pairs.csv", "tmp_path": tmp_path}
     before = sorted(path.name for path in tmp_path.iterdir())
     for name, (exit_code, arguments, message) in BAD_TRAINING.items():
         with subtests.test(name):

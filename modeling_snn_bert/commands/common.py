@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..conversion import FAMILIES, HEADS, Original, is_neuron_parameter
-from ..loading import load_model
+from ..loading import load_model, too_short
 from ..modeling_snn_bert import SNNBertForSequenceClassification, SNNBertPreTrainedModel
 
 Loaded = TypeVar("Loaded", bound=PreTrainedModel)
@@ -112,6 +112,13 @@ def check_output_folder(path: Path, overwrite: bool, hint: str) -> None:
             raise typer.BadParameter(f"{path} exists and is no checkpoint: name a new folder", param_hint=hint)
         if not overwrite:
             raise typer.BadParameter(f"{path} exists: name a new folder, or give --overwrite", param_hint=hint)
+
+
+def check_max_length(max_length: int | None, tokenizer: PreTrainedTokenizerBase, pairs: bool) -> None:
+    """Raise a usage error if `--max_length` leaves no room for a token of each text."""
+    wrong = None if max_length is None else too_short(max_length, tokenizer, pairs)
+    if wrong:
+        raise typer.BadParameter(wrong, param_hint="--max_length")
 
 
 def load(model_name_or_path: str, revision: str | None) -> tuple[SNNBertPreTrainedModel, PreTrainedTokenizerBase]:

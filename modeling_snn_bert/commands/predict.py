@@ -22,6 +22,7 @@ from .common import (
     Model,
     Revision,
     TextPairColumn,
+    check_max_length,
     load_classifier,
     reported,
 )
@@ -66,6 +67,7 @@ def predict(
         if classifier.reads_pairs is not None and classifier.reads_pairs != (text_pair_column is not None):
             wanted = "pairs of texts: give" if classifier.reads_pairs else "single texts: leave out"
             raise ValueError(f"{model} was trained on {wanted} --text_pair_column, got {text_pair_column!r}")
+        check_max_length(max_length, classifier.tokenizer, pairs=text_pair_column is not None)
         predictions = predict_all(classifier, [row.value for row in rows], batch_size, progress=output_file is not None)
         if output_file is not None:
             write_whole(output_file, rows, predictions)

@@ -24,7 +24,7 @@ import typer
 
 from ..text_files import Text, is_unicode
 from .classifier import Prediction, TextClassifier, WeightDtype
-from .common import BatchSize, MaxLength, Model, Revision, at_least_one, load_classifier, reported
+from .common import BatchSize, MaxLength, Model, Revision, at_least_one, check_max_length, load_classifier, reported
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -100,10 +100,11 @@ def serve(
         except ImportError as error:
             raise ImportError(MISSING) from error
         classifier = TextClassifier(*load_classifier(model, revision), weight_dtype, max_length)
+        check_max_length(max_length, classifier.tokenizer, pairs=classifier.reads_pairs is not False)
         app = make_app(classifier, model, batch_size, limits)
         listener = listen(host, port)
-        # Lays out the weights, so that no request waits for it, and refuses a length that no pair fits in.
-        classifier(["a" if classifier.reads_pairs is False else ("a", "a")])
+        # Lays out the weights, so that no request waits for it.
+        classifier(["a"])
         config = uvicorn.Config(app, **server_settings(limits))
         host, port = listener.getsockname()[:2]
         where = f"[{host}]" if ":" in host else host

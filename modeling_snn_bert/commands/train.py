@@ -35,6 +35,7 @@ from .common import (
     Revision,
     TextPairColumn,
     at_least_one,
+    check_max_length,
     check_output_folder,
     fraction,
     load_bert,
@@ -47,8 +48,6 @@ from .common import (
 DEFAULT_STEPS, DEFAULT_EPOCHS = 300, 10
 # More rows than these would make the evaluation longer and hardly more exact.
 MAX_HELD_OUT = 2000
-# A token of each text, and three special ones.
-MIN_PAIR_LENGTH = 5
 
 
 def _positive(value: float | None) -> float | None:
@@ -125,9 +124,6 @@ def train(
     """
     if steps is not None and epochs is not None:
         raise typer.BadParameter("give either --steps or --epochs", param_hint="--epochs")
-    if text_pair_column is not None and max_length < MIN_PAIR_LENGTH:
-        needed = f"must be >= {MIN_PAIR_LENGTH} for pairs of texts, got {max_length}"
-        raise typer.BadParameter(needed, param_hint="--max_length")
     check_output_folder(output, overwrite, "--output")
     with reported():
         try:
@@ -142,6 +138,8 @@ def train(
         kind = config.get("model_type")
         if kind not in ("bert", SNNBertConfig.model_type):
             raise ValueError(f"--model must be a BERT or an SNN-BERT, the model_type of {model} is {kind!r}")
+        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision or "main", trust_remote_code=False)
+        check_max_length(max_length, tokenizer, pairs=text_pair_column is not None)
         set_seed(seed)
         # The folder is made before the work: where nothing can be written is known at once.
         with folder_written_whole(output) as folder:
@@ -157,7 +155,6 @@ def train(
             new_head = renew_other_head(start, config, model)
             if new_head is not None:
                 typer.echo(new_head, err=True)
-            tokenizer = AutoTokenizer.from_pretrained(model, revision=revision or "main", trust_remote_code=False)
             tokenizer.model_max_length = min(
                 max_length, start.config.max_position_embeddings, tokenizer.model_max_length
             )
