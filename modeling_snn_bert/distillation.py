@@ -300,7 +300,7 @@ def parameter_groups(
             share of their size by which a step moves them. `None` leaves them among the other weights.
 
     Raises:
-        ValueError: if a number is outside its range.
+        ValueError: if a number is outside its range, or Muon has no weights to move.
     """
     if neuron_learning_rate is None:
         neuron_learning_rate = 10 * learning_rate
@@ -329,4 +329,6 @@ def parameter_groups(
             matrices.append(parameter)
         else:
             (weights if parameter.dim() > 1 else others).append(parameter)
+    if muon_learning_rate is not None and not matrices:
+        raise ValueError(f"`muon_learning_rate` is for weights that take spikes; {type(model).__name__} trains none")
     return [group for group in groups if group["params"]]

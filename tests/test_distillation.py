@@ -123,6 +123,11 @@ def test_every_parameter_is_in_one_group():
             lambda: parameter_groups(torch.nn.Linear(2, 2), 1e-3, muon_learning_rate=0.0), "learning rates", id="muon"
         ),
         pytest.param(
+            lambda: parameter_groups(torch.nn.Linear(2, 2), 1e-3, muon_learning_rate=1e-2),
+            "weights that take spikes; Linear trains none",
+            id="no-spikes",
+        ),
+        pytest.param(
             lambda: parameter_groups(torch.nn.Linear(2, 2), 1e-3, weight_decay=-1), "weight_decay", id="decay"
         ),
     ],
