@@ -160,6 +160,8 @@ class TaskArguments:
                 raise ValueError(f"--{name} must be >= {least}, got {getattr(self, name)}")
         if self.text_pair_column and not self.text_column:
             raise ValueError("--text_pair_column needs --text_column")
+        if self.dataset_config_name and not self.dataset_name:
+            raise ValueError("--dataset_config_name needs --dataset_name")
 
     def load(self) -> tuple[Task, DatasetDict]:
         """The task and its data: splits `train` and one or two that begin with `validation`, cut to the wanted number.
@@ -181,6 +183,11 @@ class TaskArguments:
         if sum(map(bool, (self.data_dir, self.train_file, self.dataset_name))) > 1:
             raise ValueError("give one of --data_dir, --dataset_name, and --train_file with --validation_file")
         task = TASKS[self.task_name] if self.task_name else None
+        if task is not None and (self.text_column or self.label_column != task.label_column):
+            raise ValueError(
+                f"the columns of {task.name} are {[*task.columns, task.label_column]}: leave out --text_column, "
+                "--text_pair_column and --label_column, or --task_name"
+            )
         data = self.read(task)
         if "train" not in data or not any(split.startswith("validation") for split in data):
             raise ValueError(f"the data must have the splits train and validation, it has {list(data)}")

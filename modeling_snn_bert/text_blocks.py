@@ -59,6 +59,8 @@ class TextArguments:
     def __post_init__(self) -> None:
         if bool(self.train_file) == bool(self.dataset_name):
             raise ValueError("give either --train_file or --dataset_name")
+        if self.dataset_config_name and not self.dataset_name:
+            raise ValueError("--dataset_config_name needs --dataset_name")
         check_text_files("--train_file", self.train_file or [])
         least = dict.fromkeys(("validation_blocks", "calibration_tokens", "max_text_tokens"), 1)
         for name, minimum in {"max_seq_length": MIN_SEQ_LENGTH, **least}.items():

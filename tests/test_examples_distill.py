@@ -240,6 +240,12 @@ IDLE = [
     ("script", "arguments", "message"),
     [
         pytest.param("distill_bert", [], "give either --train_file or --dataset_name", id="no-text"),
+        pytest.param(
+            "distill_bert",
+            ["--train_file", "FILE", "--dataset_config_name", "en"],
+            "--dataset_config_name needs --dataset_name",
+            id="no-dataset",
+        ),
         pytest.param("distill_bert", ["--train_file", "no.txt"], "there is no file no.txt", id="no-file"),
         pytest.param("distill_bert", ["--train_file", "FILE", "--firing_rate", 1], "--firing_rate must", id="rate"),
         pytest.param(
