@@ -101,7 +101,7 @@ class DistillationTrainer(Trainer):
     - the penalty of `firing_rate_target`, if the student's configuration has one.
 
     The means of the parts since the last log are logged beside the loss. Without a teacher it is Trainer with
-    `parameter_groups`.
+    `parameter_groups`, whose weights that take spikes `muon.MuonAdamW` moves if they have a learning rate of their own.
 
     Args:
         model: the student.
@@ -115,7 +115,7 @@ class DistillationTrainer(Trainer):
             arguments need `max_steps` then.
 
     Raises:
-        ValueError: if a weight asks for a teacher and there is none.
+        ValueError: if a weight asks for a teacher and there is none, or Muon for matrices that are in pieces.
     """
 
     args: DistillationTrainingArguments
@@ -142,6 +142,10 @@ class DistillationTrainer(Trainer):
         self.teacher, self.figures_of = teacher, figures_of
         if teacher is not None:
             teacher.to(args.device).eval().requires_grad_(False)
+        if args.muon_learning_rate is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                "`muon_learning_rate` needs whole matrices in each process: FSDP and DeepSpeed cut them up"
+            )
         # Each loss is a mean over its batch, which Trainer is to divide by the accumulated batches; a BERT's classifier
         # says otherwise of itself.
         self.model_accepts_loss_kwargs = False

@@ -60,7 +60,7 @@ def test_from_a_bert(bert, data, tmp_path, assert_spikes_flow, texts):
     assert (report["finetuning_steps"], report["distillation_steps"]) == (3, 2)
     assert report["accuracy"].keys() == report["macro_f1"].keys() == {"SNN-BERT", "BERT", "majority class"}
     assert report["accuracy"]["majority class"] == 0.5 and report["macro_f1"]["majority class"] == pytest.approx(1 / 3)
-    assert report["learning_rates"] == {"SNN-BERT": 5e-4, "BERT": 5e-5}
+    assert report["learning_rates"] == {"SNN-BERT": 1e-3, "BERT": 5e-5}
     assert f"not in {bert}, and so random until trained: classifier.bias, classifier.weight" in result.stderr
     assert "LOAD REPORT" not in result.stderr
     assert report["labels"] == {"dull": 20, "joy": 20} and report["rows_left_out"] == ["line 42"]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from small_bert import bert_fixture
-from transformers import BertForSequenceClassification, BertModel, TrainerCallback
+from transformers import BertForSequenceClassification, BertModel, Trainer, TrainerCallback
 
 from modeling_snn_bert import SNNBertConfig, SNNBertForSequenceClassification, SNNBertModel
 from modeling_snn_bert.batches import Batches
@@ -208,6 +208,19 @@ def test_muon_moves_the_weights_that_take_spikes(make_trainer, batch):
             assert 1e-3 < muon[name].norm() / before[name].norm() < 2e-2, name
         else:
             torch.testing.assert_close(muon[name], adamw[name], msg=name)
+
+
+@pytest.mark.parametrize("engine", ["is_fsdp_enabled", "is_deepspeed_enabled"])
+def test_muon_needs_whole_matrices(make_trainer, monkeypatch, engine):
+    plain = Trainer.create_accelerator_and_postprocess
+
+    def create(trainer):
+        plain(trainer)
+        setattr(trainer, engine, True)
+
+    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", create)
+    with pytest.raises(ValueError, match="`muon_learning_rate` needs whole matrices in each process"):
+        make_trainer(muon_learning_rate=1e-2)
 
 
 def test_a_run_that_is_not_to_train(make_trainer, batch):
