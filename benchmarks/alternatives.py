@@ -51,6 +51,7 @@ from modeling_snn_bert.atomic_writes import folder_written_whole, write_json
 from modeling_snn_bert.energy import energy_report, tokenized_batches
 from modeling_snn_bert.energy.operation_counts import MemoryTraffic, ModelCost, OperationCount
 from modeling_snn_bert.export import export_onnx
+from modeling_snn_bert.muon import multiplies_bfloat16_fast
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 from distilled_checkpoint import HUB_CONFIGS, NAMES, unpack
@@ -393,10 +394,8 @@ def check_shapes(sources: Sources) -> None:
 
 def missing(name: str) -> str | None:
     """Why the subject `name` cannot be had here, or `None` if it can."""
-    if name == "minilm_bfloat16":
-        features: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-        if not (features.get("avx512_bf16") or features.get("amx_bf16")):
-            return "the processor has no instructions for bfloat16"
+    if name == "minilm_bfloat16" and not multiplies_bfloat16_fast(torch.device("cpu")):
+        return "the processor has no instructions for bfloat16"
     try:
         for package in (*SUBJECTS[name].packages, *SUBJECTS[name].tools):
             importlib.import_module(package)

@@ -9,7 +9,7 @@ TrainingArguments. Writes a Hub-ready folder with tokenizer, and mlm_results.jso
 """
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 import torch
 from transformers import (
@@ -29,7 +29,7 @@ from modeling_snn_bert.batches import Batch, Batches
 from modeling_snn_bert.conversion import convert_bert, initialize_from_bert
 from modeling_snn_bert.settings import ConversionArguments, refuse_given
 from modeling_snn_bert.text_blocks import TextArguments, TextBlocks
-from modeling_snn_bert.trainer import DistillationTrainer, DistillationTrainingArguments
+from modeling_snn_bert.trainer import DistillationTrainer, SNNBertTrainingArguments
 
 RESULTS_FILE = "mlm_results.json"
 
@@ -57,18 +57,11 @@ class ModelArguments(ConversionArguments):
 
 
 @dataclass
-class Arguments(DistillationTrainingArguments):
-    """DistillationTrainingArguments for a run on text."""
+class Arguments(SNNBertTrainingArguments):
+    """SNNBertTrainingArguments for a run on text."""
 
     learning_rate: float = HfArg(default=5e-4, help="of all but the neurons")
     max_steps: int = HfArg(default=1000, help="steps of the run")
-    # There is no teacher, so that there are no flags of its losses.
-    logit_weight: float = field(default=0.0, init=False)
-    temperature: float = field(default=1.0, init=False)
-    hidden_weight: float = field(default=0.0, init=False)
-    attention_weight: float = field(default=0.0, init=False)
-    embedding_weight: float = field(default=0.0, init=False)
-    relation_weight: float = field(default=0.0, init=False)
 
 
 def main() -> None:

@@ -304,7 +304,7 @@ def parameter_groups(
     """
     if neuron_learning_rate is None:
         neuron_learning_rate = 10 * learning_rate
-    rates = (learning_rate, neuron_learning_rate, *([] if muon_learning_rate is None else [muon_learning_rate]))
+    rates = [x for x in (learning_rate, neuron_learning_rate, muon_learning_rate) if x is not None]
     if not all(rate > 0 for rate in rates):
         raise ValueError(f"learning rates must be positive, got {' and '.join(map(str, rates))}")
     if not weight_decay >= 0:
@@ -316,16 +316,13 @@ def parameter_groups(
         {"params": [], "lr": muon_learning_rate, "weight_decay": weight_decay, "muon": True},
     ]
     weights, others, neurons, matrices = (group["params"] for group in groups)
-    of_spikes = set()
-    if muon_learning_rate is not None:
-        linears = (name for name, module in model.named_modules() if isinstance(module, SpikingLinear))
-        of_spikes = {f"{name}.weight" for name in linears}
+    of_spikes = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, SpikingLinear)}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         if is_neuron_parameter(name):
             neurons.append(parameter)
-        elif name in of_spikes:
+        elif muon_learning_rate is not None and name in of_spikes:
             matrices.append(parameter)
         else:
             (weights if parameter.dim() > 1 else others).append(parameter)

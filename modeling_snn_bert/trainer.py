@@ -38,8 +38,8 @@ ADAMW = ("adamw_torch", "adamw_torch_fused")
 
 
 @dataclass
-class DistillationTrainingArguments(TrainingArguments):
-    """TrainingArguments with the neurons' learning rate, the weights of the losses, and defaults that suit an SNN-BERT.
+class SNNBertTrainingArguments(TrainingArguments):
+    """TrainingArguments with the learning rates of neurons and of Muon, and defaults that suit an SNN-BERT.
 
     A script trains and evaluates by default; `--no_do_train` evaluates the model as it is.
     """
@@ -59,6 +59,22 @@ class DistillationTrainingArguments(TrainingArguments):
     include_num_input_tokens_seen: str = HfArg(default="non_padding", help="tokens to count: non_padding, all or no")
     logging_nan_inf_filter: bool = HfArg(default=False, help="leave out of the log what is not finite")
     freeze_embeddings: bool = HfArg(default=False, help="keep the embeddings as they are: less to learn, and to share")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.muon_learning_rate is not None:
+            if not self.muon_learning_rate > 0:
+                raise ValueError(f"`muon_learning_rate` must be positive, got {self.muon_learning_rate}")
+            if self.optim not in ADAMW:
+                raise ValueError(
+                    f"beside `muon_learning_rate` `optim` must be one of {', '.join(ADAMW)}, got {self.optim}"
+                )
+
+
+@dataclass
+class DistillationTrainingArguments(SNNBertTrainingArguments):
+    """SNNBertTrainingArguments with the weights of the losses on what a teacher does."""
+
     logit_weight: float = HfArg(default=0.5, help="share of the teacher's logits in the loss; labels have the rest")
     temperature: float = HfArg(default=2.0, help="temperature of the logits' loss")
     hidden_weight: float = HfArg(default=0.0, help="weight of the loss on the teacher's hidden states")
@@ -75,13 +91,6 @@ class DistillationTrainingArguments(TrainingArguments):
             raise ValueError(f"`logit_weight` must lie in [0, 1], got {self.logit_weight}")
         if not self.temperature > 0:
             raise ValueError(f"`temperature` must be positive, got {self.temperature}")
-        if self.muon_learning_rate is not None:
-            if not self.muon_learning_rate > 0:
-                raise ValueError(f"`muon_learning_rate` must be positive, got {self.muon_learning_rate}")
-            if self.optim not in ADAMW:
-                raise ValueError(
-                    f"beside `muon_learning_rate` `optim` must be one of {', '.join(ADAMW)}, got {self.optim}"
-                )
 
     @property
     def compares_states(self) -> bool:
@@ -105,7 +114,7 @@ class DistillationTrainer(Trainer):
 
     Args:
         model: the student.
-        args: the arguments.
+        args: the arguments; with a teacher, a `DistillationTrainingArguments`.
         teacher: a model that reads the student's inputs, or those inputs of a batch whose names begin with `teacher_`
             (see `teacher_inputs`). It has the student's shape if states or attention weights are taught; for the
             latter both are loaded with `attn_implementation="eager"`. It goes to the student's device, and stays as it
@@ -125,14 +134,14 @@ class DistillationTrainer(Trainer):
     def __init__(
         self,
         model: PreTrainedModel,
-        args: DistillationTrainingArguments,
+        args: SNNBertTrainingArguments,
         *,
         teacher: PreTrainedModel | None = None,
         figures_of: Callable[[PreTrainedModel], dict[str, float]] | None = None,
         **kwargs: Any,
     ) -> None:
         for name in WEIGHTS:
-            if getattr(args, name) and teacher is None:
+            if teacher is None and getattr(args, name, False):
                 raise ValueError(f"`{name}` needs a teacher")
         if args.freeze_embeddings:
             model.base_model.embeddings.requires_grad_(False)
