@@ -108,5 +108,6 @@ def check_surrogate(surrogate: str, alpha: float) -> None:
     """Raise a `ValueError` that names the argument unless `surrogate` is known and `alpha` is positive and finite."""
     if surrogate not in SURROGATES:
         raise ValueError(f"`surrogate` must be one of {sorted(SURROGATES)}, got {surrogate!r}")
-    if not (math.isfinite(alpha) and alpha > 0):
+    # Not by `math.isfinite`, which torch.compile cannot trace once a second width has made the number a symbol.
+    if not 0 < alpha < math.inf:
         raise ValueError(f"`surrogate_alpha` must be positive and finite, got {alpha}")

@@ -816,6 +816,19 @@ class TestModule:
         for one, other in zip(*results, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
+    @pytest.mark.parametrize("make", [BPSN, LIF, lambda *a, **kw: PSN(*a, length=8, **kw)], ids=["bpsn", "lif", "psn"])
+    def test_compiles_again_for_another_surrogate(self, make):
+        """The second sharpness makes torch.compile take it for a symbol."""
+        for alpha in (2.0, 3.0, 4.0):
+            neuron = make(8, 2, surrogate_alpha=alpha)
+            current = random_current(3, 8, 8, torch.float32)
+            compiled = torch.compile(neuron, fullgraph=True, backend="aot_eager")
+            spikes, wanted = compiled(current), neuron(current)
+            assert_spikes_flow(wanted, neuron.spike_type)
+            assert torch.equal(spikes, wanted)
+            grads = (torch.autograd.grad(x.sum(), neuron.v_threshold)[0] for x in (spikes, wanted))
+            torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+
 
 class TestErrors:
     @pytest.mark.parametrize("make", [BPSN, LIF, lambda *a, **kw: PSN(*a, length=5, **kw)], ids=["bpsn", "lif", "psn"])
