@@ -68,7 +68,7 @@ def url(checkpoints, tmp_path_factory):
         "HF_HUB_OFFLINE": "1",
         "MPLCONFIGDIR": str(folder / "matplotlib"),
     }
-    command = [sys.executable, "app.py", "--server_port", str(port)]
+    command = [sys.executable, "-u", "app.py", "--server_port", str(port)]
     with (folder / "log.txt").open("w") as log:
         process = subprocess.Popen(command, cwd=folder / "space", env=environment, stdout=log, stderr=log)
     try:
