@@ -12,6 +12,7 @@ Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks"
 """
 
 import math
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -149,6 +150,10 @@ def multiplies_bfloat16_fast(device: torch.device) -> bool:
     """Whether products in bfloat16 are faster than in float32; on a CPU without instructions for them they are not."""
     if device.type != "cpu":
         return True
+    # Users cap what torch's products use, to see what a lesser processor does.
+    cap = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
+    if not any(name in cap for name in ("BF16", "FP16", "AMX", "AVX10", "ALL", "DEFAULT")):
+        return False
     # An older torch does not say what the CPU has.
     features: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(features.get("avx512_bf16") or features.get("amx_bf16"))

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from modeling_snn_bert.muon import QUINTIC, MuonAdamW, orthogonalized
+from modeling_snn_bert.muon import QUINTIC, MuonAdamW, multiplies_bfloat16_fast, orthogonalized
 
 SHAPES = [(24, 24), (24, 24), (48, 24), (24, 48), (24, 24), (1, 24)]
 
@@ -140,6 +140,19 @@ def test_a_run_that_was_cut_off_goes_on(fused):
             of.step()
     for one, other in zip(whole, parts, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("cap", "is_fast"),
+    [(None, True), ("ALL", True), ("avx512_core_bf16", True), ("AVX2", False), ("AVX512_CORE", False)],
+)
+def test_a_processor_that_is_capped_has_no_fast_bfloat16(monkeypatch, cap, is_fast):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    if cap is not None:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", cap)
+    assert multiplies_bfloat16_fast(torch.device("cpu")) == is_fast
+    assert multiplies_bfloat16_fast(torch.device("cuda"))
 
 
 def test_a_schedule_moves_the_rates_of_both():
